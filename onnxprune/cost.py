@@ -1,0 +1,130 @@
+"""What a model costs, dense and for any set of survivors: parameters, bytes, multiply-accumulates.
+
+Every cost is a sum of products of axis lengths, so the cost of a plan needs no rewritten model: only how many
+positions of each class of axes survive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from onnxprune.dims import DimGraph
+from onnxprune.types import Array, Axis, Group, Mask, OpNode, Shape, Stored, View
+
+BITS = {"FLOAT": 32, "DOUBLE": 64, "FLOAT16": 16, "BFLOAT16": 16, "INT8": 8, "UINT8": 8, "INT16": 16, "UINT16": 16,
+        "INT32": 32, "UINT32": 32, "INT64": 64, "UINT64": 64, "BOOL": 8, "INT4": 4, "UINT4": 4}  # fmt: skip
+
+
+def mac_axes(node: OpNode) -> list[Axis]:
+    """The axes whose lengths multiply to the MACs of a node; empty for operators that do not count."""
+    x, y = node.inputs[0] if node.inputs else "", node.outputs[0]
+    if node.op_type in ("Conv", "ConvTranspose"):
+        side = y if node.op_type == "Conv" else x
+        weight = node.inputs[1]
+        return _all(node, side) + _all(node, weight)[1:]
+    if node.op_type == "Gemm":
+        return [*_all(node, y), Axis(x, 0 if node.attr("transA", 0) else 1)]
+    if node.op_type == "MatMul":
+        return [*_all(node, y), Axis(x, len(node.shape(0)) - 1)]
+    if node.op_type in ("LSTM", "GRU", "RNN"):
+        return []  # counted by _recurrent
+    return []
+
+
+def _all(node: OpNode, value: str) -> list[Axis]:
+    return [Axis(value, k) for k in range(len(node.shapes[value]))]
+
+
+def _recurrent(node: OpNode) -> float:
+    """MACs of an LSTM, GRU or RNN: steps x batch x directions x gates x hidden x (input + hidden)."""
+    if node.op_type not in ("LSTM", "GRU", "RNN") or node.domain not in ("", "ai.onnx"):
+        return 0.0
+    steps, batch = node.shape(0)[:2]
+    return float(steps * batch * (prod(node.shape(1)) + prod(node.shape(2))))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A model's cost: parameters (elements of float and quantised initializers), bytes (decimal), MACs."""
+
+    params: int
+    bytes: int
+    macs: int
+
+
+class Costs:
+    """Cost as a function of which labels are alive. `shapes` are those at which MACs are counted."""
+
+    def __init__(self, dims: DimGraph, view: View, shapes: Mapping[str, Shape]) -> None:
+        self.dims = dims
+        self.fixed_macs = 0.0
+        macs: list[tuple[float, list[int]]] = []
+        for node in view.nodes:
+            if any(name and name not in node.shapes for name in (*node.inputs, *node.outputs)):
+                continue
+            self.fixed_macs += _recurrent(node)
+            axes = mac_axes(node)
+            if axes:
+                sizes = [shapes.get(a.value, view.shapes[a.value])[a.index] for a in axes]
+                macs.append((float(prod(sizes)), self._moving(axes)))
+        self.macs_terms = self._pack(macs)
+        stored: list[tuple[Stored, list[int]]] = []
+        seen: set[str] = set()
+        for name, item in view.stored.items():
+            if item.initializer not in seen:  # copies made on write are as small as their originals
+                seen.add(item.initializer)
+                stored.append((item, self._moving([Axis(name, k) for k in range(len(item.shape))])))
+        counted = [(float(prod(s.shape)) if s.role != "index" else 0.0, axes) for s, axes in stored]
+        self.params_terms = self._pack(counted)
+        sized = [(prod(s.shape) * BITS.get(s.dtype, 32) / 8, axes) for s, axes in stored]
+        self.bytes_terms = self._pack(sized)
+
+    def _moving(self, axes: list[Axis]) -> list[int]:
+        numbers = self.dims.relations.number
+        return [int(self.dims.classes[numbers[a]]) for a in axes if a in numbers]
+
+    @staticmethod
+    def _pack(terms: list[tuple[float, list[int]]]) -> tuple[Array, Array, Array]:
+        """(factor of each term, classes of all terms in a row, which term each belongs to)."""
+        factors = np.array([factor for factor, _ in terms], np.float64)
+        classes = np.array([c for _, axes in terms for c in axes], np.int64)
+        owners = np.array([k for k, (_, axes) in enumerate(terms) for _ in axes], np.int64)
+        return factors, classes, owners
+
+    def shares(self, alive: Mask) -> Array:
+        """float64[classes]: the share of each class's positions that survive."""
+        offsets = self.dims.offsets
+        counts = np.concatenate([[0], np.cumsum(alive[self.dims.labels])])
+        sizes = np.maximum(np.diff(offsets), 1)
+        return np.asarray((counts[offsets[1:]] - counts[offsets[:-1]]) / sizes)
+
+    @staticmethod
+    def _total(terms: tuple[Array, Array, Array], shares: Array) -> float:
+        factors, classes, owners = terms
+        values = factors.copy()
+        np.multiply.at(values, owners, shares[classes])
+        return float(values.sum())
+
+    def of(self, alive: Mask) -> dict[str, float]:
+        """{macs, params, size} for these survivors; size is the weights' bytes alone."""
+        shares = self.shares(alive)
+        return {
+            "macs": self._total(self.macs_terms, shares) + self.fixed_macs,
+            "params": self._total(self.params_terms, shares),
+            "size": self._total(self.bytes_terms, shares),
+        }
+
+    def of_units(self, groups: tuple[Group, ...], metric: str) -> Array:
+        """float64[groups]: the share of the model that goes when one unit of a group goes."""
+        alive = np.ones(len(self.dims.frozen), np.bool_)
+        dense = self.of(alive)[metric] or 1.0
+        found = []
+        for group in groups:
+            alive[group.units[0]] = False
+            found.append((dense - self.of(alive)[metric]) / dense)
+            alive[group.units[0]] = True
+        return np.array(found)

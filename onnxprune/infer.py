@@ -1,0 +1,249 @@
+"""Concrete shapes, types and small values of a graph, node by node, at chosen sizes of its dynamic dimensions.
+
+Sizes that the exporter computes at run time (Shape, Gather, Concat, ...) are evaluated on the way, so that every
+Reshape has a target. What is the same at two different sets of sizes is static; no symbolic algebra is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+from onnx.shape_inference import infer_node_outputs
+
+from onnxprune.types import Array, Shape
+
+VALUE_LIMIT = 1 << 16  # elements of a value that is worth knowing
+SHORT = 16  # elements of a float initializer that may be a list of scales
+RANDOM = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"})
+
+
+@dataclass
+class Facts:
+    """What is known about each value: shape, ONNX element type, and the value itself where it is small and fixed.
+
+    `values` are sizes, indices and scalars, and what is computed from them; `small` are short float initializers
+    (Resize scales), which rules and shape inference may read but nothing is computed from.
+    """
+
+    shapes: dict[str, Shape] = field(default_factory=dict)
+    types: dict[str, int] = field(default_factory=dict)
+    values: dict[str, Array] = field(default_factory=dict)
+    small: dict[str, Array] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def symbols(graph: ir.Graph) -> dict[str, list[tuple[str, int]]]:
+    """{dynamic dimension: the (input, axis) places where it stands}, unnamed ones named `input:axis`."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    for value in true_inputs(graph):
+        for axis, dim in enumerate(value.shape or ()):
+            if not isinstance(dim, int) or dim <= 0:
+                name = dim.value if not isinstance(dim, int) and dim.value else f"{value.name}:{axis}"
+                found.setdefault(str(name), []).append((str(value.name), axis))
+    return found
+
+
+def true_inputs(graph: ir.Graph) -> list[ir.Value]:
+    """Graph inputs that are not merely the default of an initializer (IR version 3)."""
+    return [value for value in graph.inputs if value.name not in graph.initializers]
+
+
+def seed(graph: ir.Graph, sizes: Mapping[str, int]) -> Facts:
+    """Facts of inputs and initializers, with dynamic dimensions at the given sizes."""
+    facts = Facts()
+    for value in true_inputs(graph):
+        if value.shape is None or value.dtype is None:
+            continue
+        shape = []
+        for axis, dim in enumerate(value.shape):
+            static = isinstance(dim, int) and dim > 0
+            name = "" if isinstance(dim, int) or not dim.value else str(dim.value)
+            shape.append(int(dim) if static else sizes[name or f"{value.name}:{axis}"])  # type: ignore[call-overload]
+        facts.shapes[str(value.name)] = tuple(shape)
+        facts.types[str(value.name)] = int(value.dtype)
+    for name, value in graph.initializers.items():
+        note_initializer(facts, name, value)
+    return facts
+
+
+def note_initializer(facts: Facts, name: str, value: ir.Value) -> None:
+    """Shape and type of an initializer; its value if it may be a size, an index or a scalar."""
+    tensor = value.const_value
+    if tensor is None:
+        return
+    facts.shapes[name] = tuple(int(d) for d in tensor.shape)
+    facts.types[name] = int(tensor.dtype)
+    count = int(np.prod(facts.shapes[name], dtype=np.int64))
+    integer = tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
+    if (integer and count <= VALUE_LIMIT) or (count == 1 and tensor.dtype != ir.DataType.STRING):
+        facts.values[name] = tensor.numpy()
+    elif count <= SHORT and tensor.dtype == ir.DataType.FLOAT:
+        facts.small[name] = tensor.numpy()
+
+
+def names(values: Iterable[ir.Value | None]) -> list[str]:
+    """Value names, empty for absent ones."""
+    return [str(value.name) if value is not None and value.name else "" for value in values]
+
+
+def step(facts: Facts, node: ir.Node, opset: int) -> None:
+    """Add what follows for the outputs of one node; whatever cannot be inferred stays unknown."""
+    inputs, outputs = names(node.inputs), names(node.outputs)
+    if node.op_type == "Shape" and not node.domain and inputs[0] in facts.shapes:
+        sizes = np.array(facts.shapes[inputs[0]], np.int64)
+        start = node.attributes["start"].as_int() if "start" in node.attributes else 0
+        end = node.attributes["end"].as_int() if "end" in node.attributes else None
+        _note(facts, outputs[0], sizes[start:end])
+        return
+    if node.op_type == "Size" and not node.domain and inputs[0] in facts.shapes:
+        _note(facts, outputs[0], np.array(np.prod(facts.shapes[inputs[0]], dtype=np.int64)))
+        return
+    if any(isinstance(a, ir.Attr) and a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+           for a in node.attributes.values()):
+        _declared(facts, node)
+        return
+    proto = ir.serde.serialize_node(node)
+    known = [facts.values[name] for name in inputs if name and name in facts.values]
+    if inputs and len(known) == sum(map(bool, inputs)) and node.op_type not in RANDOM:
+        results = _evaluate(proto, opset, {n: facts.values[n] for n in inputs if n})
+        if results is not None:
+            for name, result in zip(outputs, results, strict=False):
+                if name:
+                    _note(facts, name, np.asarray(result))
+            return
+    _infer(facts, node, proto, opset)
+
+
+def _note(facts: Facts, name: str, value: Array) -> None:
+    facts.shapes[name] = value.shape
+    facts.types[name] = int(onnx.helper.np_dtype_to_tensor_dtype(value.dtype))
+    if value.size <= VALUE_LIMIT:
+        facts.values[name] = value
+
+
+def _evaluate(proto: onnx.NodeProto, opset: int, values: Mapping[str, Array]) -> list[Array] | None:
+    """The outputs of a node whose inputs are all known, by the reference implementation; None if it has none."""
+    graph = onnx.helper.make_graph(
+        [proto],
+        "one",
+        [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.UNDEFINED, None) for n in values],
+        [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.UNDEFINED, None) for n in proto.output if n],
+    )
+    if proto.op_type in ("Expand", "ConstantOfShape", "Tile", "Range"):
+        last = values[proto.input[-1]] if proto.op_type != "Range" else np.array([1])
+        if proto.op_type != "Range" and np.prod(np.abs(last.astype(np.float64))) > VALUE_LIMIT:
+            return None
+        if proto.op_type == "Range":
+            low, high, stride = (float(np.asarray(values[n]).reshape(-1)[0]) for n in proto.input)
+            if not stride or abs((high - low) / stride) > VALUE_LIMIT:
+                return None
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid(proto.domain, opset)])
+    try:
+        with np.errstate(all="ignore"):
+            return list(ReferenceEvaluator(model).run(None, dict(values)))
+    except Exception:  # an operator or type that the reference does not know: the value stays unknown
+        return None
+
+
+def _infer(facts: Facts, node: ir.Node, proto: onnx.NodeProto, opset: int) -> None:
+    """Shapes of the outputs by the operator's own inference, else as the exporter declared them."""
+    present = [name for name in names(node.inputs) if name]
+    try:
+        schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
+        types = {n: onnx.helper.make_tensor_type_proto(facts.types[n], facts.shapes.get(n)) for n in present}
+        fixed = facts.small | facts.values
+        data = {n: onnx.numpy_helper.from_array(fixed[n], n) for n in present if n in fixed}
+        found = infer_node_outputs(schema, proto, types, data)
+    except KeyError:  # an input about which nothing is known
+        _declared(facts, node)
+        return
+    except onnx.defs.SchemaError:
+        _declared(facts, node)
+        return
+    except Exception as error:
+        facts.problems.append(f"node '{node.name or node.outputs[0].name}': {str(error).strip().splitlines()[-1]}")
+        _declared(facts, node)
+        return
+    for name in names(node.outputs):
+        tensor = found[name].tensor_type if name in found else None
+        if tensor is None or not tensor.elem_type:
+            continue
+        facts.types[name] = tensor.elem_type
+        dims = tensor.shape.dim
+        if tensor.HasField("shape") and all(d.HasField("dim_value") for d in dims):
+            facts.shapes[name] = tuple(d.dim_value for d in dims)
+    _declared(facts, node)
+
+
+def _declared(facts: Facts, node: ir.Node) -> None:
+    """Fill gaps with fully static shapes that the exporter wrote down."""
+    for value in node.outputs:
+        name = str(value.name)
+        if value.dtype is not None:
+            facts.types.setdefault(name, int(value.dtype))
+        if name not in facts.shapes and value.shape is not None and all(isinstance(d, int) for d in value.shape):
+            facts.shapes[name] = tuple(int(d) for d in value.shape)  # type: ignore[call-overload]
+
+
+def infer(model: ir.Model, sizes: Mapping[str, int]) -> Facts:
+    """Facts of every value of the main graph, whose nodes are in topological order."""
+    facts = seed(model.graph, sizes)
+    for node in model.graph:
+        step(facts, node, model.opset_imports.get(node.domain, 1))
+    return facts
+
+
+IMAGE = ((224, 320), (256, 416), (288, 192), (352, 480))
+LENGTHS = ((11, 13, 17, 19, 29, 37), (64, 96, 160, 224, 288, 352), (1024, 1536, 2560), (16384, 24576, 40960))
+
+
+def probes(model: ir.Model, given: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """Two sets of sizes for the dynamic dimensions at which the graph is consistent.
+
+    Batches get small primes, so that they are never mistaken for a factor of something else; images get multiples
+    of 32; other lengths get primes first, then what convolutions over long signals need.
+    `given` sizes stand in the first set.
+    """
+    found = symbols(model.graph)
+    ranks = {str(v.name): len(v.shape) for v in true_inputs(model.graph) if v.shape is not None}
+    fewest: tuple[int, dict[str, int], dict[str, int]] | None = None
+    for lengths in LENGTHS:
+        first: dict[str, int] = {}
+        second: dict[str, int] = {}
+        images = others = batches = 0
+        for name, places in found.items():
+            value, axis = places[0]
+            if any(axis == 0 for _, axis in places) and ranks[value] > 1:
+                first[name], second[name] = (3, 5) if batches == 0 else (7 + 4 * batches, 9 + 4 * batches)
+                batches += 1
+            elif ranks[value] == 4 and 0 < axis:
+                first[name], second[name] = (IMAGE[k][images % 2] for k in (0, 1))
+                images += 1
+            else:
+                pick = others % (len(lengths) // 2)
+                first[name], second[name] = lengths[2 * pick], lengths[2 * pick + 1]
+                others += 1
+        first |= given
+        problems = len(infer(model, first).problems) + len(infer(model, second).problems) if found else 0
+        if fewest is None or problems < fewest[0]:
+            fewest = (problems, first, second)
+        if problems == 0 or not others:
+            break
+    assert fewest is not None
+    return fewest[1], fewest[2]
+
+
+def cost_sizes(model: ir.Model, given: Mapping[str, int]) -> dict[str, int]:
+    """Sizes at which cost is counted: batch 1, images 224 x 224, other lengths 128, unless given."""
+    sizes = {}
+    ranks = {str(v.name): len(v.shape) for v in true_inputs(model.graph) if v.shape is not None}
+    for name, places in symbols(model.graph).items():
+        value, axis = places[0]
+        batch = any(axis == 0 for _, axis in places) and ranks[value] > 1
+        sizes[name] = 1 if batch else 224 if ranks[value] == 4 else 128
+    return sizes | dict(given)

@@ -1,0 +1,254 @@
+"""A model made ready for coupling: constants lifted, static sizes folded, and seen as OpNodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from onnxprune import ops
+from onnxprune.errors import InputError
+from onnxprune.infer import Facts, infer, names, probes, symbols, true_inputs
+from onnxprune.types import Array, Axis, OpNode, Shape, Stored, View
+
+SMALL = 1024  # elements up to which a matrix that serves several readers is mere storage
+PASSES = frozenset("Identity Transpose Reshape Cast Squeeze Unsqueeze Flatten Expand Concat Split Slice Gather".split())
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model with its facts at two sets of dynamic sizes; `static` are the values equal at both."""
+
+    model: ir.Model
+    sizes: Mapping[str, int]
+    facts: Facts
+    other_sizes: Mapping[str, int]
+    other: Facts
+    static: frozenset[str]
+
+
+def input_sizes(model: ir.Model, given: Mapping[str, Shape]) -> dict[str, int]:
+    """Sizes of dynamic dimensions from whole input shapes. Raises InputError where they contradict the model."""
+    inputs = {str(value.name): value for value in true_inputs(model.graph)}
+    found: dict[str, int] = {}
+    for name, shape in given.items():
+        if name not in inputs:
+            raise InputError(f"no such graph input; there are {', '.join(inputs)}", object=name)
+        declared = inputs[name].shape
+        if declared is None or len(declared) != len(shape):
+            raise InputError(f"shape {list(shape)} does not fit {declared}", object=name)
+        for axis, (dim, size) in enumerate(zip(declared, shape, strict=True)):
+            if isinstance(dim, int) and dim > 0:
+                if dim != size:
+                    raise InputError(f"axis {axis} is {dim} in the model, not {size}", object=name)
+                continue
+            key = str(dim.value) if not isinstance(dim, int) and dim.value else f"{name}:{axis}"
+            if found.setdefault(key, size) != size:
+                raise InputError(f"dimension '{key}' is given as {found[key]} and as {size}", object=name)
+    return found
+
+
+def prepare(model: ir.Model, given: Mapping[str, int] | None = None) -> Prepared:
+    """Lift constants, infer at two sets of sizes, and write static computed sizes down as constants.
+
+    The model is changed in place; names of initializers and nodes stay, and a Constant becomes an initializer under
+    the name of its output. After this, only sizes that depend on a dynamic dimension are computed at run time, so a
+    scale such as 1/sqrt(head_dim) that was read from a shape keeps its dense value.
+    """
+    graph = model.graph
+    lift_constants(graph)
+    first, second = probes(model, given or {})
+    facts = infer(model, first)
+    other = infer(model, second) if symbols(graph) else facts
+    static = frozenset(
+        name for name, value in facts.values.items() if name in other.values and _same(value, other.values[name])
+    )
+    if _fold(model, facts, static):
+        facts = infer(model, first)
+        other = infer(model, second) if symbols(graph) else facts
+        static = static | frozenset(name for name in facts.values if name in graph.initializers)
+    return Prepared(model, first, facts, second, other, static)
+
+
+def _same(a: Array, b: Array) -> bool:
+    return a.shape == b.shape and bool(np.array_equal(a, b))
+
+
+def lift_constants(graph: ir.Graph) -> None:
+    """Constant nodes become initializers under the name of their output."""
+    for node in list(graph):
+        if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
+            continue
+        value, (key, attribute) = node.outputs[0], next(iter(node.attributes.items()))
+        if value.is_graph_output() or key not in ("value", "value_int", "value_float", "value_ints", "value_floats"):
+            continue
+        tensor = attribute.as_tensor() if key == "value" else ir.tensor(
+            np.array(attribute.value, np.float32 if "float" in key else np.int64)
+        )
+        name = str(value.name)
+        fresh = ir.Value(
+            name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        value.replace_all_uses_with(fresh)
+        graph.remove(node, safe=True)
+        graph.register_initializer(fresh)
+
+
+def _fold(model: ir.Model, facts: Facts, static: frozenset[str]) -> bool:
+    """Write down static values where a node that must stay reads them."""
+    graph = model.graph
+    folded: dict[str, ir.Value] = {}
+    for node in graph:
+        outputs = names(node.outputs)
+        if all(name in facts.values for name in outputs if name):
+            continue  # evaluated itself
+        for k, value in enumerate(node.inputs):
+            if value is None or value.producer() is None or value.name not in static:
+                continue
+            name = str(value.name)
+            if name not in folded:
+                folded[name] = _register(graph, f"{name}_folded", facts.values[name])
+            node.replace_input_with(k, folded[name])
+    if folded:
+        RemoveUnusedNodesPass()(model)
+    return bool(folded)
+
+
+def _register(graph: ir.Graph, wish: str, array: Array) -> ir.Value:
+    """A new initializer under a free name."""
+    tensor = ir.tensor(np.ascontiguousarray(array) if array.ndim else array, name=wish)
+    value = ir.Value(
+        name=free_name(graph, wish), shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def free_name(graph: ir.Graph, wish: str) -> str:
+    """A value name that the graph does not use yet."""
+    taken = graph.meta.get("names")
+    if taken is None:
+        taken = {str(v.name) for v in graph.inputs} | set(graph.initializers)
+        taken |= {str(v.name) for node in graph.all_nodes() for v in node.outputs}
+        graph.meta["names"] = taken
+    name, count = wish, 0
+    while name in taken:
+        count += 1
+        name = f"{wish}_{count}"
+    taken.add(name)
+    return name
+
+
+def register(graph: ir.Graph, wish: str, array: Array) -> ir.Value:
+    """Add an initializer with this value under a free name like `wish`."""
+    return _register(graph, wish, array)
+
+
+def attributes(node: ir.Node) -> dict[str, object]:
+    """Attributes as Python values; subgraphs are left out."""
+    graphs = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    return {k: a.value for k, a in node.attributes.items() if isinstance(a, ir.Attr) and a.type not in graphs}
+
+
+def op_node(node: ir.Node, opset: int, facts: Facts, consts: Mapping[str, Array], alias: Mapping[int, str]) -> OpNode:
+    """A node as rules see it; `alias` renames inputs whose initializer is storage for several readers."""
+    inputs = tuple(alias.get(k, name) for k, name in enumerate(names(node.inputs)))
+    outputs = tuple(names(node.outputs))
+    true = dict(zip(inputs, names(node.inputs), strict=True)) | {name: name for name in outputs}
+    shapes = {name: facts.shapes[real] for name, real in true.items() if real in facts.shapes}
+    known = {name: consts[real] for name, real in true.items() if real in consts}
+    return OpNode(
+        str(node.name or ""), node.op_type, node.domain, opset, attributes(node), inputs, outputs, shapes, known
+    )
+
+
+def stored_name(initializer: str, reader: str, k: int) -> str:
+    """Name of one reader's view of a shared initializer; no ONNX name ends like this by accident."""
+    return f"{initializer}\0{reader}\0{k}"
+
+
+def view(prepared: Prepared) -> View:
+    """The whole model as coupling sees it."""
+    graph, facts = prepared.model.graph, prepared.facts
+    stored, aliases = _stored(prepared)
+    consts = facts.small | {name: facts.values[name] for name in prepared.static if name in facts.values}
+    nodes = []
+    shapes: dict[str, Shape] = {}
+    for node in graph:
+        opset = prepared.model.opset_imports.get(node.domain, 1)
+        nodes.append(op_node(node, opset, facts, consts, aliases.get(node, {})))
+        shapes |= nodes[-1].shapes
+    inputs = tuple(names(true_inputs(graph)))
+    for name in (*inputs, *names(graph.outputs)):
+        if name in facts.shapes:
+            shapes[name] = facts.shapes[name]
+    dynamic = {
+        Axis(name, k)
+        for name, shape in shapes.items()
+        if name not in stored
+        for k, size in enumerate(shape)
+        if prepared.other.shapes.get(name, shape)[k : k + 1] != (size,)
+    }
+    return View(
+        tuple(nodes), shapes, inputs, tuple(names(graph.outputs)), stored, _captured(graph), frozenset(dynamic)
+    )
+
+
+def _stored(prepared: Prepared) -> tuple[dict[str, Stored], dict[ir.Node, dict[int, str]]]:
+    """Initializers as their readers see them, and the alias of each reader's input."""
+    graph = prepared.model.graph
+    stored: dict[str, Stored] = {}
+    aliases: dict[ir.Node, dict[int, str]] = {}
+    outputs = set(names(graph.outputs))
+    for name, value in graph.initializers.items():
+        shape = prepared.facts.shapes.get(name)
+        if shape is None or value.const_value is None:
+            continue
+        uses = [(use.node, use.idx) for use in value.uses() if use.node.graph is graph]
+        uses.sort(key=lambda use: (str(use[0].outputs[0].name), use[1]))
+        dtype = value.const_value.dtype.name
+        storage = len(uses) > 1 and (len(shape) < 2 or int(np.prod(shape, dtype=np.int64)) <= SMALL)
+        if storage and name not in outputs:
+            for node, k in uses:
+                alias = stored_name(name, str(node.outputs[0].name), k)
+                aliases.setdefault(node, {})[k] = alias
+                readers = ((str(node.outputs[0].name), k),)
+                stored[alias] = Stored(name, shape, dtype, _role(node, k, dtype), _slot(node, k), readers, True)
+        elif uses:
+            readers = tuple((str(node.outputs[0].name), k) for node, k in uses)
+            stored[name] = Stored(name, shape, dtype, _role(*uses[0], dtype), _slot(*uses[0]), readers, False)
+    return stored, aliases
+
+
+def _role(node: ir.Node, k: int, dtype: str) -> str:
+    """What an initializer is to the operator that finally uses it, seen through what only moves it."""
+    for _ in range(16):
+        if node.op_type == "DequantizeLinear" and k == 0:
+            dtype = "FLOAT"
+        elif node.op_type not in PASSES or (node.op_type == "Gather" and k == 1):
+            break
+        following = [use for value in node.outputs for use in value.uses()]
+        if not following:
+            break
+        node, k = following[0].node, following[0].idx
+    role = ops.role_of(node.domain, node.op_type, k)
+    return "index" if role != "quant" and not dtype.startswith(("FLOAT", "BFLOAT", "DOUBLE")) else role
+
+
+def _slot(node: ir.Node, k: int) -> str:
+    return f"{node.op_type}.{k}"
+
+
+def _captured(graph: ir.Graph) -> frozenset[str]:
+    """Values of the main graph that nodes inside subgraphs read."""
+    found = set()
+    for node in graph.all_nodes():
+        if node.graph is graph:
+            continue
+        for value in node.inputs:
+            if value is not None and (value.graph is graph or (value.producer() and value.producer().graph is graph)):  # type: ignore[union-attr]
+                found.add(str(value.name))
+    return frozenset(found)

@@ -1,0 +1,127 @@
+"""The rules: what each operator says about the axes of its inputs and outputs, and how its baked-in sizes follow.
+
+A rule is a pure function of one OpNode that answers relations; what it does not mention is frozen. A resize answers
+the new inputs or attributes of a node whose sizes are written down in it (Reshape, Split, Conv's `group`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+from onnxprune.types import Array, Axis, Mask, OpNode, Relation, Shape
+
+RuleFunction = Callable[[OpNode], Iterable[Relation]]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """New constants for inputs (by index) and new attribute values (None removes one)."""
+
+    inputs: Mapping[int, Array] = field(default_factory=dict)
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Resizing:
+    """What a resize may look at: the dense node, and the sizes and keep masks after removal."""
+
+    node: OpNode
+    dense: OpNode
+    wanted: Mapping[str, Shape]
+    keep: Callable[[Axis], Mask]
+
+
+ResizeFunction = Callable[[Resizing], Edit | None]
+
+FAMILIES = ("elementwise", "linear", "movement", "index", "mixing", "quant")
+RULES: dict[tuple[str, str], RuleFunction] = {}
+RESIZES: dict[tuple[str, str], ResizeFunction] = {}
+ROLES: dict[tuple[str, str], Mapping[int, str]] = {}
+SLOTS: dict[tuple[str, str], frozenset[int]] = {}
+REASONS: dict[tuple[str, str], str] = {}
+
+
+def _key(name: str) -> tuple[str, str]:
+    domain, _, op_type = name.rpartition("::")
+    return domain, op_type
+
+
+def rule(*names: str, roles: Mapping[int, str] | None = None) -> Callable[[RuleFunction], RuleFunction]:
+    """Register a rule; `roles` says what an initializer at input k is (default: weight)."""
+
+    def register(function: RuleFunction) -> RuleFunction:
+        for name in names:
+            RULES[_key(name)] = function
+            ROLES[_key(name)] = roles or {}
+        return function
+
+    return register
+
+
+def resize(*names: str, slots: Iterable[int] = ()) -> Callable[[ResizeFunction], ResizeFunction]:
+    """Register a resize; `slots` are the inputs that hold sizes, the only places where computed sizes may change."""
+
+    def register(function: ResizeFunction) -> ResizeFunction:
+        for name in names:
+            RESIZES[_key(name)] = function
+            SLOTS[_key(name)] = frozenset(slots)
+        return function
+
+    return register
+
+
+def frozen(name: str, reason: str) -> None:
+    """State why an operator has no rule on purpose."""
+    REASONS[_key(name)] = reason
+
+
+def _load() -> None:
+    if not RULES:
+        for family in FAMILIES:
+            import_module(f"onnxprune.ops.{family}")
+
+
+def _normal(domain: str) -> str:
+    return "" if domain == "ai.onnx" else domain
+
+
+def relations(node: OpNode) -> list[Relation] | str:
+    """What the node's rule answers, or the reason why nothing is known about it."""
+    _load()
+    key = (_normal(node.domain), node.op_type)
+    function = RULES.get(key)
+    if function is None:
+        return REASONS.get(key, f"no rule for {node.domain + '::' if node.domain else ''}{node.op_type}")
+    try:
+        return list(function(node))
+    except KeyError as missing:
+        return f"{node.op_type}: the shape or value of '{str(missing.args[0]).split(chr(0))[0]}' is not known"
+
+
+def resize_of(domain: str, op_type: str) -> ResizeFunction | None:
+    """The resize of an operator, if its sizes are written down in the node."""
+    _load()
+    return RESIZES.get((_normal(domain), op_type))
+
+
+def is_slot(domain: str, op_type: str, k: int) -> bool:
+    """Whether input `k` holds sizes, which follow the survivors."""
+    _load()
+    return k in SLOTS.get((_normal(domain), op_type), ())
+
+
+def role_of(domain: str, op_type: str, k: int) -> str:
+    """What an initializer is at input `k`: weight, bias, norm, divisor, quant or index."""
+    _load()
+    return ROLES.get((_normal(domain), op_type), {}).get(k, "weight")
+
+
+def known() -> list[tuple[str, str]]:
+    """Every operator with a rule or a stated reason, as (name, first line of help), sorted."""
+    _load()
+    rows = {key: (function.__doc__ or "").strip().split("\n")[0] for key, function in RULES.items()}
+    rows |= {key: f"frozen: {reason}" for key, reason in REASONS.items()}
+    return [(f"{domain}::{op}" if domain else op, text) for (domain, op), text in sorted(rows.items())]

@@ -1,0 +1,241 @@
+"""Operators that pick positions: they say which positions of which axis they take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from onnxprune.ops import Edit, Resizing, frozen, resize, rule
+from onnxprune.types import Array, Axis, Freeze, Mask, OpNode, Pattern, Positions, Relation, Take
+
+
+def _others(rank: int, axis: int, inputs: int, outputs: int) -> Pattern:
+    """Every axis but one is shared by all inputs and outputs; of that one nothing is said."""
+    part = " ".join("_" if k == axis else f"a{k}" for k in range(rank))
+    return Pattern(", ".join([part] * inputs) + " -> " + ", ".join([part] * outputs))
+
+
+@rule("Concat")
+def concat(node: OpNode) -> Iterable[Relation]:
+    """Each input is a run of positions of the output."""
+    rank = len(node.out_shape(0))
+    axis = node.attr("axis", 1) % rank
+    yield _others(rank, axis, len(node.inputs), 1)
+    start = 0
+    for k, name in enumerate(node.inputs):
+        size = node.shape(k)[axis]
+        yield Take(name, axis, node.outputs[0], axis, np.arange(start, start + size))
+        start += size
+
+
+@rule("Split")
+def split(node: OpNode) -> Iterable[Relation]:
+    """Each output is a run of positions of the input."""
+    rank = len(node.shape(0))
+    axis = node.attr("axis", 0) % rank
+    yield _others(rank, axis, 1, len(node.outputs))
+    start = 0
+    for k, name in enumerate(node.outputs):
+        size = node.out_shape(k)[axis]
+        yield Take(name, axis, node.inputs[0], axis, np.arange(start, start + size))
+        start += size
+
+
+@resize("Split", slots=(1,))
+def split_sizes(this: Resizing) -> Edit | None:
+    """Sizes become the survivors of each piece, written down even where they were implied."""
+    axis = this.node.attr("axis", 0) % len(this.dense.shape(0))
+    dense = [this.dense.out_shape(k)[axis] for k in range(len(this.node.outputs))]
+    sizes = [this.wanted[name][axis] for name in this.node.outputs]
+    if sizes == dense:
+        return None
+    if this.node.opset < 13:
+        return Edit(attrs={"split": tuple(sizes)})
+    return Edit(inputs={1: np.array(sizes, np.int64)}, attrs={"num_outputs": None})
+
+
+def _slices(node: OpNode) -> dict[int, slice] | None:
+    """{axis: slice}, or None where a bound is only known at run time."""
+    rank = len(node.shape(0))
+    if "starts" in node.attrs:
+        starts, ends = np.array(node.attrs["starts"]), np.array(node.attrs["ends"])
+        axes, steps = node.attr("axes"), None
+    else:
+        given = [node.const(k) for k in range(1, 5)]
+        if any(node.has(k) and given[k - 1] is None for k in range(1, 5)):
+            return None
+        starts, ends = np.atleast_1d(given[0]), np.atleast_1d(given[1])
+        axes, steps = given[2], given[3]
+    axes = np.arange(len(starts)) if axes is None else np.atleast_1d(np.array(axes)) % rank
+    steps = np.ones(len(starts), np.int64) if steps is None else np.atleast_1d(steps)
+    found = {}
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        size = node.shape(0)[int(axis)]
+        low = int(start) if step > 0 or start >= -size else -size - 1
+        stop: int | None = int(end)
+        if step < 0 and end < -size:  # numpy has no way to say "before the first" but None
+            stop = None
+        found[int(axis)] = slice(low, stop, int(step))
+    return found
+
+
+@rule("Slice")
+def slice_(node: OpNode) -> Iterable[Relation]:
+    """The output is a run of positions of the input along each sliced axis; the others pass through."""
+    before, after = node.shape(0), node.out_shape(0)
+    slices = _slices(node)
+    axes_known = "starts" in node.attrs or not node.has(3) or node.const(3) is not None
+    if slices is None and not axes_known:
+        return
+    touched = set(slices) if slices is not None else _sliced_axes(node)
+    left = ["_" if k in touched else f"a{k}" for k in range(len(before))]
+    yield Pattern(" ".join(left) + " -> " + " ".join(left))
+    for axis in sorted(touched):
+        if slices is None:
+            for name in (node.inputs[0], node.outputs[0]):
+                yield Freeze(name, axis, "Slice with bounds known only at run time")
+            continue
+        picked = np.arange(before[axis])[slices[axis]]
+        if len(picked) != after[axis]:
+            yield Freeze(node.inputs[0], axis, "Slice with bounds that depend on the input size")
+            yield Freeze(node.outputs[0], axis, "Slice with bounds that depend on the input size")
+        elif abs(slices[axis].step) != 1:
+            yield Freeze(node.inputs[0], axis, "Slice with a stride")
+            yield Freeze(node.outputs[0], axis, "Slice with a stride")
+        else:
+            yield Take(node.outputs[0], axis, node.inputs[0], axis, picked)
+
+
+def _sliced_axes(node: OpNode) -> set[int]:
+    rank = len(node.shape(0))
+    axes = node.const(3)
+    if axes is None:
+        bounds = node.shapes[node.inputs[1]]
+        return set(range(bounds[0] if bounds else 1))
+    return {int(axis) % rank for axis in np.atleast_1d(axes)}
+
+
+@resize("Slice", slots=(1, 2))
+def slice_bounds(this: Resizing) -> Edit | None:
+    """A bound becomes the number of survivors before it."""
+    node, dense = this.node, this.dense
+    slices = _slices(dense)
+    if slices is None:
+        return None
+    bounds = {}
+    for axis, cut in slices.items():
+        keep = this.keep(Axis(dense.inputs[0], axis))
+        if keep.all():
+            continue
+        picked = np.arange(len(keep))[cut]
+        kept = np.flatnonzero(keep[picked])
+        before = int(keep[: picked.min()].sum()) if len(picked) else 0
+        bounds[axis] = (before, before + len(kept)) if cut.step == 1 else (before + len(kept) - 1, before - 1)
+    if not bounds:
+        return None
+    axes = list(slices)
+    far = -(2**31)
+    old = [np.atleast_1d(np.array(node.attrs[name])) for name in ("starts", "ends")] if "starts" in node.attrs else [
+        np.atleast_1d(node.consts[node.inputs[k]]) for k in (1, 2)
+    ]
+    starts, ends = old[0].astype(np.int64).copy(), old[1].astype(np.int64).copy()
+    for axis, (start, end) in bounds.items():
+        starts[axes.index(axis)], ends[axes.index(axis)] = start, end if end >= 0 else far
+    if "starts" in node.attrs:
+        return Edit(attrs={"starts": tuple(starts.tolist()), "ends": tuple(ends.tolist())})
+    return Edit(inputs={1: starts, 2: ends})
+
+
+@rule("Gather", roles={1: "index"})
+def gather(node: OpNode) -> Iterable[Relation]:
+    """Data axes pass through around the indices' axes; constant indices pick positions, others freeze the axis."""
+    data, indices = node.shape(0), node.shape(1)
+    axis = node.attr("axis", 0) % len(data)
+    left = ["_" if k == axis else f"a{k}" for k in range(len(data))]
+    middle = [f"b{k}" for k in range(len(indices))]
+    constant = node.const(1)
+    picks = constant is not None and constant.ndim < 2
+    out = left[:axis] + (["_"] * len(middle) if picks else middle) + left[axis + 1 :]
+    inside = " ".join("_" if picks else name for name in middle)
+    yield Pattern(f"{' '.join(left)}, {inside} -> {' '.join(out)}")
+    if not picks or constant is None:
+        yield Freeze(node.inputs[0], axis, "Gather with indices known only at run time")
+        return
+    positions = constant.astype(np.int64) % data[axis]
+    if constant.ndim == 0:
+        yield Freeze(node.inputs[0], axis, "Gather picks this position by its number", positions.reshape(1))
+    else:
+        yield Take(node.outputs[0], axis, node.inputs[0], axis, positions)
+
+
+@resize("Gather", slots=(1,))
+def gather_indices(this: Resizing) -> Edit | None:
+    """Indices are renumbered over the survivors; those of removed positions go."""
+    rank = len(this.dense.shape(0))
+    axis = this.dense.attr("axis", 0) % rank
+    keep = this.keep(Axis(this.dense.inputs[0], axis))
+    constant = this.dense.const(1)
+    if keep.all() or constant is None:
+        return None
+    positions = constant.astype(np.int64) % len(keep)
+    renumbered: Positions = np.cumsum(keep) - 1
+    chosen = positions if constant.ndim == 0 else positions[keep[positions]]
+    return Edit(inputs={1: np.asarray(renumbered[chosen], dtype=constant.dtype)})
+
+
+def _pads(node: OpNode) -> Array | None:
+    """[2, rank] of begins and ends, or None where they are only known at run time."""
+    rank = len(node.shape(0))
+    given = np.array(node.attrs["pads"]) if "pads" in node.attrs else node.const(1)
+    if given is None:
+        return None
+    axes = node.const(3)
+    if node.has(3) and axes is None:
+        return None
+    pads = np.zeros((2, rank), np.int64)
+    pads[:, np.arange(rank) if axes is None else np.atleast_1d(axes) % rank] = given.reshape(2, -1)
+    return pads
+
+
+@rule("Pad", roles={2: "index"})
+def pad(node: OpNode) -> Iterable[Relation]:
+    """The input is a run of positions of the output where constants are added; other modes freeze a padded axis."""
+    before, pads = node.shape(0), _pads(node)
+    after = node.out_shape(0)
+    untouched = [(pads is not None and not pads[:, k].any()) for k in range(len(before))]
+    part = " ".join(f"a{k}" if same else "_" for k, same in enumerate(untouched))
+    yield Pattern(f"{part} -> {part}")
+    for k, same in enumerate(untouched):
+        if same:
+            continue
+        if pads is not None and node.attr("mode", "constant") == "constant" and (pads[:, k] >= 0).all():
+            yield Take(node.inputs[0], k, node.outputs[0], k, pads[0, k] + np.arange(before[k]))
+        else:
+            for name, size in ((node.inputs[0], before[k]), (node.outputs[0], after[k])):
+                if size > 1:
+                    yield Freeze(name, k, "Pad that is not a constant border of known width")
+
+
+@resize("Pad", slots=(1,))
+def pad_amounts(this: Resizing) -> Edit | None:
+    """A border shrinks to its survivors."""
+    dense, pads = this.dense, _pads(this.dense)
+    if pads is None:
+        return None
+    fresh = pads.copy()
+    for k, size in enumerate(dense.out_shape(0)):
+        keep: Mask = this.keep(Axis(dense.outputs[0], k))
+        if not keep.all() and pads[:, k].any():
+            fresh[0, k] = keep[: pads[0, k]].sum()
+            fresh[1, k] = keep[size - pads[1, k] :].sum() if pads[1, k] else 0
+    if np.array_equal(fresh, pads):
+        return None
+    axes = dense.const(3)
+    flat = fresh[:, np.arange(len(fresh[0])) if axes is None else np.atleast_1d(axes) % len(fresh[0])].reshape(-1)
+    return Edit(attrs={"pads": tuple(flat.tolist())}) if "pads" in dense.attrs else Edit(inputs={1: flat})
+
+
+frozen("DepthToSpace", "DepthToSpace weaves blocks of channels into space")
+frozen("SpaceToDepth", "SpaceToDepth weaves space into blocks of channels")
+frozen("Tile", "Tile repeats whole axes")

@@ -1,0 +1,176 @@
+"""The one place that changes a model: slice what is stored, resize what has its sizes written down.
+
+Every size follows from counting survivors. The result is inferred node by node and compared with those counts, so a
+wrong rule is caught here, with the name of the node, before anything runs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxprune import ops
+from onnxprune.dims import DimGraph, keep_of
+from onnxprune.errors import InternalError
+from onnxprune.infer import Facts, names, note_initializer, seed, step
+from onnxprune.model import Prepared, free_name, op_node, register
+from onnxprune.types import Array, Axis, Mask, OpNode, Shape, View
+
+
+def apply(prepared: Prepared, dims: DimGraph, view: View, alive: Mask) -> ir.Model:
+    """A smaller copy of the model in which only alive labels are left.
+
+    Raises InternalError, with the node as object, where a shape does not follow the survivor counts.
+    """
+    model = prepared.model.clone()
+    model.graph.meta.pop("names", None)
+
+    def keep(axis: Axis) -> Mask:
+        return keep_of(dims, alive, axis, view.shapes[axis.value][axis.index])
+
+    wanted = {
+        name: tuple(int(keep(Axis(name, k)).sum()) if size > 1 else size for k, size in enumerate(shape))
+        for name, shape in view.shapes.items()
+    }
+    _slice_initializers(model.graph, view, wanted, keep)
+    _resize_nodes(model, prepared, view, wanted, keep)
+    for node in model.graph:
+        for value in node.outputs:
+            if not value.is_graph_output():  # what exporters wrote down is stale now
+                value.shape, value.type = None, None
+    return model
+
+
+def _slice_initializers(graph: ir.Graph, view: View, wanted: Mapping[str, Shape], keep: ops.Callable) -> None:  # type: ignore[type-arg]
+    """Take the survivors of every initializer; readers that lose different positions get copies of their own."""
+    nodes = {str(node.outputs[0].name): node for node in graph}
+    variants: dict[str, dict[tuple[bytes, ...], list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name, stored in view.stored.items():
+        masks = tuple(keep(Axis(name, k)).tobytes() for k in range(len(stored.shape)))
+        variants[stored.initializer][masks].append(name)
+    for initializer, by_mask in variants.items():
+        value = graph.initializers[initializer]
+        others = sum(1 for _ in value.uses()) - sum(len(view.stored[n].uses) for ns in by_mask.values() for n in ns)
+        for aliases in by_mask.values():
+            stored = view.stored[aliases[0]]
+            if wanted[aliases[0]] == stored.shape:
+                continue
+            array = value.const_value.numpy() if value.const_value is not None else np.zeros(0)
+            for axis in range(len(stored.shape)):
+                mask = keep(Axis(aliases[0], axis))
+                if not mask.all():
+                    array = np.take(array, np.flatnonzero(mask), axis)
+            dtype = value.const_value.dtype if value.const_value is not None else None
+            if len(by_mask) == 1 and not others:
+                tensor = ir.Tensor(array, dtype=dtype, name=initializer)
+                value.const_value, value.shape = tensor, ir.Shape(array.shape)
+                continue
+            fresh_name = free_name(graph, initializer)
+            fresh = ir.Value(
+                name=fresh_name,
+                shape=ir.Shape(array.shape),
+                type=value.type,
+                const_value=ir.Tensor(array, dtype=dtype, name=fresh_name),
+            )
+            graph.register_initializer(fresh)
+            for alias in aliases:
+                for reader, k in view.stored[alias].uses:
+                    nodes[reader].replace_input_with(k, fresh)
+        if not value.uses() and not value.is_graph_output():
+            graph.initializers.pop(initializer)
+
+
+def _resize_nodes(model: ir.Model, prepared: Prepared, view: View, wanted: Mapping[str, Shape], keep: ops.Callable) -> None:  # type: ignore[type-arg]
+    """Walk the smaller graph; where sizes are written down in a node, write down the new ones."""
+    graph = model.graph
+    facts = seed(graph, prepared.sizes)
+    dense_nodes = {node.outputs[0]: node for node in view.nodes}
+    for node in list(graph):
+        dense = dense_nodes[str(node.outputs[0].name)]
+        opset = model.opset_imports.get(node.domain, 1)
+        resize = ops.resize_of(node.domain, node.op_type)
+        if resize is not None and all(name in dense.shapes for name in (*dense.inputs, *dense.outputs) if name):
+            alias = {k: name for k, name in enumerate(dense.inputs) if "\0" in name}
+            now = op_node(node, opset, facts, facts.small | facts.values, alias)
+            try:
+                edit = resize(ops.Resizing(_named(now, dense), dense, wanted, keep))
+            except KeyError as missing:
+                raise InternalError(f"the size in {missing} is not known", object=dense.name or dense.outputs[0]) from None
+            if edit is not None:
+                _edit(model, node, edit, facts, prepared.static)
+        step(facts, node, opset)
+        for name in dense.outputs:
+            if name in wanted and name in facts.shapes and facts.shapes[name] != wanted[name]:
+                raise InternalError(
+                    f"{node.op_type} gives {list(facts.shapes[name])} where {list(wanted[name])} survive",
+                    object=dense.name or dense.outputs[0],
+                )
+
+
+def _named(now: OpNode, dense: OpNode) -> OpNode:
+    """The node as it is now, under the names that its values have in the dense model."""
+    rename = dict(zip(now.inputs, dense.inputs, strict=False))
+    return OpNode(
+        now.name,
+        now.op_type,
+        now.domain,
+        now.opset,
+        now.attrs,
+        tuple(rename.get(name, name) for name in now.inputs),
+        now.outputs,
+        {rename.get(name, name): shape for name, shape in now.shapes.items()},
+        {rename.get(name, name): value for name, value in now.consts.items()},
+    )
+
+
+def _edit(model: ir.Model, node: ir.Node, edit: ops.Edit, facts: Facts, static: frozenset[str]) -> None:
+    """Write new sizes into a node: attributes, constants, or a correction of a size computed at run time."""
+    graph = model.graph
+    for key, value in edit.attrs.items():
+        if value is None:
+            node.attributes.pop(key, None)
+        elif isinstance(value, int):
+            node.attributes[key] = ir.AttrInt64(key, value)
+        else:
+            node.attributes[key] = ir.AttrInt64s(key, list(value))
+    for k, array in edit.inputs.items():
+        if k >= len(node.inputs):
+            node.resize_inputs(k + 1)
+        old = node.inputs[k]
+        name = str(old.name) if old is not None else ""
+        if old is None or name in static or old.is_initializer():
+            dtype = facts.values[name].dtype if name in facts.values else np.dtype(np.int64)
+            fresh = register(graph, name or f"{node.outputs[0].name}_sizes", array.astype(dtype))
+        else:
+            fresh = _corrected(model, node, old, facts, array)
+        if fresh.is_initializer():
+            note_initializer(facts, str(fresh.name), fresh)
+        node.replace_input_with(k, fresh)
+        if old is not None and old.is_initializer() and not old.uses():
+            graph.initializers.pop(str(old.name), None)
+
+
+def _corrected(model: ir.Model, node: ir.Node, old: ir.Value, facts: Facts, wanted: Array) -> ir.Value:
+    """old * wanted / now, elementwise: right at every value of the dynamic dimensions that `old` depends on."""
+    graph, now = model.graph, facts.values[str(old.name)]
+    changed = wanted != now
+    if now.shape != wanted.shape or (now[changed] == 0).any():
+        raise InternalError("a size computed at run time cannot follow the survivors", object=str(node.name))
+    times = register(graph, f"{old.name}_survivors", np.where(changed, wanted, 1).astype(now.dtype))
+    over = register(graph, f"{old.name}_dense", np.where(changed, now, 1).astype(now.dtype))
+    multiply = ir.node("Mul", [old, times])
+    divide = ir.node("Div", [multiply.outputs[0], over])
+    for fresh, tail in ((multiply, "scaled"), (divide, "sizes")):
+        fresh.outputs[0].name = free_name(graph, f"{old.name}_{tail}")
+        fresh.name = fresh.outputs[0].name
+    graph.insert_before(node, [multiply, divide])
+    for value in (times, over):
+        note_initializer(facts, str(value.name), value)
+    for fresh in (multiply, divide):
+        step(facts, fresh, model.opset_imports.get("", 1))
+    return divide.outputs[0]
+
+

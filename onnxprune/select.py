@@ -1,0 +1,101 @@
+"""Importance and a budget -> keep masks, rounded to what the backend likes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd
+
+import numpy as np
+
+from onnxprune.errors import ImpossibleError
+from onnxprune.types import Array, Group, Mask, Plan, Positions
+
+SLACK = 1.1  # `auto` takes a coarser multiple only while it keeps at most this many times what was asked
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Kept positions become multiples of `multiple` ("auto": 8, or less where 8 would undo the pruning)."""
+
+    multiple: int | None
+    min_keep: int = 1
+
+    def table(self, group: Group, floor: float) -> Positions:
+        """int64[units + 1]: how many units really go when r are to go; rises with r and never exceeds it."""
+        count = len(group.units)
+        least = min(count, max(self.min_keep, 1, int(np.ceil(floor * count))))
+        kept = np.maximum(count - np.arange(count + 1), least)
+        width = gcd(*(w for w in group.unit_positions)) or 1
+        chosen = np.full(count + 1, count)
+        for multiple in (8, 4, 2, 1) if self.multiple is None else (self.multiple,):
+            step = multiple // gcd(multiple, width)
+            rounded = -(-kept // step) * step
+            fits = (chosen == count) & (rounded <= count)
+            if self.multiple is None and multiple > 1:
+                fits &= rounded <= SLACK * kept
+            chosen = np.where(fits, rounded, chosen)
+        return np.asarray(np.maximum.accumulate(count - chosen), np.int64)
+
+
+def _keep(group: Group, order: Positions, goes: int) -> Mask:
+    keep = np.ones(len(group.units), np.bool_)
+    keep[order[:goes]] = False
+    return keep
+
+
+def by_ratio(groups: Sequence[Group], importance: Sequence[Array], ratio: float, rounding: Rounding) -> Plan:
+    """floor(ratio x n) units of every group go, least important first."""
+    keep = {}
+    for group, scores in zip(groups, importance, strict=True):
+        order = np.argsort(scores, kind="stable")
+        wish = int(np.floor(ratio * len(order) + 1e-9))
+        keep[group.id] = _keep(group, order, int(rounding.table(group, 0.0)[wish]))
+    return Plan(keep)
+
+
+def by_target(
+    groups: Sequence[Group],
+    priority: Sequence[Array],
+    floor: float,
+    rounding: Rounding,
+    targets: Mapping[str, float],
+    cost: Callable[[Mask], Mapping[str, float]],
+    labels: int,
+) -> Plan:
+    """The shortest run of units, in order of priority, without which every target is met.
+
+    `targets` and `cost` are in absolute numbers. Raises ImpossibleError, with what can be reached.
+    """
+    orders = [np.argsort(scores, kind="stable") for scores in priority]
+    tables = [rounding.table(group, floor) for group in groups]
+    rank = np.concatenate([np.zeros(0), *(scores[order] for scores, order in zip(priority, orders, strict=True))])
+    owner = np.concatenate([np.zeros(0, np.int64), *(np.full(len(o), k) for k, o in enumerate(orders))])
+    line = owner[np.argsort(rank, kind="stable")]
+
+    def plan(length: int) -> Plan:
+        wishes = np.bincount(line[:length].astype(np.int64), minlength=len(groups))
+        return Plan({g.id: _keep(g, o, int(t[w])) for g, o, t, w in zip(groups, orders, tables, wishes, strict=True)})
+
+    def missed(length: int) -> dict[str, float]:
+        reached = cost(alive_labels(groups, plan(length), labels))
+        return {metric: reached[metric] for metric, most in targets.items() if reached[metric] > most * (1 + 1e-9)}
+
+    if short := missed(len(line)):
+        dense = cost(np.ones(labels, np.bool_))
+        best = ", ".join(f"{metric}={value / dense[metric]:.3f} ({value:.4g})" for metric, value in short.items())
+        raise ImpossibleError(f"the target is out of reach; the least that can be reached is {best}")
+    low, high = -1, len(line)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if missed(middle) else (low, middle)
+    return plan(high)
+
+
+def alive_labels(groups: Sequence[Group], plan: Plan, labels: int) -> Mask:
+    """bool[labels]: what survives a plan; labels outside its groups do."""
+    alive = np.ones(labels, np.bool_)
+    for group in groups:
+        if group.id in plan.keep:
+            alive[group.units[~plan.keep[group.id]]] = False
+    return alive

@@ -1,0 +1,195 @@
+"""The nouns: frozen dataclasses without behaviour beyond looking things up in themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Positions = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+Shape = tuple[int, ...]
+
+
+class Axis(NamedTuple):
+    """One axis of one value: what gets coupled."""
+
+    value: str
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.value}:{self.index}"
+
+
+@dataclass(frozen=True)
+class OpNode:
+    """One node as a rule sees it. `shapes` are concrete: dynamic sizes stand at the probe's values."""
+
+    name: str
+    op_type: str
+    domain: str
+    opset: int
+    attrs: Mapping[str, Any]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    shapes: Mapping[str, Shape]
+    consts: Mapping[str, Array]
+
+    def attr(self, name: str, default: Any = None) -> Any:
+        """The attribute as a Python value, or `default`."""
+        return self.attrs.get(name, default)
+
+    def has(self, k: int) -> bool:
+        """Whether input `k` is connected."""
+        return k < len(self.inputs) and bool(self.inputs[k])
+
+    def shape(self, k: int = 0) -> Shape:
+        """Shape of input `k`; KeyError if it is unknown."""
+        return self.shapes[self.inputs[k]]
+
+    def out_shape(self, k: int = 0) -> Shape:
+        """Shape of output `k`; KeyError if it is unknown."""
+        return self.shapes[self.outputs[k]]
+
+    def const(self, k: int) -> Array | None:
+        """The value of input `k` where it is the same for every feed of the model, else None."""
+        return self.consts.get(self.inputs[k]) if self.has(k) else None
+
+
+# What a rule answers -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """How the axes of one node share dimensions, in axis notation.
+
+    The same letter is the same dimension; `(g o)` is a composite axis, outer atom first; `*` is every axis that is
+    left, kept whole; `...` are broadcast axes; `_` is an axis of which nothing is said here, `!` one that is frozen.
+    A letter that is missing on the right is summed over. Parts for absent optional inputs are skipped.
+    """
+
+    text: str
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    mixes: tuple[str, ...] = ()
+    batch: tuple[str, ...] = ()
+    avoid: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Take:
+    """`piece` is `positions` of `whole`, in order, along axis `piece_axis` and `whole_axis`."""
+
+    piece: str
+    piece_axis: int
+    whole: str
+    whole_axis: int
+    positions: Positions
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """These positions of an axis may not go (`positions` None: the whole axis; `axis` None: every axis)."""
+
+    value: str
+    axis: int | None
+    reason: str
+    positions: Positions | None = None
+
+
+Relation = Pattern | Take | Freeze
+
+
+# What coupling gives -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where the units of a group live in one initializer axis: position `positions[i]` belongs to unit `units[i]`.
+
+    `value` is the initializer as coupling names it, `initializer` as the file does; `readers` are (first output of
+    the node, input index) of those that see this slice, all of them unless `shared`. `slot` is the first reader's
+    operator and input, as in `BatchNormalization.1`.
+    """
+
+    value: str
+    initializer: str
+    readers: tuple[tuple[str, int], ...]
+    shared: bool
+    axis: int
+    positions: Positions
+    units: Positions
+    role: str
+    slot: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that touch the same axes; `units` are their labels.
+
+    `unit_positions` is how many positions one unit has on each axis that it touches (distinct counts, ascending).
+    """
+
+    id: int
+    kind: str
+    units: Positions
+    members: tuple[Member, ...]
+    mixing: tuple[str, ...]
+    unit_positions: tuple[int, ...]
+    nodes: tuple[str, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Removal is proven by zeroing: no position of these axes sees another."""
+        return not self.mixing
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """An initializer axis that stays, why, and how many parameters that initializer has."""
+
+    axis: Axis
+    reason: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays: a keep mask over the units of each group (True stays)."""
+
+    keep: Mapping[int, Mask]
+
+
+# What a model looks like to coupling -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An initializer as some of its readers see it; exporters merge equal tensors, and storage is not coupling.
+
+    `uses` (first output of the node, input index) names the readers when they are not all of them.
+    """
+
+    initializer: str
+    shape: Shape
+    dtype: str
+    role: str
+    slot: str
+    uses: tuple[tuple[str, int], ...]
+    shared: bool
+
+
+@dataclass(frozen=True)
+class View:
+    """A model as coupling sees it: nodes in topological order, concrete shapes, what is stored, what is fixed."""
+
+    nodes: tuple[OpNode, ...]
+    shapes: Mapping[str, Shape]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    stored: Mapping[str, Stored]
+    captured: frozenset[str]
+    dynamic: frozenset[Axis]

@@ -1,0 +1,204 @@
+"""The proof: the pruned model must compute what the dense one computes without the removed units.
+
+Without them means: every removed slice of a weight, bias, norm gain or norm shift at zero in the dense model as it
+was read. That holds exactly where units are only combined linearly or passed through per-unit functions.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxprune.errors import InternalError
+from onnxprune.model import free_name, lift_constants
+from onnxprune.types import Array, Group, Member, Plan
+
+ZEROED = frozenset({"weight", "bias", "norm"})
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+COARSEST = {"FLOAT16": "float16", "BFLOAT16": "bfloat16"}
+QUANTISED = 3e-2  # of the output's range: a few steps of eight bits
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One slice that went: positions of an initializer's axis, in the names and numbers of the file as it was read."""
+
+    initializer: str
+    axis: int
+    removed: tuple[int, ...]
+    role: str
+    group: int
+    uses: tuple[tuple[str, int], ...] | None = None
+
+    def entry(self) -> dict[str, Any]:
+        """As in the report."""
+        found: dict[str, Any] = asdict(self) | {"removed": list(self.removed)}
+        found["uses"] = [{"node": node, "input": k} for node, k in self.uses or ()]
+        if not self.uses:
+            del found["uses"]
+        return found
+
+
+def removals(groups: Iterable[Group], plan: Plan) -> list[Removal]:
+    """Everything that a plan removes; slices that all readers of a shared initializer lose are listed once."""
+    found: list[Removal] = []
+    shared: dict[tuple[str, int, int, tuple[int, ...], str], list[Member]] = {}
+    for group in groups:
+        keep = plan.keep.get(group.id)
+        if keep is None or keep.all():
+            continue
+        for member in group.members:
+            gone = tuple(sorted(member.positions[~keep[member.units]].tolist()))
+            if not gone:
+                continue
+            if member.shared:
+                shared.setdefault((member.initializer, member.axis, group.id, gone, member.role), []).append(member)
+            else:
+                found.append(Removal(member.initializer, member.axis, gone, member.role, group.id))
+    for (initializer, axis, group_id, gone, role), members in shared.items():
+        readers = tuple(sorted({reader for member in members for reader in member.readers}))
+        found.append(Removal(initializer, axis, gone, role, group_id, readers))
+    return sorted(found, key=lambda r: (r.group, r.initializer, r.axis, r.uses or ()))
+
+
+def reference(dense: ir.Model, gone: Iterable[Removal]) -> ir.Model:
+    """A copy of the dense model, as it was read, with the removed slices at zero (the zero point, for integers)."""
+    model = dense.clone()
+    graph = model.graph
+    graph.meta.pop("names", None)
+    lift_constants(graph)
+    nodes = {str(node.outputs[0].name): node for node in graph}
+    by_place: dict[tuple[str, tuple[tuple[str, int], ...] | None], list[Removal]] = {}
+    for removal in gone:
+        if removal.role not in ZEROED:
+            continue
+        readers = [removal.uses] if not removal.uses else [(use,) for use in removal.uses]
+        for use in readers:
+            by_place.setdefault((removal.initializer, use), []).append(removal)
+    for (name, uses), entries in by_place.items():
+        value = graph.initializers[name]
+        assert value.const_value is not None
+        array = np.array(value.const_value.numpy(), copy=True)
+        for removal in entries:
+            at = (slice(None),) * removal.axis + (list(removal.removed),)
+            array[at] = _zero(value, array, removal)[at] if array.dtype.kind in "iu" else 0
+        tensor = ir.Tensor(array, dtype=value.const_value.dtype, name=name)
+        if uses is None:
+            value.const_value = tensor
+            continue
+        for reader, k in uses:
+            own = free_name(graph, f"{name}_zeroed")
+            copy = ir.Value(
+                name=own,
+                shape=ir.Shape(array.shape),
+                type=value.type,
+                const_value=ir.Tensor(array, dtype=value.const_value.dtype, name=own),
+            )
+            graph.register_initializer(copy)
+            nodes[reader].replace_input_with(k, copy)
+    return model
+
+
+def _zero(value: ir.Value, array: Array, removal: Removal) -> Array:
+    """What zero is for a quantised weight: the zero point of the DequantizeLinear that reads it."""
+    for node, k in value.uses():
+        if node.op_type == "DequantizeLinear" and k == 0 and len(node.inputs) > 2 and node.inputs[2] is not None:
+            tensor = node.inputs[2].const_value
+            if tensor is not None:
+                point = tensor.numpy()
+                axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
+                shape = [1] * array.ndim
+                if point.ndim == 1 and point.size > 1:
+                    shape[axis] = point.size
+                return np.broadcast_to(point.reshape(shape), array.shape)
+    return np.zeros_like(array)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one output of the pruned model lies from the reference, relative to the reference's largest value."""
+
+    output: str
+    relative: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the difference is numerical noise."""
+        return self.relative <= self.tolerance
+
+
+def tolerance_of(model: ir.Model) -> float:
+    """What counts as noise, from the coarsest arithmetic in the model."""
+    if any(node.op_type.startswith(("QLinear", "QuantizeLinear", "DynamicQuantize")) for node in model.graph):
+        return QUANTISED
+    types = {value.const_value.dtype.name for value in model.graph.initializers.values() if value.const_value is not None}
+    types |= {value.dtype.name for node in model.graph for value in node.outputs if value.dtype is not None}
+    return max(TOLERANCE[COARSEST[t]] if t in COARSEST else TOLERANCE["float32"] for t in types | {"FLOAT"})
+
+
+def differ(wanted: Mapping[str, Array], found: Mapping[str, Array], tolerance: float) -> list[Difference]:
+    """Per output: max |a - b| / max |a| over finite values; for integers and flags the share that differs."""
+    rows = []
+    for name, a in wanted.items():
+        b = found[name]
+        if a.shape != b.shape:
+            rows.append(Difference(name, float("inf"), tolerance))
+        elif not np.issubdtype(a.dtype, np.number) and a.dtype.name != "bfloat16" or a.dtype.kind in "iu":
+            rows.append(Difference(name, float(np.mean(a != b)) if a.size else 0.0, 0.02))
+        else:
+            x, y = a.astype(np.float64), b.astype(np.float64)
+            finite = np.isfinite(x)
+            same = bool(np.array_equal(finite, np.isfinite(y)))
+            gap = float(np.abs(x - y)[finite].max(initial=0.0)) if same else float("inf")
+            scale = float(np.abs(x[finite]).max(initial=0.0))
+            rows.append(Difference(name, gap / max(scale, 1e-12) if gap else 0.0, tolerance))
+    return rows
+
+
+Run = Callable[[str, Sequence[Mapping[str, Array]]], list[dict[str, Array]]]
+
+
+def compare(dense: ir.Model, pruned: ir.Model, feeds: Sequence[Mapping[str, Array]], run: Run) -> list[Difference]:
+    """Run both on the same feeds; the largest difference of each output."""
+    with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+        results = []
+        for name, model in (("reference", dense), ("pruned", pruned)):
+            path = Path(folder) / f"{name}.onnx"
+            ir.save(model, path, external_data=f"{name}.data")
+            results.append(run(str(path), feeds))
+    tolerance = tolerance_of(dense)
+    worst: dict[str, Difference] = {}
+    for wanted, found in zip(*results, strict=True):
+        for row in differ(wanted, found, tolerance):
+            if row.output not in worst or not row.relative <= worst[row.output].relative:
+                worst[row.output] = row
+    return list(worst.values())
+
+
+def blame(suspects: Sequence[int], holds: Callable[[frozenset[int]], bool]) -> frozenset[int]:
+    """The groups of `suspects` whose removal, each by itself or in halves, breaks the proof; never empty."""
+    guilty: set[int] = set()
+    pending = [tuple(suspects)]
+    while pending:
+        part = pending.pop()
+        if holds(frozenset(part)):
+            continue
+        if len(part) == 1:
+            guilty.add(part[0])
+            continue
+        middle = len(part) // 2
+        halves = (part[:middle], part[middle:])
+        if all(holds(frozenset(half)) for half in halves):  # only together: neither may go
+            guilty.update(part)
+        else:
+            pending += halves
+    if not guilty:
+        raise InternalError("the proof fails, but no group is to blame")
+    return frozenset(guilty)

@@ -1,0 +1,1 @@
+"""Criteria and allocators, one file each; found by the entry points in setup.cfg."""

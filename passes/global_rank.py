@@ -1,0 +1,33 @@
+"""One ranking over all groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnxprune.types import Array
+
+
+@dataclass(frozen=True)
+class GlobalRank:
+    """One ranking over all groups by importance / cost^power; `floor` of each group always stays.
+
+    Source: METHODS C2 and B2 (the guard against collapsed layers). power=0 ranks by importance alone, 1 by importance
+    for each unit of cost; costs are shares of the model, relative to the mean over all units.
+    """
+
+    power: float = 0.5
+    floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor < 1 or not 0 <= self.power <= 4:
+            raise ValueError("global-rank: floor lies in [0, 1), power in [0, 4]")
+
+    def priority(self, importance: Sequence[Array], cost: Array) -> list[Array]:
+        """float64[units] for each group, lower goes first."""
+        units = np.array([len(scores) for scores in importance])
+        mean = float((cost * units).sum() / units.sum()) or 1.0
+        weight = np.maximum(cost / mean, 1e-6) ** self.power
+        return [scores / w for scores, w in zip(importance, weight, strict=True)]
