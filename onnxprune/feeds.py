@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from onnxprune.errors import ImpossibleError
+from onnxprune.errors import ImpossibleError, InputError
 from onnxprune.infer import true_inputs
 from onnxprune.types import Array, Shape
 
@@ -61,3 +61,62 @@ def random_feed(graph: ir.Graph, shapes: Mapping[str, Shape], seed: int) -> dict
             drawn = rng.standard_normal(shape)
         feed[name] = drawn.astype(kind)
     return feed
+
+
+BATCH = 32  # samples in one feed where the batch is dynamic
+
+
+def batches(
+    graph: ir.Graph, arrays: Mapping[str, Array], file: str, batch: int = BATCH
+) -> list[dict[str, Array]]:
+    """Feeds from stacked samples: one array for each graph input, samples along axis 0.
+
+    An array of exactly the input's fixed shape stands for all samples. Raises InputError where arrays and inputs
+    do not match.
+    """
+    inputs = {str(value.name): value for value in true_inputs(graph)}
+    if set(arrays) == {""} and len(inputs) == 1:
+        arrays = {next(iter(inputs)): arrays[""]}
+    constant: dict[str, Array] = {}
+    stacked: dict[str, Array] = {}
+    for name, value in inputs.items():
+        if name not in arrays:
+            raise InputError(f"no array for graph input '{name}'; it has {', '.join(arrays) or 'none'}", file=file)
+        array = _typed(arrays[name], value, file)
+        dims = [int(d) if isinstance(d, int) and d > 0 else None for d in value.shape or ()]
+        if array.ndim != len(dims) or any(d not in (None, s) for d, s in zip(dims[1:], array.shape[1:], strict=True)):
+            raise InputError(f"shape {list(array.shape)} does not fit {value.shape}", file=file, object=name)
+        if None not in dims and array.shape == tuple(dims):
+            constant[name] = array
+        elif not dims:
+            constant[name] = array
+        else:
+            stacked[name] = array
+            if dims[0] is not None:
+                batch = min(batch, dims[0])
+    counts = {name: len(array) for name, array in stacked.items()}
+    if len(set(counts.values())) > 1:
+        raise InputError(f"arrays hold different numbers of samples: {counts}", file=file)
+    if not stacked:
+        return [constant]
+    count = next(iter(counts.values()))
+    fixed = {int(v.shape[0]) for n, v in inputs.items() if n in stacked and isinstance(v.shape[0], int) and v.shape[0]}  # type: ignore[index]
+    if fixed:
+        if len(fixed) > 1 or count % (batch := fixed.pop()):
+            raise InputError(f"{count} samples do not fill batches of {batch}", file=file)
+    if not count:
+        raise InputError("it holds no samples", file=file)
+    return [
+        constant | {name: array[start : start + batch] for name, array in stacked.items()}
+        for start in range(0, count, batch)
+    ]
+
+
+def _typed(array: Array, value: ir.Value, file: str) -> Array:
+    """The array in the input's type; kinds of numbers are never mixed."""
+    assert value.dtype is not None
+    kind = value.dtype.numpy()
+    floats = (np.issubdtype(kind, np.floating) or kind.name == "bfloat16", np.issubdtype(array.dtype, np.floating))
+    if floats[0] != floats[1] and array.dtype != kind:
+        raise InputError(f"has type {array.dtype.name} where {kind.name} is needed", file=file, object=str(value.name))
+    return array.astype(kind, copy=False)

@@ -1,0 +1,112 @@
+"""verify: the proof repeated from a report and two files, trusting neither the run nor the tool's own state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxprune import report as reports
+from onnxprune import storage
+from onnxprune import verify as proof
+from onnxprune.errors import ImpossibleError, InputError
+from onnxprune.infer import names
+from onnxprune.pipeline import Analysis, Options, Prover
+from onnxprune.rewrite import apply
+from onnxprune.types import Axis, Mask, Shape
+from onnxprune.worker import Worker
+
+
+def verify(dense: str, pruned: str, plan: str, input_shape: Mapping[str, Shape], seed: int) -> dict[str, Any]:
+    """Apply the plan to DENSE, prove that, and check that PRUNED is the same up to the repaired values.
+
+    Raises ImpossibleError (a gate that fails) with the object at fault.
+    """
+    report = reports.read(storage.read_bytes(plan), Path(plan).name)
+    analysis = Analysis(dense, input_shape)
+    small, _ = storage.read_model(pruned)
+    removals = [
+        proof.Removal(
+            row.initializer,
+            row.axis,
+            tuple(row.removed),
+            row.role,
+            row.group,
+            tuple((use.node, use.input) for use in row.uses) if row.uses else None,
+        )
+        for row in report.removed
+    ]
+    alive = _alive(analysis, removals, Path(plan).name)
+    rebuilt = apply(analysis.prepared, analysis.dims, analysis.view, alive)
+    with Worker() as worker:
+        prover = Prover(analysis, Options(seed=seed), [])
+        prover.check_dense(worker)
+        differences = prover.prove(worker, rebuilt, removals)
+    for row in differences:
+        if not row.holds:
+            raise ImpossibleError(f"differs from the dense model without the removed units by {row.relative:.2e}",
+                                  file=Path(pruned).name, object=f"output '{row.output}'")  # fmt: skip
+    _same(rebuilt, small, frozenset(report.repaired), Path(pruned).name)
+    return {"proven": True, "inputs": len(prover.feeds), "differences": [asdict(d) for d in differences]}
+
+
+def _alive(analysis: Analysis, removals: Iterable[proof.Removal], file: str) -> Mask:
+    """bool[labels] from the listed slices. Raises ImpossibleError where a unit is listed in part."""
+    alive = np.ones(analysis.labels, np.bool_)
+    listed: dict[tuple[str, int], set[int]] = {}
+    readers = {
+        name: [value for value, stored in analysis.view.stored.items() if stored.initializer == name]
+        for name in {r.initializer for r in removals}
+    }
+    for removal in removals:
+        values = [
+            value
+            for value in readers[removal.initializer]
+            if removal.uses is None or set(analysis.view.stored[value].uses) & set(removal.uses)
+        ]
+        if not values:
+            raise InputError("no such initializer in the dense model", file=file, object=removal.initializer)
+        for value in values:
+            labels = analysis.dims.labels_of(Axis(value, removal.axis))
+            if labels is None or max(removal.removed, default=0) >= len(labels):
+                raise InputError(f"axis {removal.axis} has no such positions", file=file, object=removal.initializer)
+            listed.setdefault((value, removal.axis), set()).update(removal.removed)
+            alive[labels[list(removal.removed)]] = False
+    frozen = np.flatnonzero(~alive & (analysis.dims.frozen >= 0))
+    if len(frozen):
+        raise ImpossibleError(f"removes positions that stay: {analysis.dims.reason(int(frozen[0]))}", file=file)
+    for value, stored in analysis.view.stored.items():
+        for axis in range(len(stored.shape)):
+            labels = analysis.dims.labels_of(Axis(value, axis))
+            gone = set() if labels is None else set(np.flatnonzero(~alive[labels]).tolist())
+            if gone != listed.get((value, axis), set()):
+                raise ImpossibleError("not every slice of a removed unit is listed", file=file, object=stored.initializer)
+    return alive
+
+
+def _same(rebuilt: ir.Model, pruned: ir.Model, repaired: frozenset[str], file: str) -> None:
+    """Raise ImpossibleError unless nodes, names, shapes and all values but the repaired ones agree."""
+    a, b = rebuilt.graph, pruned.graph
+    if [_node(n) for n in a] != [_node(n) for n in b]:
+        raise ImpossibleError("its nodes are not those that the plan gives", file=file)
+    for mine, theirs in ((a.inputs, b.inputs), (a.outputs, b.outputs)):
+        if [(v.name, str(v.shape), v.dtype) for v in mine] != [(v.name, str(v.shape), v.dtype) for v in theirs]:
+            raise ImpossibleError("its inputs and outputs are not those of the dense model", file=file)
+    if set(a.initializers) != set(b.initializers):
+        odd = sorted(set(a.initializers) ^ set(b.initializers))[0]
+        raise ImpossibleError("an initializer that the plan does not give, or lacks", file=file, object=odd)
+    for name, value in a.initializers.items():
+        x, y = value.const_value, b.initializers[name].const_value
+        if x is None or y is None or tuple(x.shape) != tuple(y.shape) or x.dtype != y.dtype:
+            raise ImpossibleError("its shape or type is not what the plan gives", file=file, object=name)
+        if name not in repaired and x.tobytes() != y.tobytes():
+            raise ImpossibleError("its values changed, and it is not listed as repaired", file=file, object=name)
+
+
+def _node(node: ir.Node) -> tuple[object, ...]:
+    attributes = sorted((k, str(a.value)) for k, a in node.attributes.items() if isinstance(a, ir.Attr))
+    return (node.domain, node.op_type, names(node.inputs), names(node.outputs), attributes)

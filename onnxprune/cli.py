@@ -1,0 +1,450 @@
+"""The command line: parse, call, print. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxprune.errors import ImpossibleError, InputError, InternalError, MachineError, PruneError, shown
+
+if TYPE_CHECKING:
+    from onnxprune.pipeline import Analysis
+
+Command = Callable[..., Any]
+
+
+def say(text: str = "") -> None:
+    """A line of result."""
+    click.echo(text)
+
+
+def warn(text: str) -> None:
+    """A warning on stderr."""
+    click.echo(f"warning: {text}", err=True)
+
+
+def fail(error: PruneError, as_json: bool) -> None:
+    """One line on stderr; with --json the error object is all of stdout."""
+    if as_json:
+        click.echo(json.dumps(error.fields()))
+    parts = (shown(p) if p is error.object else str(p) for p in (error.file, error.object, error.message) if p)
+    line = " ".join("onnxprune: error: {}".format(": ".join(parts)).split())
+    click.echo(line[:2000], err=True)
+
+
+class Verbs(click.Group):
+    """A group whose failures are one line and an exit code, whatever goes wrong."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run; click's own usage errors become ours."""
+        given = sys.argv[1:] if not args and kwargs.get("args") is None else list((args and args[0]) or kwargs["args"])
+        as_json = "--json" in given
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+            raise SystemExit(code if isinstance(code, int) else 0)
+        except PruneError as error:
+            fail(error, as_json)
+            raise SystemExit(error.code) from None
+        except click.exceptions.Abort:
+            click.echo("onnxprune: interrupted", err=True)
+            raise SystemExit(130) from None
+        except KeyboardInterrupt:
+            click.echo("onnxprune: interrupted", err=True)
+            raise SystemExit(130) from None
+        except click.ClickException as error:
+            fail(InputError(error.format_message().replace("\n", " ")), as_json)
+            raise SystemExit(2) from None
+        except MemoryError:
+            fail(MachineError("out of memory"), as_json)
+            raise SystemExit(4) from None
+        except OSError as error:
+            fail(MachineError(error.strerror or str(error), file=error.filename or ""), as_json)
+            raise SystemExit(4) from None
+        except Exception as error:
+            if "--debug" in given:
+                traceback.print_exc()
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            fail(InternalError(f"{text}; this is a bug, please report it (--debug shows where)"), as_json)
+            raise SystemExit(5) from None
+
+
+def _terminated(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="onnxprune")
+def main() -> None:
+    """Make exported neural networks smaller and really faster, and prove what was removed."""
+    signal.signal(signal.SIGTERM, _terminated)
+
+
+def common(command: Command) -> Command:
+    """Options that every verb has."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Results as one JSON object on stdout.")
+    @click.option("--debug", is_flag=True, help="Show where an internal error happened.")
+    @click.option("-v", "--verbose", is_flag=True, help="Say more.")
+    @click.option("-q", "--quiet", is_flag=True, help="Print results only.")
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("debug")
+        return command(*args, **kwargs)
+
+    return wrapped
+
+
+def shapes_option(command: Command) -> Command:
+    """--input-shape."""
+    return click.option(
+        "--input-shape", multiple=True, metavar="NAME:1x3x224x224", help="Fix a dynamic input for cost and calibration."
+    )(command)
+
+
+def parse_shapes(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """{input: shape} from NAME:1x3x224x224, NAME:[1,3,224,224] or NAME:1,3,224,224."""
+    found = {}
+    for text in texts:
+        name, colon, sizes = text.rpartition(":")
+        parts = re.split(r"[x,]", sizes.strip().strip("[]()"))
+        if not colon or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+            raise InputError("expected NAME:1x3x224x224", object=f"--input-shape {text}")
+        found[name] = tuple(int(part) for part in parts)
+    return found
+
+
+def parse_targets(texts: tuple[str, ...]) -> list[dict[str, str]]:
+    """Targets of each variant: METRIC=VALUE, repeatable; one metric may list several values for a family."""
+    variants: list[dict[str, str]] = [{}]
+    for text in texts:
+        metric, equals, values = text.partition("=")
+        listed = [value.strip() for value in values.split(",")]
+        if not equals or not all(listed):
+            raise InputError("expected METRIC=VALUE, as in macs=0.5", object=f"--target {text}")
+        if metric in variants[0]:
+            raise InputError("this metric has a target already", object=f"--target {text}")
+        if len(listed) > 1 and len(variants) > 1:
+            raise InputError("only one metric may list several values", object=f"--target {text}")
+        variants = [{**variant, metric: value} for variant in variants for value in listed]
+    return variants
+
+
+@contextmanager
+def stages(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr that names the stage, on a terminal only."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda stage: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("start")
+        yield lambda stage: bar.update(task, description=stage)
+
+
+def table(title: str, columns: list[str], rows: list[tuple[object, ...]]) -> None:
+    """A table on stdout; numbers lean right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(title=title or None, title_justify="left", box=None, header_style="bold")
+    for k, name in enumerate(columns):
+        right = bool(rows) and all(re.fullmatch(r"-?[\d,.%e+]*", str(row[k])) for row in rows)
+        drawn.add_column(name, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(str(cell).replace("[", "\\[") for cell in row))
+    width = None if sys.stdout.isatty() else 140
+    Console(width=width, highlight=False).print(drawn)
+
+
+@main.command()
+@click.argument("model")
+@click.option("-o", "--output", metavar="PATH", help="Where to write; {target} stands for each target of a family.")
+@click.option("--ratio", type=float, help="Share of the units of every group that goes, 0 <= R < 1.")
+@click.option("--target", multiple=True, metavar="METRIC=VALUE", help="macs, params or size: share that stays, or 40MB.")
+@click.option("--remove", default="channels,heads", show_default=True, help="Kinds of unit, comma separated, or all.")
+@click.option("--approximate", is_flag=True, help="Consent to touch groups whose positions mix.")
+@click.option("--criterion", default="mag", show_default=True, metavar="NAME[,key=value]", help="Importance.")
+@click.option("--allocate", metavar="NAME[,key=value]", help="How the budget is spread.  [default: global-rank]")
+@click.option("--calibration", metavar="PATH", help=".npz, .npy or a folder: unlabelled inputs.")
+@click.option("--evaluation", metavar="PATH", help=".npz with held-out inputs, and labels.")
+@click.option("--metric", help="accuracy, agreement, cosine or relative-error.")
+@click.option("--round-to", default="auto", show_default=True, metavar="N", help="Keep multiples of N positions.")
+@click.option("--ignore", multiple=True, metavar="GLOB", help="Nodes or initializers whose units stay.")
+@click.option("--min-keep", type=int, default=1, show_default=True, help="Fewest units left in a group.")
+@shapes_option
+@click.option("--backend", default="cpu", show_default=True, help="Where latency is measured.")
+@click.option("--no-measure", is_flag=True, help="Do not measure latency.")
+@click.option("--report", "reports_", multiple=True, metavar="PATH", help="Report as .json or .md.")
+@click.option("--strict", is_flag=True, help="Fail if an operator has no rule.")
+@click.option("--unproven", is_flag=True, help="Write even what ONNX Runtime cannot run.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--threads", type=int, default=1, show_default=True)
+@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds that one execution may take.")
+@click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@common
+def prune(model: str, **given: Any) -> None:
+    """Score, select, remove, prove, measure and write."""
+    from onnxprune import pipeline
+    from onnxprune import report as reports
+    from onnxprune.storage import check_output, write_text
+
+    if given["output"] is None:
+        raise InputError("say where to write with -o", object="prune")
+    variants = [
+        pipeline.Options(
+            ratio=given["ratio"],
+            target=target,
+            remove=tuple(kind.strip() for kind in given["remove"].split(",")),
+            measure=not given["no_measure"],
+            input_shape=parse_shapes(given["input_shape"]),
+            seconds=given["timeout"],
+            **{
+                k: given[k]
+                for k in (
+                    "approximate", "criterion", "allocate", "calibration", "evaluation", "metric", "round_to", "ignore",
+                    "min_keep", "backend", "strict", "unproven", "seed", "threads", "dry_run", "force",
+                )  # fmt: skip
+            },
+        )
+        for target in parse_targets(given["target"])
+    ]
+    outputs = _outputs(given["output"], variants)
+    for path in given["reports_"]:
+        if Path(path).suffix not in (".json", ".md"):
+            raise InputError("a report ends in .json or .md", object=f"--report {path}")
+        check_output(path, None, force=True)
+    with stages(given["quiet"]) as progress:
+        results = pipeline.family(model, outputs, variants, progress=progress, command=sys.argv[1:])
+    for result, variant in zip(results, variants, strict=True):
+        for path in given["reports_"]:
+            name = Path(path.replace("{target}", _label(variant)))
+            text = reports.to_json(result.report) if name.suffix == ".json" else reports.to_markdown(result.report)
+            write_text(name, text)
+        for text in result.report.warnings:
+            warn(text)
+    if given["as_json"]:
+        data = [result.report.data() for result in results]
+        say(json.dumps(data[0] if len(data) == 1 else {"family": data}))
+        return
+    for result, output in zip(results, outputs, strict=True):
+        what = "would write" if given["dry_run"] else "wrote"
+        table(f"{what} {shown(output)}", ["", "dense", "pruned", "ratio"], [*reports.table(result.report)])
+        if given["dry_run"] or given["verbose"]:
+            _print_groups([(g.id, g.kind, g.before, g.after) for g in result.report.groups], result.report.frozen)
+        proof = result.report.verification
+        worst = max((d["relative"] for d in proof.differences), default=0.0)
+        say(f"proven on {proof.inputs} inputs: largest relative difference {worst:.1e}" if proof.proven else "UNPROVEN")
+
+
+def _print_groups(rows: list[tuple[object, ...]], frozen: list[Any]) -> None:
+    table("groups", ["group", "kind", "units", "left"], rows)
+    _print_frozen([(f.axis, f.reason, f.parameters) for f in frozen])
+
+
+def _print_frozen(rows: list[tuple[str, str, int]]) -> None:
+    """Reasons by how many parameters they hold back."""
+    reasons: dict[str, tuple[int, int, str]] = {}
+    for axis, reason, parameters in rows:
+        count, total, first = reasons.get(reason, (0, 0, axis))
+        reasons[reason] = (count + 1, total + parameters, first)
+    ordered = sorted(reasons.items(), key=lambda item: -item[1][1])
+    table(
+        "stays",
+        ["reason", "axes", "parameters", "for example"],
+        [(shown(reason), count, f"{total:,}", shown(first)) for reason, (count, total, first) in ordered],
+    )
+
+
+def _label(variant: Any) -> str:
+    return "_".join(f"{k}-{v}" for k, v in variant.target.items()) or f"ratio-{variant.ratio}"
+
+
+def _outputs(text: str, variants: list[Any]) -> list[str]:
+    if len(variants) > 1 and "{target}" not in text:
+        raise InputError("several targets need {target} in the output's name", object=f"-o {text}")
+    return [text.replace("{target}", _label(variant)) for variant in variants]
+
+
+@main.command()
+@click.argument("model")
+@shapes_option
+@common
+def inspect(model: str, input_shape: tuple[str, ...], as_json: bool, verbose: bool, quiet: bool) -> None:
+    """What a model is, what can be removed, what stays and why."""
+    from onnxprune import pipeline
+
+    analysis = pipeline.Analysis(model, parse_shapes(input_shape))
+    cost = pipeline.cost_of(analysis.dense, analysis.given, analysis.source.bytes)
+    frozen = analysis.frozen([g for g in analysis.groups if g.exact])
+    if as_json:
+        say(json.dumps(_inspected(analysis, cost, frozen)))
+        return
+    say(f"{shown(analysis.source.path)}: {cost.params:,} parameters, {cost.macs:,} MACs, {cost.bytes:,} bytes")
+    table(
+        "groups",
+        ["group", "kind", "units", "exact", "nodes"],
+        [(g.id, g.kind, len(g.units), "exact" if g.exact else "mixing", shown(", ".join(g.nodes))) for g in analysis.groups],
+    )
+    _print_frozen([(str(f.axis), f.reason, f.parameters) for f in frozen])
+
+
+def _inspected(analysis: Analysis, cost: Any, frozen: list[Any]) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "model": {"path": str(analysis.source.path), "sha256": analysis.source.sha256, **asdict(cost)},
+        "sizes": dict(analysis.prepared.sizes),
+        "groups": [
+            {
+                "id": g.id,
+                "kind": g.kind,
+                "exact": g.exact,
+                "units": len(g.units),
+                "mixing": list(g.mixing),
+                "nodes": list(g.nodes),
+                "members": [{"initializer": m.initializer, "axis": m.axis, "role": m.role} for m in g.members],
+            }
+            for g in analysis.groups
+        ],
+        "frozen": [{"axis": str(f.axis), "reason": f.reason, "parameters": f.parameters} for f in frozen],
+        "unknown": dict(analysis.dims.relations.unknown),
+    }
+
+
+@main.command()
+@click.argument("model")
+@click.argument("a")
+@click.argument("b")
+@common
+def explain(model: str, a: str, b: str, as_json: bool, verbose: bool, quiet: bool) -> None:
+    """The shortest chain of ops that couples two axes, VALUE:AXIS each, or why there is none."""
+    from onnxprune import pipeline
+
+    analysis = pipeline.Analysis(model)
+    chain, reasons = pipeline.explain(analysis, a, b)
+    if as_json:
+        steps = [{"from": str(x), "op": op, "to": str(y)} for x, op, y in chain or ()]
+        say(json.dumps({"coupled": chain is not None, "steps": steps, "frozen": reasons}))
+        return
+    if chain is None:
+        say(f"not coupled: no chain of ops connects {shown(a)} and {shown(b)}")
+    for x, op, y in chain or ():
+        say(f"{shown(x)}  --[{shown(op)}]--  {shown(y)}")
+    for axis, reason in reasons.items():
+        say(f"{shown(axis)} stays: {shown(reason)}")
+
+
+@main.command()
+@click.argument("dense")
+@click.argument("pruned")
+@click.option("--evaluation", metavar="PATH", help=".npz with inputs, and labels.")
+@click.option("--metric", help="accuracy, agreement, cosine or relative-error.")
+@click.option("--max-relative-error", type=float, metavar="X", help="Fail (exit 3) above this output difference.")
+@shapes_option
+@click.option("--seed", type=int, default=0, show_default=True)
+@common
+def compare(dense: str, pruned: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) -> None:
+    """Output differences between two models, and task quality where there are labels."""
+    from onnxprune import pipeline
+
+    found = pipeline.compare_models(
+        dense, pruned, given["evaluation"], given["metric"], parse_shapes(given["input_shape"]), given["seed"]
+    )
+    limit = given["max_relative_error"]
+    if limit is not None and not limit >= 0:
+        raise InputError("a number of at least 0", object="--max-relative-error")
+    if as_json:
+        say(json.dumps(found))
+    else:
+        rows = []
+        for name, value in found.items():
+            if isinstance(value, dict):
+                rows.append((name, f"{value['dense']:.6g}", f"{value['pruned']:.6g}"))
+            else:
+                rows.append((name, "", f"{value:.6g}" if isinstance(value, float) else str(value)))
+        table("", ["", "dense", "pruned"], [*rows])
+    if limit is not None and found["relative-error"] > limit:
+        message = f"relative error {found['relative-error']:.4g} is above {limit:g}"
+        if as_json:
+            click.echo(f"onnxprune: error: {shown(pruned)}: {message}", err=True)
+            raise SystemExit(ImpossibleError.code)
+        raise ImpossibleError(message, file=pruned)
+
+
+@main.command()
+@click.argument("dense")
+@click.argument("pruned")
+@click.option("--plan", required=True, metavar="REPORT", help="The JSON report of the run that wrote PRUNED.")
+@shapes_option
+@click.option("--seed", type=int, default=0, show_default=True)
+@common
+def verify(dense: str, pruned: str, plan: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) -> None:
+    """Repeat the proof from the report, without trusting the run that wrote it."""
+    from onnxprune import audit
+
+    found = audit.verify(dense, pruned, plan, parse_shapes(given["input_shape"]), given["seed"])
+    if as_json:
+        say(json.dumps(found))
+    else:
+        table("proven", ["output", "relative difference", "tolerance"],
+              [(shown(d["output"]), f"{d['relative']:.1e}", f"{d['tolerance']:.0e}") for d in found["differences"]])  # fmt: skip
+
+
+@main.command()
+@click.argument("models", nargs=-1, required=True)
+@click.option("--backend", default="cpu", show_default=True)
+@click.option("--threads", type=int, default=1, show_default=True)
+@click.option("--rounds", type=int, default=30, show_default=True)
+@click.option("--seconds", type=float, default=20.0, show_default=True, help="Most time to spend.")
+@shapes_option
+@common
+def measure(models: tuple[str, ...], as_json: bool, verbose: bool, quiet: bool, **given: Any) -> None:
+    """Latency of one or more models, interleaved, with spread; ratios to the first."""
+    from dataclasses import asdict
+
+    from onnxprune import pipeline
+
+    rows = pipeline.measure_models(
+        models, parse_shapes(given["input_shape"]), given["backend"], given["threads"], given["rounds"], given["seconds"]
+    )
+    ratios = [row.cpu_ms / rows[0].cpu_ms if rows[0].cpu_ms else float("nan") for row in rows]
+    if as_json:
+        data = [{"path": m, **asdict(r), "ratio": q} for m, r, q in zip(models, rows, ratios, strict=True)]
+        say(json.dumps({"models": data}))
+        return
+    table(
+        f"{rows[0].backend}, {rows[0].threads} thread(s), {rows[0].rounds} rounds",
+        ["model", "CPU ms", "wall ms", "spread", "ratio"],
+        [
+            (shown(m), f"{r.cpu_ms:.3f}", f"{r.wall_ms:.3f}", f"{r.spread:.1%}", f"{q:.3f}")
+            for m, r, q in zip(models, rows, ratios, strict=True)
+        ],
+    )
+
+
+@main.command("list")
+@click.argument("what", type=click.Choice(["criteria", "allocators", "reconstructors", "passes", "backends", "ops"]))
+@common
+def list_(what: str, as_json: bool, verbose: bool, quiet: bool) -> None:
+    """What is installed, with one line of help each."""
+    from onnxprune import catalogue
+
+    rows = catalogue.rows(what)
+    if as_json:
+        say(json.dumps({what: [{"name": name, "help": text} for name, text in rows]}))
+        return
+    table("", ["name", "help"], [*rows])

@@ -1,0 +1,676 @@
+"""prune(): load -> fold -> relate -> couple -> group -> score -> select -> rewrite -> verify -> measure -> save."""
+
+from __future__ import annotations
+
+import fnmatch
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxprune import feeds, plugin, quality, storage, verify
+from onnxprune import measure as latency
+from onnxprune import report as reports
+from onnxprune import select as selection
+from onnxprune.cost import Cost, Costs
+from onnxprune.dims import DimGraph, couple
+from onnxprune.errors import ImpossibleError, InputError, InternalError, PruneError
+from onnxprune.groups import find_frozen, find_groups
+from onnxprune.infer import cost_sizes, infer
+from onnxprune.model import Prepared, input_sizes, prepare, view
+from onnxprune.rewrite import apply
+from onnxprune.runtime import ort
+from onnxprune.types import Array, Frozen, Group, Mask, Plan, Shape, View
+from onnxprune.worker import Worker
+
+KINDS = ("channels", "heads", "head-dim", "width", "experts", "layers")
+METRICS = ("macs", "params", "size", "latency")
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `prune` may be told; the defaults are the command line's."""
+
+    ratio: float | None = None
+    target: Mapping[str, float | str] = field(default_factory=dict)
+    remove: tuple[str, ...] = ("channels", "heads")
+    approximate: bool = False
+    criterion: str = "mag"
+    allocate: str | None = None
+    calibration: str | None = None
+    evaluation: str | None = None
+    metric: str | None = None
+    round_to: int | str = "auto"
+    ignore: tuple[str, ...] = ()
+    min_keep: int = 1
+    input_shape: Mapping[str, Shape] = field(default_factory=dict)
+    backend: str = "cpu"
+    measure: bool = True
+    strict: bool = False
+    unproven: bool = False
+    seed: int = 0
+    threads: int = 1
+    seconds: float = 600.0
+    dry_run: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """A pruned model: where it was written (None after a dry run), the model itself, the plan and the report."""
+
+    path: Path | None
+    model: ir.Model
+    plan: Plan
+    report: reports.Report
+
+
+class Analysis:
+    """A model that was read, with everything that coupling says about it; computed once, used for any plan."""
+
+    def __init__(self, path: str | Path, input_shape: Mapping[str, Shape] | None = None) -> None:
+        self.dense, self.source = storage.read_model(path)
+        self.given = _named(path, lambda: input_sizes(self.dense, input_shape or {}))
+        self.prepared: Prepared = prepare(self.dense.clone(), self.given)
+        self.view: View = view(self.prepared)
+        self.dims: DimGraph = couple(self.view)
+        self.groups: tuple[Group, ...] = find_groups(self.dims, self.view)
+
+    @cached_property
+    def costs(self) -> Costs:
+        """Cost of any set of survivors, MACs at the given sizes (else batch 1 and stated defaults)."""
+        return _costs(self.prepared, self.view, self.dims, self.given)
+
+    @property
+    def labels(self) -> int:
+        """How many labels there are: the length of an alive mask."""
+        return len(self.dims.frozen)
+
+    @cached_property
+    def weights(self) -> plugin.Weights:
+        """The initializers as criteria see them."""
+        stored = self.prepared.model.graph.initializers
+
+        def read(name: str) -> Array:
+            tensor = stored[name].const_value
+            assert tensor is not None
+            return np.asarray(tensor.numpy()).astype(np.float64)
+
+        return plugin.Weights(read)
+
+    def frozen(self, groups: Sequence[Group]) -> list[Frozen]:
+        """What stays and why, if only these groups may shrink."""
+        return find_frozen(self.dims, self.view, self.groups, frozenset(g.id for g in groups))
+
+    def rewrite(self, plan: Plan) -> ir.Model:
+        """The smaller model of a plan, not yet proven."""
+        return apply(self.prepared, self.dims, self.view, selection.alive_labels(self.groups, plan, self.labels))
+
+
+def _named(path: str | Path, call: Callable[[], Any]) -> Any:
+    """Add the file's name to an error about what is in it."""
+    try:
+        return call()
+    except PruneError as error:
+        if error.file:
+            raise
+        raise type(error)(error.message, file=Path(path).name, object=error.object) from None
+
+
+def _costs(prepared: Prepared, seen: View, dims: DimGraph, given: Mapping[str, int]) -> Costs:
+    return Costs(dims, seen, infer(prepared.model, cost_sizes(prepared.model, given)).shapes)
+
+
+def cost_of(model: ir.Model, given: Mapping[str, int], size: int) -> Cost:
+    """What a model costs that was written in `size` bytes."""
+    prepared = prepare(model.clone(), given)
+    seen = view(prepared)
+    dims = couple(seen)
+    found = _costs(prepared, seen, dims, given).of(np.ones(len(dims.frozen), np.bool_))
+    return Cost(round(found["params"]), size, round(found["macs"]))
+
+
+class Prover:
+    """Runs reference and candidate in one child process, on the same feeds."""
+
+    def __init__(self, analysis: Analysis, options: Options, samples: Sequence[Mapping[str, Array]]) -> None:
+        self.analysis, self.options = analysis, options
+        graph = analysis.dense.graph
+        self.feeds: list[Mapping[str, Array]] = list(samples[:2])
+        self.problem = ""
+        try:
+            for k, facts in enumerate((analysis.prepared.facts, analysis.prepared.other)):
+                self.feeds.append(feeds.random_feed(graph, facts.shapes, options.seed + k))
+        except ImpossibleError as error:
+            self.problem = str(error)
+            if not self.feeds:
+                raise
+
+    def prove(self, worker: Worker, candidate: ir.Model, gone: Sequence[verify.Removal]) -> list[verify.Difference]:
+        """Differences between a candidate and the dense model with these slices at zero."""
+
+        def run(path: str, samples: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
+            found: list[dict[str, Array]] = worker.call(ort.run, path, list(samples), threads=self.options.threads)
+            return found
+
+        return verify.compare(verify.reference(self.analysis.dense, gone), candidate, self.feeds, run)
+
+    def check_dense(self, worker: Worker) -> None:
+        """Keep the feeds that the dense model accepts. Raises InputError if it accepts none."""
+        with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+            path = str(Path(folder) / "dense.onnx")
+            ir.save(self.analysis.dense, path, external_data="dense.data")
+            accepted = []
+            for feed in self.feeds:
+                try:
+                    worker.call(ort.run, path, [feed], threads=self.options.threads)
+                    accepted.append(feed)
+                except InputError as error:
+                    self.problem = error.message
+        if not accepted:
+            raise InputError(self.problem, file=self.analysis.source.path.name)
+        self.feeds = accepted
+
+
+def choose_groups(analysis: Analysis, options: Options) -> tuple[Group, ...]:
+    """The groups that the options allow to shrink. Raises ImpossibleError if there are none."""
+    wanted = set(KINDS) if "all" in options.remove else set(options.remove)
+    if unknown := wanted - set(KINDS):
+        raise InputError(f"unknown kind; there are {', '.join(KINDS)}, all", object=sorted(unknown)[0])
+    chosen = []
+    for group in analysis.groups:
+        touched = {*group.nodes, *(m.initializer for m in group.members)}
+        ignored = any(fnmatch.filter(touched, pattern) for pattern in options.ignore)
+        if group.exact and group.kind in wanted and len(group.units) > 1 and not ignored:
+            chosen.append(group)
+    if not chosen and options.ratio != 0:
+        mixing = sum(not g.exact for g in analysis.groups)
+        why = f"; {mixing} groups mix their positions and are left alone" if mixing else ""
+        unknown_ops = sorted(set(analysis.dims.relations.unknown.values()))
+        why += f"; {'; '.join(unknown_ops[:3])}" if unknown_ops else ""
+        raise ImpossibleError(f"nothing can be removed{why}; see 'onnxprune inspect'", file=analysis.source.path.name)
+    return tuple(chosen)
+
+
+def score(analysis: Analysis, groups: Sequence[Group], options: Options) -> tuple[tuple[Group, ...], list[Array], Any]:
+    """Groups that the criterion can score, their importance, and the criterion."""
+    criterion = plugin.build("criteria", options.criterion)
+    scored, importance = [], []
+    for group in groups:
+        found = criterion.importance(group, analysis.weights, options.seed)
+        if found is not None:
+            scored.append(group)
+            importance.append(np.nan_to_num(np.asarray(found, np.float64)))
+    if groups and not scored:
+        raise ImpossibleError(f"{options.criterion} scores no group: {criterion.missing}; use --criterion mag")
+    return tuple(scored), importance, criterion
+
+
+def select(
+    analysis: Analysis, groups: Sequence[Group], importance: Sequence[Array], options: Options, limits: Mapping[str, float]
+) -> Plan:
+    """Keep masks for the ratio, or for targets in absolute numbers."""
+    rounding = selection.Rounding(None if options.round_to == "auto" else int(options.round_to), options.min_keep)
+    if options.ratio is not None:
+        return selection.by_ratio(groups, importance, options.ratio, rounding)
+    allocator = plugin.build("allocators", options.allocate or "global-rank")
+    main = next(iter(limits))
+    cost = analysis.costs.of_units(tuple(groups), main)
+    priority = allocator.priority(importance, cost)
+    return selection.by_target(
+        groups, priority, allocator.floor, rounding, limits, analysis.costs.of, analysis.labels
+    )
+
+
+UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9,
+         "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}  # fmt: skip
+
+
+def parse_target(metric: str, value: float | str) -> tuple[float, bool]:
+    """(number, whether it is a share of the dense model). Raises InputError."""
+    text = str(value).strip()
+    digits = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+    unit = text[len(digits) :].strip().lower()
+    try:
+        number = float(digits)
+    except ValueError:
+        number = float("nan")
+    if metric not in METRICS:
+        raise InputError(f"unknown target metric; there are {', '.join(METRICS)}", object=metric)
+    if metric == "latency":
+        raise ImpossibleError("latency targets are not built into this version yet; use macs", object="--target")
+    if not np.isfinite(number) or number <= 0 or unit not in UNITS or (not unit and number > 1):
+        raise InputError("a target is a share in (0, 1] or a number with a unit, as in macs=0.5 or size=40MB",
+                         object=f"{metric}={text}")  # fmt: skip
+    return number * UNITS[unit], not unit
+
+
+def _limits(analysis: Analysis, options: Options, overhead: float) -> dict[str, float]:
+    """Targets in absolute numbers; the file's own bytes beyond its weights are taken off `size`."""
+    dense = analysis.costs.of(np.ones(analysis.labels, np.bool_))
+    limits = {}
+    for metric, value in options.target.items():
+        number, share = parse_target(metric, value)
+        whole = float(analysis.source.bytes) if metric == "size" else dense[metric]
+        limits[metric] = (number * whole if share else number) - (overhead if metric == "size" else 0.0)
+    return limits
+
+
+def check(options: Options) -> None:
+    """Refuse contradictory or impossible options. Raises InputError."""
+    if (options.ratio is None) == (not options.target):
+        raise InputError("give exactly one of --ratio and --target", object="prune")
+    if options.ratio is not None and not 0 <= options.ratio < 1:
+        raise InputError("a ratio lies in [0, 1)", object=f"--ratio {options.ratio}")
+    if options.ratio is not None and options.allocate not in (None, "uniform"):
+        raise InputError("--ratio implies --allocate uniform; use --target", object=f"--allocate {options.allocate}")
+    for metric, value in options.target.items():
+        parse_target(metric, value)
+    if options.round_to != "auto" and (not str(options.round_to).isdigit() or int(options.round_to) < 1):
+        raise InputError("a positive number or 'auto'", object=f"--round-to {options.round_to}")
+    if options.min_keep < 1:
+        raise InputError("at least 1", object=f"--min-keep {options.min_keep}")
+    if options.threads < 1:
+        raise InputError("at least 1", object=f"--threads {options.threads}")
+    plugin.build("criteria", options.criterion)
+    if options.allocate:
+        plugin.build("allocators", options.allocate)
+    if options.metric:
+        quality.metric(options.metric)
+    if options.approximate:
+        raise ImpossibleError("mixing groups cannot be proven by this version yet", object="--approximate")
+
+
+def samples_of(graph: ir.Graph, path: str | None) -> tuple[list[dict[str, Array]], Array | None]:
+    """(feeds, labels) of a calibration or evaluation file or folder; nothing without a path."""
+    if path is None:
+        return [], None
+    folder = Path(path)
+    if folder.is_dir():
+        files = sorted(folder.glob("*.npz"))
+        if not files:
+            raise InputError("the folder holds no .npz file", file=folder.name)
+        found = [storage.read_arrays(file) for file in files]
+        return [feeds.batches(graph, arrays, file.name, 1 << 30)[0] for arrays, file in zip(found, files, strict=True)], None
+    arrays = storage.read_arrays(path)
+    return feeds.batches(graph, arrays, folder.name), arrays.get("labels")
+
+
+@dataclass
+class Clock:
+    """Seconds spent in each stage."""
+
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage and say that it began."""
+        self.progress(name)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def prune(
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    progress: Progress = lambda stage: None,
+    command: Sequence[str] = (),
+    **options: Any,
+) -> Result:
+    """Prune one model for one target; see `Options` for the keywords.
+
+    Without `output` nothing is written. Raises InputError, ImpossibleError, MachineError, InternalError.
+    """
+    return family(model, [output], [Options(**options)], progress=progress, command=command)[0]
+
+
+def family(
+    model: str | Path,
+    outputs: Sequence[str | Path | None],
+    variants: Sequence[Options],
+    *,
+    progress: Progress = lambda stage: None,
+    command: Sequence[str] = (),
+) -> list[Result]:
+    """Several targets from one analysis; nothing is written before all of them are reached and proven."""
+    for options in variants:
+        check(options)
+    clock = Clock(progress)
+    first = variants[0]
+    with clock.stage("read and analyse"):
+        analysis = Analysis(model, first.input_shape)
+        paths = [
+            storage.check_output(path, analysis.source, force=first.force) if path is not None else None for path in outputs
+        ]
+        calibration, _ = samples_of(analysis.dense.graph, first.calibration)
+        evaluation = samples_of(analysis.dense.graph, first.evaluation)
+        if first.strict and analysis.dims.relations.unknown:
+            node, reason = next(iter(analysis.dims.relations.unknown.items()))
+            raise ImpossibleError(f"{reason} (--strict)", file=analysis.source.path.name, object=node)
+    results = []
+    with Worker(seconds=first.seconds) as worker:
+        prover = Prover(analysis, first, calibration)
+        for options, path in zip(variants, paths, strict=True):
+            results.append(_one(analysis, options, path, prover, worker, evaluation, clock, command))
+    if not first.dry_run:
+        with clock.stage("write"):
+            results = [_written(result, path, analysis, first) for result, path in zip(results, paths, strict=True)]
+    return results
+
+
+def _one(
+    analysis: Analysis,
+    options: Options,
+    path: Path | None,
+    prover: Prover,
+    worker: Worker,
+    evaluation: tuple[list[dict[str, Array]], Array | None],
+    clock: Clock,
+    command: Sequence[str],
+) -> Result:
+    """Score, select, rewrite, prove, measure one target."""
+    with clock.stage("score"):
+        groups, importance, criterion = score(analysis, choose_groups(analysis, options), options)
+    with clock.stage("select, rewrite and prove"):
+        plan, smaller, gone, proof, unproven = _proven(analysis, groups, importance, options, prover, worker)
+    warnings = [f"group {k} failed its proof and was left alone; this is our bug, please report it" for k in unproven]
+    with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+        files = []
+        for name, model in (("dense", analysis.dense), ("pruned", smaller)):
+            files.append(Path(folder) / f"{name}.onnx")
+            ir.save(model, files[-1], external_data=f"{name}.data" if analysis.source.external else None)
+        size = sum(f.stat().st_size for f in Path(folder).glob("pruned*"))
+        dense_cost = cost_of(analysis.dense, analysis.given, analysis.source.bytes)
+        pruned_cost = cost_of(smaller, analysis.given, size)
+        with clock.stage("quality"):
+            found = _quality(files, prover, evaluation, options, worker, analysis)
+        times: list[dict[str, Any] | None] = [None, None]
+        faster = None
+        if options.measure and not options.dry_run:
+            with clock.stage("measure"):
+                shapes = infer(analysis.dense, cost_sizes(analysis.dense, analysis.given)).shapes
+                feed = evaluation[0][0] if evaluation[0] and not analysis.given else None
+                feed = feed or feeds.random_feed(analysis.dense.graph, shapes, options.seed)
+                rows = latency.measure(files, feed, backend=options.backend, threads=options.threads)
+                times = [asdict(row) for row in rows]
+                faster = latency.faster(*rows)
+                if faster is False:
+                    warnings.append("the pruned model is slower than the dense one")
+    chosen = {g.id for g in groups}
+    built = reports.Report(
+        tool=f"onnxprune {version('onnxprune')}",
+        command=list(command),
+        recipe={k: v for k, v in asdict(options).items() if v not in (None, (), {})},
+        dense=reports.ModelRow(
+            path=str(analysis.source.path),
+            sha256=analysis.source.sha256,
+            params=dense_cost.params,
+            macs=dense_cost.macs,
+            bytes=dense_cost.bytes,
+            latency=times[0],
+        ),
+        pruned=reports.ModelRow(
+            path=str(path or ""),
+            sha256="",
+            params=pruned_cost.params,
+            macs=pruned_cost.macs,
+            bytes=pruned_cost.bytes,
+            latency=times[1],
+            faster=faster,
+        ),
+        groups=[_group_row(g, plan) for g in analysis.groups],
+        frozen=[
+            reports.FrozenRow(axis=str(f.axis), reason=f.reason, parameters=f.parameters)
+            for f in analysis.frozen([g for g in analysis.groups if g.id in chosen])
+        ],
+        removed=[reports.RemovedRow.model_validate(r.entry()) for r in gone],
+        kept=_kept(analysis, gone),
+        verification=reports.Verification(
+            method="zero-all",
+            proven=proof is not None,
+            inputs=len(prover.feeds),
+            differences=[asdict(d) for d in proof or ()],
+            unproven=[f"group {k}" for k in unproven],
+        ),
+        quality=found,
+        timing={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
+        warnings=warnings,
+    )
+    return Result(path, smaller, plan, built)
+
+
+def _proven(
+    analysis: Analysis,
+    groups: Sequence[Group],
+    importance: Sequence[Array],
+    options: Options,
+    prover: Prover,
+    worker: Worker,
+) -> tuple[Plan, ir.Model, list[verify.Removal], list[verify.Difference] | None, list[int]]:
+    """A plan that is proven, after leaving alone the groups that are not; see DESIGN of the oracle in verify.py."""
+    unproven: list[int] = []
+    runnable = True
+    try:
+        prover.check_dense(worker)
+    except InputError:
+        if not options.unproven:
+            raise
+        runnable = False
+    while True:
+        left = [(g, s) for g, s in zip(groups, importance, strict=True) if g.id not in unproven]
+        if groups and not left:
+            raise InternalError("no group could be proven", file=analysis.source.path.name)
+        plan, smaller, gone = _planned(analysis, [g for g, _ in left], [s for _, s in left], options)
+        if not runnable:
+            return plan, smaller, gone, None, unproven
+
+        def attempt(ids: frozenset[int], plan: Plan = plan) -> list[verify.Difference] | None:
+            part = Plan({k: keep for k, keep in plan.keep.items() if k in ids})
+            try:
+                return prover.prove(worker, analysis.rewrite(part), verify.removals(analysis.groups, part))
+            except (InternalError, InputError):
+                return None
+
+        touched = [k for k, keep in plan.keep.items() if not keep.all()]
+        proof = attempt(frozenset(touched))
+        if proof is not None and all(d.holds for d in proof):
+            return plan, smaller, gone, proof, unproven
+        unproven += sorted(
+            verify.blame(touched, lambda ids: (rows := attempt(ids)) is not None and all(d.holds for d in rows))  # noqa: B023
+        )
+
+
+def _planned(
+    analysis: Analysis, groups: Sequence[Group], importance: Sequence[Array], options: Options
+) -> tuple[Plan, ir.Model, list[verify.Removal]]:
+    """Select and rewrite; where `size` is a target, once more with the smaller file's real overhead."""
+    overhead = analysis.source.bytes - analysis.costs.of(np.ones(analysis.labels, np.bool_))["size"]
+    for _ in range(4):
+        plan = select(analysis, groups, importance, options, _limits(analysis, options, overhead))
+        smaller = analysis.rewrite(plan)
+        if "size" not in options.target:
+            break
+        with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+            ir.save(smaller, Path(folder) / "pruned.onnx", external_data="pruned.data" if analysis.source.external else None)
+            size = sum(file.stat().st_size for file in Path(folder).iterdir())
+        alive = selection.alive_labels(analysis.groups, plan, analysis.labels)
+        real = size - analysis.costs.of(alive)["size"]
+        if real <= overhead:
+            break
+        overhead = real
+    gone = verify.removals(analysis.groups, plan)
+    rounding = options.round_to
+    if not gone and options.ratio != 0:
+        raise ImpossibleError(f"rounding leaves nothing to remove (--round-to {rounding}); lower it, or remove more",
+                              file=analysis.source.path.name)  # fmt: skip
+    return plan, smaller, gone
+
+
+def _quality(
+    files: Sequence[Path],
+    prover: Prover,
+    evaluation: tuple[list[dict[str, Array]], Array | None],
+    options: Options,
+    worker: Worker,
+    analysis: Analysis,
+) -> dict[str, Any]:
+    """Output difference, and the metric where there is data for it."""
+    samples, labels = evaluation
+    if options.metric and not samples:
+        raise InputError("needs --evaluation", object=f"--metric {options.metric}")
+    inputs: Sequence[Mapping[str, Array]] = samples or prover.feeds
+    if not inputs:
+        return {}
+    dense, pruned = (worker.call(ort.run, str(path), list(inputs), threads=options.threads) for path in files)
+    found: dict[str, Any] = {"relative-error": quality.relative_error(pruned, dense, None)}
+    found["data"] = "evaluation" if samples else "calibration" if options.calibration else "random inputs"
+    name = options.metric or ("accuracy" if labels is not None else None)
+    if name and name != "relative-error":
+        compute = quality.metric(name)
+        found[name] = {"dense": compute(dense, dense, labels), "pruned": compute(pruned, dense, labels)}
+    return found
+
+
+def _group_row(group: Group, plan: Plan) -> reports.GroupRow:
+    keep: Mask | None = plan.keep.get(group.id)
+    members = {(m.initializer, m.axis, m.role) for m in group.members}
+    return reports.GroupRow(
+        id=group.id,
+        kind=group.kind,
+        exact=group.exact,
+        before=len(group.units),
+        after=len(group.units) if keep is None else int(keep.sum()),
+        members=[reports.MemberRow(initializer=i, axis=a, role=r) for i, a, r in sorted(members)],
+        mixing=list(group.mixing),
+    )
+
+
+def _kept(analysis: Analysis, gone: Sequence[verify.Removal]) -> dict[str, dict[str, list[int]]]:
+    """Old positions that survive, for each initializer axis that every reader lost alike."""
+    found: dict[str, dict[str, set[int]]] = {}
+    for removal in gone:
+        if removal.uses is None:
+            size = analysis.prepared.facts.shapes[removal.initializer][removal.axis]
+            axes = found.setdefault(removal.initializer, {})
+            axes.setdefault(str(removal.axis), set(range(size))).difference_update(removal.removed)
+    return {name: {axis: sorted(kept) for axis, kept in axes.items()} for name, axes in sorted(found.items())}
+
+
+def _written(result: Result, path: Path | None, analysis: Analysis, options: Options) -> Result:
+    """The result with its model in the file, checked there before it gets its name."""
+    if path is None:
+        return result
+
+    def loads(candidate: Path) -> None:
+        with Worker(seconds=options.seconds) as worker:
+            interfaces = [worker.call(ort.interface, str(p)) for p in (candidate,)]
+        names = [str(value.name) for value in analysis.dense.graph.outputs]
+        if [o.name for o in interfaces[0].outputs] != names:
+            raise InternalError("the written model has other outputs than the dense one", file=path.name)
+
+    files = storage.write_model(
+        result.model,
+        path,
+        force=options.force,
+        external=analysis.source.external,
+        prove=None if options.unproven and not result.report.verification.proven else loads,
+    )
+    pruned = result.report.pruned.model_copy(
+        update={"sha256": storage.digest(files), "bytes": sum(f.stat().st_size for f in files), "path": str(path)}
+    )
+    return Result(path, result.model, result.plan, result.report.model_copy(update={"pruned": pruned}))
+
+
+def explain(
+    analysis: Analysis, a: str, b: str
+) -> tuple[list[tuple[Any, str, Any]] | None, dict[str, str]]:
+    """The shortest chain between two axes given as VALUE:AXIS, and why each of them stays if it does."""
+    ends = [_axes(analysis, text) for text in (a, b)]
+    reasons = {}
+    for text, axes in zip((a, b), ends, strict=True):
+        labels = analysis.dims.labels_of(axes[0])
+        if labels is None:
+            reasons[text] = "an axis of size one carries nothing"
+        elif found := [r for label in np.unique(labels)[:64] if (r := analysis.dims.reason(int(label)))]:
+            reasons[text] = found[0]
+    chains = [chain for x in ends[0] for y in ends[1] if (chain := analysis.dims.explain(x, y)) is not None]
+    return (min(chains, key=len) if chains else None), reasons
+
+
+def _axes(analysis: Analysis, text: str) -> list[Any]:
+    """The axes that VALUE:AXIS means: one, or one for each reader of a shared initializer."""
+    from onnxprune.types import Axis
+
+    name, colon, number = text.rpartition(":")
+    if not colon or not number.lstrip("-").isdigit():
+        raise InputError("expected VALUE:AXIS", object=text)
+    values = [v for v in analysis.view.shapes if v == name or v.split("\0")[0] == name]
+    if not values:
+        raise InputError("no such value in the model", file=analysis.source.path.name, object=name)
+    rank = len(analysis.view.shapes[values[0]])
+    if not -rank <= int(number) < rank:
+        raise InputError(f"it has {rank} axes", file=analysis.source.path.name, object=text)
+    return [Axis(value, int(number) % rank) for value in values]
+
+
+def compare_models(
+    dense: str, pruned: str, evaluation: str | None, metric: str | None, input_shape: Mapping[str, Shape], seed: int
+) -> dict[str, Any]:
+    """Relative error over all outputs, cosine of the first, and the metric where there is data for it."""
+    compute = quality.metric(metric) if metric else None
+    analysis = Analysis(dense, input_shape)
+    other, _ = storage.read_model(pruned)
+    if [v.name for v in other.graph.outputs] != [v.name for v in analysis.dense.graph.outputs]:
+        raise InputError("the two models have different outputs", file=Path(pruned).name)
+    samples, labels = samples_of(analysis.dense.graph, evaluation)
+    with Worker() as worker, tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+        prover = Prover(analysis, Options(seed=seed), samples)
+        if not samples:
+            prover.check_dense(worker)
+        inputs = samples or prover.feeds
+        results = []
+        for name, model in (("dense", analysis.dense), ("pruned", other)):
+            path = Path(folder) / f"{name}.onnx"
+            ir.save(model, path, external_data=f"{name}.data")
+            results.append(worker.call(ort.run, str(path), list(inputs)))
+    found: dict[str, Any] = {
+        "relative-error": quality.relative_error(results[1], results[0], None),
+        "cosine": quality.cosine(results[1], results[0], None),
+        "inputs": len(inputs),
+        "data": "evaluation" if samples else "random inputs",
+    }
+    if compute is None and labels is not None:
+        metric, compute = "accuracy", quality.accuracy
+    if compute is not None and metric not in found:
+        found[str(metric)] = {
+            "dense": compute(results[0], results[0], labels),
+            "pruned": compute(results[1], results[0], labels),
+        }
+    return found
+
+
+def measure_models(
+    models: Sequence[str], input_shape: Mapping[str, Shape], backend: str, threads: int, rounds: int, seconds: float
+) -> list[latency.Latency]:
+    """Interleaved latency of models with one interface, at the given sizes (else batch 1 and stated defaults)."""
+    if threads < 1 or rounds < 1 or not seconds > 0:
+        raise InputError("--threads, --rounds and --seconds are positive", object="measure")
+    read = [storage.read_model(path)[0] for path in models]
+    given = _named(models[0], lambda: input_sizes(read[0], input_shape))
+    shapes = infer(prepare(read[0].clone(), given).model, cost_sizes(read[0], given)).shapes
+    feed = feeds.random_feed(read[0].graph, shapes, 0)
+    return latency.measure(models, feed, backend=backend, threads=threads, rounds=rounds, seconds=seconds)

@@ -1,0 +1,170 @@
+"""What a run did, as data with a schema: written as JSON or Markdown, read back by `verify`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from onnxprune.errors import InputError
+
+SCHEMA = 1
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors: a typo in a plan must not be ignored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ModelRow(Strict):
+    """A model and what it costs; latency as measured, or None."""
+
+    path: str
+    sha256: str
+    params: int
+    macs: int
+    bytes: int
+    latency: dict[str, Any] | None = None
+    faster: bool | None = None
+
+
+class MemberRow(Strict):
+    """An initializer axis that a group owns positions of."""
+
+    initializer: str
+    axis: int
+    role: str
+
+
+class GroupRow(Strict):
+    """A group before and after; `mixing` lists the ops and axes where its positions see each other."""
+
+    id: int
+    kind: str
+    exact: bool
+    before: int
+    after: int
+    members: list[MemberRow]
+    mixing: list[str] = []
+
+
+class FrozenRow(Strict):
+    """An axis that stays, and why."""
+
+    axis: str
+    reason: str
+    parameters: int
+
+
+class Use(Strict):
+    """A reader of a shared initializer: first output of the node, input index."""
+
+    node: str
+    input: int
+
+
+class RemovedRow(Strict):
+    """One slice that went."""
+
+    initializer: str
+    axis: int
+    removed: list[int]
+    role: str
+    group: int
+    uses: list[Use] | None = None
+
+
+class Verification(Strict):
+    """How the proof was made; `proven` is False only with --unproven."""
+
+    method: str
+    proven: bool
+    inputs: int
+    differences: list[dict[str, Any]]
+    unproven: list[str] = []
+
+
+class Report(Strict):
+    """Everything about one run of `prune`."""
+
+    schema_version: int = SCHEMA
+    tool: str
+    command: list[str]
+    recipe: dict[str, Any]
+    dense: ModelRow
+    pruned: ModelRow
+    groups: list[GroupRow]
+    frozen: list[FrozenRow]
+    removed: list[RemovedRow]
+    repaired: list[str] = []
+    rewrites: list[str] = []
+    kept: dict[str, dict[str, list[int]]]
+    verification: Verification
+    quality: dict[str, Any]
+    timing: dict[str, float]
+    warnings: list[str] = []
+
+    def data(self) -> dict[str, Any]:
+        """As JSON data; `schema` is spelled so in the file."""
+        found = self.model_dump(exclude_none=False)
+        for row in found["removed"]:
+            if row["uses"] is None:
+                del row["uses"]
+        return {"schema": found.pop("schema_version"), **found}
+
+
+def to_json(report: Report) -> str:
+    """The JSON report, keys in a fixed order."""
+    return json.dumps(report.data(), indent=1) + "\n"
+
+
+def table(report: Report) -> list[tuple[str, str, str, str]]:
+    """(what, dense, pruned, ratio) rows of the before/after table."""
+    dense, pruned = report.dense, report.pruned
+    rows = [
+        (name, f"{a:,}", f"{b:,}", f"{b / a:.3f}" if a else "")
+        for name, a, b in (
+            ("parameters", dense.params, pruned.params),
+            ("MACs", dense.macs, pruned.macs),
+            ("bytes", dense.bytes, pruned.bytes),
+        )
+    ]
+    if dense.latency and pruned.latency:
+        for key, name in (("cpu_ms", "latency (CPU ms)"), ("wall_ms", "latency (wall ms)")):
+            a, b = dense.latency[key], pruned.latency[key]
+            rows.append((name, f"{a:.3f}", f"{b:.3f}", f"{b / a:.3f}" if a else ""))
+    for name, value in report.quality.items():
+        if isinstance(value, dict):
+            rows.append((name, f"{value['dense']:.4f}", f"{value['pruned']:.4f}", ""))
+        elif isinstance(value, float):
+            rows.append((name, "", f"{value:.4g}", ""))
+    return rows
+
+
+def to_markdown(report: Report) -> str:
+    """The before/after table, groups and reasons as Markdown."""
+    lines = [f"# {Path(report.pruned.path).name}", "", "| | dense | pruned | ratio |", "| --- | ---: | ---: | ---: |"]
+    lines += [f"| {' | '.join(row)} |" for row in table(report)]
+    lines += ["", "| group | kind | units | left |", "| ---: | --- | ---: | ---: |"]
+    lines += [f"| {g.id} | {g.kind} | {g.before} | {g.after} |" for g in report.groups]
+    lines += ["", *(f"- warning: {text}" for text in report.warnings)]
+    return "\n".join(lines) + "\n"
+
+
+def read(text: bytes, file: str) -> Report:
+    """A JSON report. Raises InputError where it is not one."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        raise InputError("not a JSON report", file=file) from None
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise InputError(f"not a report of schema {SCHEMA}", file=file)
+    data["schema_version"] = data.pop("schema")
+    try:
+        return Report.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{first['msg']}", file=file, object=".".join(map(str, first["loc"]))) from None
