@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onnxprune.analysis import Analysis
     from onnxprune.errors import ImpossibleError, InputError, InternalError, MachineError, PruneError
-    from onnxprune.pipeline import Analysis, Options, Result, prune
+    from onnxprune.pipeline import Options, Result, prune
 
 __all__ = [
     "Analysis",
@@ -20,7 +21,7 @@ __all__ = [
     "prune",
 ]
 
-_HOMES = {"Analysis": "pipeline", "Options": "pipeline", "Result": "pipeline", "prune": "pipeline"}
+_HOMES = {"Analysis": "analysis", "Options": "pipeline", "Result": "pipeline", "prune": "pipeline"}
 
 
 def __getattr__(name: str) -> Any:

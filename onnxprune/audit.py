@@ -13,9 +13,10 @@ import onnx_ir as ir
 from onnxprune import report as reports
 from onnxprune import storage
 from onnxprune import verify as proof
+from onnxprune.analysis import Analysis
 from onnxprune.errors import ImpossibleError, InputError
 from onnxprune.infer import names
-from onnxprune.pipeline import Analysis, Options, Prover
+from onnxprune.prove import Prover
 from onnxprune.rewrite import apply
 from onnxprune.types import Axis, Mask, Shape
 from onnxprune.worker import Worker
@@ -43,7 +44,7 @@ def verify(dense: str, pruned: str, plan: str, input_shape: Mapping[str, Shape],
     alive = _alive(analysis, removals, Path(plan).name)
     rebuilt = apply(analysis.prepared, analysis.dims, analysis.view, alive)
     with Worker() as worker:
-        prover = Prover(analysis, Options(seed=seed), [])
+        prover = Prover(analysis, [], seed)
         prover.check_dense(worker)
         differences = prover.prove(worker, rebuilt, removals)
     for row in differences:
@@ -84,7 +85,9 @@ def _alive(analysis: Analysis, removals: Iterable[proof.Removal], file: str) -> 
             labels = analysis.dims.labels_of(Axis(value, axis))
             gone = set() if labels is None else set(np.flatnonzero(~alive[labels]).tolist())
             if gone != listed.get((value, axis), set()):
-                raise ImpossibleError("not every slice of a removed unit is listed", file=file, object=stored.initializer)
+                raise ImpossibleError(
+                    "not every slice of a removed unit is listed", file=file, object=stored.initializer
+                )
     return alive
 
 

@@ -18,7 +18,7 @@ import click
 from onnxprune.errors import ImpossibleError, InputError, InternalError, MachineError, PruneError, shown
 
 if TYPE_CHECKING:
-    from onnxprune.pipeline import Analysis
+    from onnxprune.analysis import Analysis
 
 Command = Callable[..., Any]
 
@@ -173,7 +173,9 @@ def table(title: str, columns: list[str], rows: list[tuple[object, ...]]) -> Non
 @click.argument("model")
 @click.option("-o", "--output", metavar="PATH", help="Where to write; {target} stands for each target of a family.")
 @click.option("--ratio", type=float, help="Share of the units of every group that goes, 0 <= R < 1.")
-@click.option("--target", multiple=True, metavar="METRIC=VALUE", help="macs, params or size: share that stays, or 40MB.")
+@click.option(
+    "--target", multiple=True, metavar="METRIC=VALUE", help="macs, params or size: share that stays, or 40MB."
+)
 @click.option("--remove", default="channels,heads", show_default=True, help="Kinds of unit, comma separated, or all.")
 @click.option("--approximate", is_flag=True, help="Consent to touch groups whose positions mix.")
 @click.option("--criterion", default="mag", show_default=True, metavar="NAME[,key=value]", help="Importance.")
@@ -215,9 +217,23 @@ def prune(model: str, **given: Any) -> None:
             **{
                 k: given[k]
                 for k in (
-                    "approximate", "criterion", "allocate", "calibration", "evaluation", "metric", "round_to", "ignore",
-                    "min_keep", "backend", "strict", "unproven", "seed", "threads", "dry_run", "force",
-                )  # fmt: skip
+                    "approximate",
+                    "criterion",
+                    "allocate",
+                    "calibration",
+                    "evaluation",
+                    "metric",
+                    "round_to",
+                    "ignore",
+                    "min_keep",
+                    "backend",
+                    "strict",
+                    "unproven",
+                    "seed",
+                    "threads",
+                    "dry_run",
+                    "force",
+                )
             },
         )
         for target in parse_targets(given["target"])
@@ -285,10 +301,10 @@ def _outputs(text: str, variants: list[Any]) -> list[str]:
 @common
 def inspect(model: str, input_shape: tuple[str, ...], as_json: bool, verbose: bool, quiet: bool) -> None:
     """What a model is, what can be removed, what stays and why."""
-    from onnxprune import pipeline
+    from onnxprune.analysis import Analysis, cost_of
 
-    analysis = pipeline.Analysis(model, parse_shapes(input_shape))
-    cost = pipeline.cost_of(analysis.dense, analysis.given, analysis.source.bytes)
+    analysis = Analysis(model, parse_shapes(input_shape))
+    cost = cost_of(analysis.dense, analysis.given, analysis.source.bytes)
     frozen = analysis.frozen([g for g in analysis.groups if g.exact])
     if as_json:
         say(json.dumps(_inspected(analysis, cost, frozen)))
@@ -297,7 +313,10 @@ def inspect(model: str, input_shape: tuple[str, ...], as_json: bool, verbose: bo
     table(
         "groups",
         ["group", "kind", "units", "exact", "nodes"],
-        [(g.id, g.kind, len(g.units), "exact" if g.exact else "mixing", shown(", ".join(g.nodes))) for g in analysis.groups],
+        [
+            (g.id, g.kind, len(g.units), "exact" if g.exact else "mixing", shown(", ".join(g.nodes)))
+            for g in analysis.groups
+        ],
     )
     _print_frozen([(str(f.axis), f.reason, f.parameters) for f in frozen])
 
@@ -332,10 +351,10 @@ def _inspected(analysis: Analysis, cost: Any, frozen: list[Any]) -> dict[str, An
 @common
 def explain(model: str, a: str, b: str, as_json: bool, verbose: bool, quiet: bool) -> None:
     """The shortest chain of ops that couples two axes, VALUE:AXIS each, or why there is none."""
-    from onnxprune import pipeline
+    from onnxprune import verbs
+    from onnxprune.analysis import Analysis
 
-    analysis = pipeline.Analysis(model)
-    chain, reasons = pipeline.explain(analysis, a, b)
+    chain, reasons = verbs.explain(Analysis(model), a, b)
     if as_json:
         steps = [{"from": str(x), "op": op, "to": str(y)} for x, op, y in chain or ()]
         say(json.dumps({"coupled": chain is not None, "steps": steps, "frozen": reasons}))
@@ -359,9 +378,9 @@ def explain(model: str, a: str, b: str, as_json: bool, verbose: bool, quiet: boo
 @common
 def compare(dense: str, pruned: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) -> None:
     """Output differences between two models, and task quality where there are labels."""
-    from onnxprune import pipeline
+    from onnxprune import verbs
 
-    found = pipeline.compare_models(
+    found = verbs.compare_models(
         dense, pruned, given["evaluation"], given["metric"], parse_shapes(given["input_shape"]), given["seed"]
     )
     limit = given["max_relative_error"]
@@ -400,8 +419,8 @@ def verify(dense: str, pruned: str, plan: str, as_json: bool, verbose: bool, qui
     if as_json:
         say(json.dumps(found))
     else:
-        table("proven", ["output", "relative difference", "tolerance"],
-              [(shown(d["output"]), f"{d['relative']:.1e}", f"{d['tolerance']:.0e}") for d in found["differences"]])  # fmt: skip
+        rows = [(shown(d["output"]), f"{d['relative']:.1e}", f"{d['tolerance']:.0e}") for d in found["differences"]]
+        table("proven", ["output", "relative difference", "tolerance"], [*rows])
 
 
 @main.command()
@@ -416,10 +435,15 @@ def measure(models: tuple[str, ...], as_json: bool, verbose: bool, quiet: bool, 
     """Latency of one or more models, interleaved, with spread; ratios to the first."""
     from dataclasses import asdict
 
-    from onnxprune import pipeline
+    from onnxprune import verbs
 
-    rows = pipeline.measure_models(
-        models, parse_shapes(given["input_shape"]), given["backend"], given["threads"], given["rounds"], given["seconds"]
+    rows = verbs.measure_models(
+        models,
+        parse_shapes(given["input_shape"]),
+        given["backend"],
+        given["threads"],
+        given["rounds"],
+        given["seconds"],
     )
     ratios = [row.cpu_ms / rows[0].cpu_ms if rows[0].cpu_ms else float("nan") for row in rows]
     if as_json:
@@ -441,9 +465,9 @@ def measure(models: tuple[str, ...], as_json: bool, verbose: bool, quiet: bool, 
 @common
 def list_(what: str, as_json: bool, verbose: bool, quiet: bool) -> None:
     """What is installed, with one line of help each."""
-    from onnxprune import catalogue
+    from onnxprune import verbs
 
-    rows = catalogue.rows(what)
+    rows = verbs.rows(what)
     if as_json:
         say(json.dumps({what: [{"name": name, "help": text} for name, text in rows]}))
         return

@@ -7,6 +7,7 @@ that a channel shuffle frees the same atom on both of its sides. Then one connec
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -198,7 +199,8 @@ class Relations:
         label: str,
     ) -> None:
         """Record a composite axis; atoms that no axis shows alone get an axis of their own."""
-        atoms, step = [], 1
+        atoms: list[tuple[int, int, int]] = []
+        step = 1
         for name in reversed(names):
             size = pattern.sizes[name]
             if not letters.get(name):
@@ -260,9 +262,9 @@ class DimGraph:
         return self.reasons[self.frozen[label]] if self.frozen[label] >= 0 else None
 
     @cached_property
-    def graph(self) -> nx.Graph:
+    def graph(self) -> nx.Graph[Axis]:
         """The dependency graph: axes as nodes, the ops that couple them as edges."""
-        graph = nx.Graph()
+        graph: nx.Graph[Axis] = nx.Graph()
         axes = self.relations.axes
         graph.add_nodes_from(axes)
         graph.add_edges_from((axes[a], axes[b], {"op": op}) for a, b, op in self.relations.edges)
@@ -273,7 +275,7 @@ class DimGraph:
         if a not in self.graph or b not in self.graph or not nx.has_path(self.graph, a, b):
             return None
         path = nx.shortest_path(self.graph, a, b)
-        return [(x, self.graph.edges[x, y]["op"], y) for x, y in zip(path, path[1:], strict=False)]
+        return [(x, self.graph.edges[x, y]["op"], y) for x, y in itertools.pairwise(path)]
 
     @cached_property
     def mixing(self) -> dict[int, tuple[str, ...]]:
@@ -362,9 +364,7 @@ def _classes(relations: Relations) -> tuple[Positions, list[Product]]:
     return classes, sorted(products)
 
 
-def _cuts(
-    relations: Relations, classes: Positions, products: list[Product]
-) -> tuple[list[Cut], list[tuple[int, str]]]:
+def _cuts(relations: Relations, classes: Positions, products: list[Product]) -> tuple[list[Cut], list[tuple[int, str]]]:
     """For each composite class the one atom that stays free; the other atoms are frozen with their reason."""
     blocked = {int(classes[number]) for number, positions, _ in relations.freezes if positions is None}
     mixed = {int(classes[number]) for number in relations.mixing}
@@ -400,9 +400,7 @@ def _cuts(
 
     def preference(atom: int) -> tuple[bool, bool, bool, int, int]:
         """Whole conv groups last; what leads every composite (heads) first; then the largest."""
-        leads = all(
-            next(a for a, _, _ in products[k][1] if a not in blocked) == atom for k in holders[atom]
-        )
+        leads = all(next(a for a, _, _ in products[k][1] if a not in blocked) == atom for k in holders[atom])
         return (atom not in mixed, atom not in avoid, leads, sizes[atom], -atom)
 
     open_atoms = [atom for atom in sizes if atom not in blocked]

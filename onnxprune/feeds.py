@@ -66,9 +66,7 @@ def random_feed(graph: ir.Graph, shapes: Mapping[str, Shape], seed: int) -> dict
 BATCH = 32  # samples in one feed where the batch is dynamic
 
 
-def batches(
-    graph: ir.Graph, arrays: Mapping[str, Array], file: str, batch: int = BATCH
-) -> list[dict[str, Array]]:
+def batches(graph: ir.Graph, arrays: Mapping[str, Array], file: str, batch: int = BATCH) -> list[dict[str, Array]]:
     """Feeds from stacked samples: one array for each graph input, samples along axis 0.
 
     An array of exactly the input's fixed shape stands for all samples. Raises InputError where arrays and inputs
@@ -86,9 +84,7 @@ def batches(
         dims = [int(d) if isinstance(d, int) and d > 0 else None for d in value.shape or ()]
         if array.ndim != len(dims) or any(d not in (None, s) for d, s in zip(dims[1:], array.shape[1:], strict=True)):
             raise InputError(f"shape {list(array.shape)} does not fit {value.shape}", file=file, object=name)
-        if None not in dims and array.shape == tuple(dims):
-            constant[name] = array
-        elif not dims:
+        if (None not in dims and array.shape == tuple(dims)) or not dims:
             constant[name] = array
         else:
             stacked[name] = array
@@ -101,9 +97,8 @@ def batches(
         return [constant]
     count = next(iter(counts.values()))
     fixed = {int(v.shape[0]) for n, v in inputs.items() if n in stacked and isinstance(v.shape[0], int) and v.shape[0]}  # type: ignore[index]
-    if fixed:
-        if len(fixed) > 1 or count % (batch := fixed.pop()):
-            raise InputError(f"{count} samples do not fill batches of {batch}", file=file)
+    if fixed and (len(fixed) > 1 or count % (batch := fixed.pop())):
+        raise InputError(f"{count} samples do not fill batches of {batch}", file=file)
     if not count:
         raise InputError("it holds no samples", file=file)
     return [

@@ -119,9 +119,7 @@ def _groups_of_class(dims: DimGraph, group_of: Positions, c: int) -> list[int]:
 
 def _nodes(view: View) -> dict[tuple[str, int], str]:
     """{reader: name of the node}, for `--ignore` and reports."""
-    return {
-        (node.outputs[0], k): node.name or node.outputs[0] for node in view.nodes for k in range(len(node.inputs))
-    }
+    return {(node.outputs[0], k): node.name or node.outputs[0] for node in view.nodes for k in range(len(node.inputs))}
 
 
 def find_frozen(dims: DimGraph, view: View, groups: tuple[Group, ...], chosen: frozenset[int]) -> list[Frozen]:

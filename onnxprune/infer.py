@@ -19,7 +19,9 @@ from onnxprune.types import Array, Shape
 
 VALUE_LIMIT = 1 << 16  # elements of a value that is worth knowing
 SHORT = 16  # elements of a float initializer that may be a list of scales
-RANDOM = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"})
+RANDOM = frozenset(
+    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
+)
 
 
 @dataclass
@@ -43,9 +45,15 @@ def symbols(graph: ir.Graph) -> dict[str, list[tuple[str, int]]]:
     for value in true_inputs(graph):
         for axis, dim in enumerate(value.shape or ()):
             if not isinstance(dim, int) or dim <= 0:
-                name = dim.value if not isinstance(dim, int) and dim.value else f"{value.name}:{axis}"
-                found.setdefault(str(name), []).append((str(value.name), axis))
+                found.setdefault(symbol(value, axis), []).append((str(value.name), axis))
     return found
+
+
+def symbol(value: ir.Value, axis: int) -> str:
+    """Name of a dynamic dimension: the exporter's, else `input:axis`."""
+    dim = value.shape[axis] if value.shape is not None else None
+    named = dim is not None and not isinstance(dim, int) and dim.value
+    return str(dim.value) if named else f"{value.name}:{axis}"  # type: ignore[union-attr]
 
 
 def true_inputs(graph: ir.Graph) -> list[ir.Value]:
@@ -61,9 +69,7 @@ def seed(graph: ir.Graph, sizes: Mapping[str, int]) -> Facts:
             continue
         shape = []
         for axis, dim in enumerate(value.shape):
-            static = isinstance(dim, int) and dim > 0
-            name = "" if isinstance(dim, int) or not dim.value else str(dim.value)
-            shape.append(int(dim) if static else sizes[name or f"{value.name}:{axis}"])  # type: ignore[call-overload]
+            shape.append(dim if isinstance(dim, int) and dim > 0 else sizes[symbol(value, axis)])
         facts.shapes[str(value.name)] = tuple(shape)
         facts.types[str(value.name)] = int(value.dtype)
     for name, value in graph.initializers.items():
@@ -76,7 +82,7 @@ def note_initializer(facts: Facts, name: str, value: ir.Value) -> None:
     tensor = value.const_value
     if tensor is None:
         return
-    facts.shapes[name] = tuple(int(d) for d in tensor.shape)
+    facts.shapes[name] = tuple(int(d) for d in tensor.shape)  # type: ignore[arg-type]
     facts.types[name] = int(tensor.dtype)
     count = int(np.prod(facts.shapes[name], dtype=np.int64))
     integer = tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
@@ -103,8 +109,10 @@ def step(facts: Facts, node: ir.Node, opset: int) -> None:
     if node.op_type == "Size" and not node.domain and inputs[0] in facts.shapes:
         _note(facts, outputs[0], np.array(np.prod(facts.shapes[inputs[0]], dtype=np.int64)))
         return
-    if any(isinstance(a, ir.Attr) and a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-           for a in node.attributes.values()):
+    if any(
+        isinstance(a, ir.Attr) and a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+        for a in node.attributes.values()
+    ):
         _declared(facts, node)
         return
     proto = ir.serde.serialize_node(node)
@@ -186,8 +194,10 @@ def _declared(facts: Facts, node: ir.Node) -> None:
         name = str(value.name)
         if value.dtype is not None:
             facts.types.setdefault(name, int(value.dtype))
-        if name not in facts.shapes and value.shape is not None and all(isinstance(d, int) for d in value.shape):
-            facts.shapes[name] = tuple(int(d) for d in value.shape)  # type: ignore[call-overload]
+        if name not in facts.shapes and value.shape is not None:
+            sizes = tuple(d for d in value.shape if isinstance(d, int))
+            if len(sizes) == len(value.shape):
+                facts.shapes[name] = sizes
 
 
 def infer(model: ir.Model, sizes: Mapping[str, int]) -> Facts:
@@ -221,7 +231,7 @@ def probes(model: ir.Model, given: Mapping[str, int]) -> tuple[dict[str, int], d
             if any(axis == 0 for _, axis in places) and ranks[value] > 1:
                 first[name], second[name] = (3, 5) if batches == 0 else (7 + 4 * batches, 9 + 4 * batches)
                 batches += 1
-            elif ranks[value] == 4 and 0 < axis:
+            elif ranks[value] == 4 and axis > 0:
                 first[name], second[name] = (IMAGE[k][images % 2] for k in (0, 1))
                 images += 1
             else:
@@ -243,7 +253,7 @@ def cost_sizes(model: ir.Model, given: Mapping[str, int]) -> dict[str, int]:
     sizes = {}
     ranks = {str(v.name): len(v.shape) for v in true_inputs(model.graph) if v.shape is not None}
     for name, places in symbols(model.graph).items():
-        value, axis = places[0]
+        value, _axis = places[0]
         batch = any(axis == 0 for _, axis in places) and ranks[value] > 1
         sizes[name] = 1 if batch else 224 if ranks[value] == 4 else 128
     return sizes | dict(given)

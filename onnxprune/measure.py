@@ -39,7 +39,14 @@ def measure(
 ) -> list[Latency]:
     """Latency of each model on the same feed, measured A B A B in a child process of its own."""
     rows: list[Latency] = call(
-        time_all, [str(path) for path in paths], dict(feed), backend, threads, rounds, seconds, seconds=60 + 20 * seconds
+        time_all,
+        [str(path) for path in paths],
+        dict(feed),
+        backend,
+        threads,
+        rounds,
+        seconds,
+        seconds=60 + 20 * seconds,
     )
     return rows
 

@@ -11,7 +11,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnxprune import ops
 from onnxprune.errors import InputError
-from onnxprune.infer import Facts, infer, names, probes, symbols, true_inputs
+from onnxprune.infer import Facts, infer, names, probes, symbol, symbols, true_inputs
 from onnxprune.types import Array, Axis, OpNode, Shape, Stored, View
 
 SMALL = 1024  # elements up to which a matrix that serves several readers is mere storage
@@ -45,7 +45,7 @@ def input_sizes(model: ir.Model, given: Mapping[str, Shape]) -> dict[str, int]:
                 if dim != size:
                     raise InputError(f"axis {axis} is {dim} in the model, not {size}", object=name)
                 continue
-            key = str(dim.value) if not isinstance(dim, int) and dim.value else f"{name}:{axis}"
+            key = symbol(inputs[name], axis)
             if found.setdefault(key, size) != size:
                 raise InputError(f"dimension '{key}' is given as {found[key]} and as {size}", object=name)
     return found
@@ -85,12 +85,14 @@ def lift_constants(graph: ir.Graph) -> None:
         value, (key, attribute) = node.outputs[0], next(iter(node.attributes.items()))
         if value.is_graph_output() or key not in ("value", "value_int", "value_float", "value_ints", "value_floats"):
             continue
-        tensor = attribute.as_tensor() if key == "value" else ir.tensor(
-            np.array(attribute.value, np.float32 if "float" in key else np.int64)
+        tensor = (
+            attribute.as_tensor()
+            if key == "value"
+            else ir.tensor(np.array(attribute.value, np.float32 if "float" in key else np.int64))
         )
         name = str(value.name)
         fresh = ir.Value(
-            name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            name=name, shape=ir.Shape(tensor.numpy().shape), type=ir.TensorType(tensor.dtype), const_value=tensor
         )
         value.replace_all_uses_with(fresh)
         graph.remove(node, safe=True)
@@ -192,9 +194,7 @@ def view(prepared: Prepared) -> View:
         for k, size in enumerate(shape)
         if prepared.other.shapes.get(name, shape)[k : k + 1] != (size,)
     }
-    return View(
-        tuple(nodes), shapes, inputs, tuple(names(graph.outputs)), stored, _captured(graph), frozenset(dynamic)
-    )
+    return View(tuple(nodes), shapes, inputs, tuple(names(graph.outputs)), stored, _captured(graph), frozenset(dynamic))
 
 
 def _stored(prepared: Prepared) -> tuple[dict[str, Stored], dict[ir.Node, dict[int, str]]]:
@@ -215,8 +215,8 @@ def _stored(prepared: Prepared) -> tuple[dict[str, Stored], dict[ir.Node, dict[i
             for node, k in uses:
                 alias = stored_name(name, str(node.outputs[0].name), k)
                 aliases.setdefault(node, {})[k] = alias
-                readers = ((str(node.outputs[0].name), k),)
-                stored[alias] = Stored(name, shape, dtype, _role(node, k, dtype), _slot(node, k), readers, True)
+                reader = (str(node.outputs[0].name), k)
+                stored[alias] = Stored(name, shape, dtype, _role(node, k, dtype), _slot(node, k), (reader,), True)
         elif uses:
             readers = tuple((str(node.outputs[0].name), k) for node, k in uses)
             stored[name] = Stored(name, shape, dtype, _role(*uses[0], dtype), _slot(*uses[0]), readers, False)
@@ -248,7 +248,5 @@ def _captured(graph: ir.Graph) -> frozenset[str]:
     for node in graph.all_nodes():
         if node.graph is graph:
             continue
-        for value in node.inputs:
-            if value is not None and (value.graph is graph or (value.producer() and value.producer().graph is graph)):  # type: ignore[union-attr]
-                found.add(str(value.name))
+        found |= {str(value.name) for value in node.inputs if value is not None and value.graph is graph}
     return frozenset(found)

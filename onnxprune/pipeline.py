@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,14 @@ from onnxprune import feeds, plugin, quality, storage, verify
 from onnxprune import measure as latency
 from onnxprune import report as reports
 from onnxprune import select as selection
-from onnxprune.cost import Cost, Costs
-from onnxprune.dims import DimGraph, couple
-from onnxprune.errors import ImpossibleError, InputError, InternalError, PruneError
-from onnxprune.groups import find_frozen, find_groups
-from onnxprune.infer import cost_sizes, infer
-from onnxprune.model import Prepared, input_sizes, prepare, view
-from onnxprune.rewrite import apply
+from onnxprune.analysis import Analysis, cost_of, cost_shapes, samples_of
+from onnxprune.errors import ImpossibleError, InputError, InternalError
+from onnxprune.prove import Prover
 from onnxprune.runtime import ort
-from onnxprune.types import Array, Frozen, Group, Mask, Plan, Shape, View
+from onnxprune.types import Array, Group, Mask, Plan, Shape
 from onnxprune.worker import Worker
 
 KINDS = ("channels", "heads", "head-dim", "width", "experts", "layers")
-METRICS = ("macs", "params", "size", "latency")
 Progress = Callable[[str], None]
 
 
@@ -74,113 +68,6 @@ class Result:
     report: reports.Report
 
 
-class Analysis:
-    """A model that was read, with everything that coupling says about it; computed once, used for any plan."""
-
-    def __init__(self, path: str | Path, input_shape: Mapping[str, Shape] | None = None) -> None:
-        self.dense, self.source = storage.read_model(path)
-        self.given = _named(path, lambda: input_sizes(self.dense, input_shape or {}))
-        self.prepared: Prepared = prepare(self.dense.clone(), self.given)
-        self.view: View = view(self.prepared)
-        self.dims: DimGraph = couple(self.view)
-        self.groups: tuple[Group, ...] = find_groups(self.dims, self.view)
-
-    @cached_property
-    def costs(self) -> Costs:
-        """Cost of any set of survivors, MACs at the given sizes (else batch 1 and stated defaults)."""
-        return _costs(self.prepared, self.view, self.dims, self.given)
-
-    @property
-    def labels(self) -> int:
-        """How many labels there are: the length of an alive mask."""
-        return len(self.dims.frozen)
-
-    @cached_property
-    def weights(self) -> plugin.Weights:
-        """The initializers as criteria see them."""
-        stored = self.prepared.model.graph.initializers
-
-        def read(name: str) -> Array:
-            tensor = stored[name].const_value
-            assert tensor is not None
-            return np.asarray(tensor.numpy()).astype(np.float64)
-
-        return plugin.Weights(read)
-
-    def frozen(self, groups: Sequence[Group]) -> list[Frozen]:
-        """What stays and why, if only these groups may shrink."""
-        return find_frozen(self.dims, self.view, self.groups, frozenset(g.id for g in groups))
-
-    def rewrite(self, plan: Plan) -> ir.Model:
-        """The smaller model of a plan, not yet proven."""
-        return apply(self.prepared, self.dims, self.view, selection.alive_labels(self.groups, plan, self.labels))
-
-
-def _named(path: str | Path, call: Callable[[], Any]) -> Any:
-    """Add the file's name to an error about what is in it."""
-    try:
-        return call()
-    except PruneError as error:
-        if error.file:
-            raise
-        raise type(error)(error.message, file=Path(path).name, object=error.object) from None
-
-
-def _costs(prepared: Prepared, seen: View, dims: DimGraph, given: Mapping[str, int]) -> Costs:
-    return Costs(dims, seen, infer(prepared.model, cost_sizes(prepared.model, given)).shapes)
-
-
-def cost_of(model: ir.Model, given: Mapping[str, int], size: int) -> Cost:
-    """What a model costs that was written in `size` bytes."""
-    prepared = prepare(model.clone(), given)
-    seen = view(prepared)
-    dims = couple(seen)
-    found = _costs(prepared, seen, dims, given).of(np.ones(len(dims.frozen), np.bool_))
-    return Cost(round(found["params"]), size, round(found["macs"]))
-
-
-class Prover:
-    """Runs reference and candidate in one child process, on the same feeds."""
-
-    def __init__(self, analysis: Analysis, options: Options, samples: Sequence[Mapping[str, Array]]) -> None:
-        self.analysis, self.options = analysis, options
-        graph = analysis.dense.graph
-        self.feeds: list[Mapping[str, Array]] = list(samples[:2])
-        self.problem = ""
-        try:
-            for k, facts in enumerate((analysis.prepared.facts, analysis.prepared.other)):
-                self.feeds.append(feeds.random_feed(graph, facts.shapes, options.seed + k))
-        except ImpossibleError as error:
-            self.problem = str(error)
-            if not self.feeds:
-                raise
-
-    def prove(self, worker: Worker, candidate: ir.Model, gone: Sequence[verify.Removal]) -> list[verify.Difference]:
-        """Differences between a candidate and the dense model with these slices at zero."""
-
-        def run(path: str, samples: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
-            found: list[dict[str, Array]] = worker.call(ort.run, path, list(samples), threads=self.options.threads)
-            return found
-
-        return verify.compare(verify.reference(self.analysis.dense, gone), candidate, self.feeds, run)
-
-    def check_dense(self, worker: Worker) -> None:
-        """Keep the feeds that the dense model accepts. Raises InputError if it accepts none."""
-        with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-            path = str(Path(folder) / "dense.onnx")
-            ir.save(self.analysis.dense, path, external_data="dense.data")
-            accepted = []
-            for feed in self.feeds:
-                try:
-                    worker.call(ort.run, path, [feed], threads=self.options.threads)
-                    accepted.append(feed)
-                except InputError as error:
-                    self.problem = error.message
-        if not accepted:
-            raise InputError(self.problem, file=self.analysis.source.path.name)
-        self.feeds = accepted
-
-
 def choose_groups(analysis: Analysis, options: Options) -> tuple[Group, ...]:
     """The groups that the options allow to shrink. Raises ImpossibleError if there are none."""
     wanted = set(KINDS) if "all" in options.remove else set(options.remove)
@@ -216,7 +103,11 @@ def score(analysis: Analysis, groups: Sequence[Group], options: Options) -> tupl
 
 
 def select(
-    analysis: Analysis, groups: Sequence[Group], importance: Sequence[Array], options: Options, limits: Mapping[str, float]
+    analysis: Analysis,
+    groups: Sequence[Group],
+    importance: Sequence[Array],
+    options: Options,
+    limits: Mapping[str, float],
 ) -> Plan:
     """Keep masks for the ratio, or for targets in absolute numbers."""
     rounding = selection.Rounding(None if options.round_to == "auto" else int(options.round_to), options.min_keep)
@@ -226,32 +117,7 @@ def select(
     main = next(iter(limits))
     cost = analysis.costs.of_units(tuple(groups), main)
     priority = allocator.priority(importance, cost)
-    return selection.by_target(
-        groups, priority, allocator.floor, rounding, limits, analysis.costs.of, analysis.labels
-    )
-
-
-UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9,
-         "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}  # fmt: skip
-
-
-def parse_target(metric: str, value: float | str) -> tuple[float, bool]:
-    """(number, whether it is a share of the dense model). Raises InputError."""
-    text = str(value).strip()
-    digits = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
-    unit = text[len(digits) :].strip().lower()
-    try:
-        number = float(digits)
-    except ValueError:
-        number = float("nan")
-    if metric not in METRICS:
-        raise InputError(f"unknown target metric; there are {', '.join(METRICS)}", object=metric)
-    if metric == "latency":
-        raise ImpossibleError("latency targets are not built into this version yet; use macs", object="--target")
-    if not np.isfinite(number) or number <= 0 or unit not in UNITS or (not unit and number > 1):
-        raise InputError("a target is a share in (0, 1] or a number with a unit, as in macs=0.5 or size=40MB",
-                         object=f"{metric}={text}")  # fmt: skip
-    return number * UNITS[unit], not unit
+    return selection.by_target(groups, priority, allocator.floor, rounding, limits, analysis.costs.of, analysis.labels)
 
 
 def _limits(analysis: Analysis, options: Options, overhead: float) -> dict[str, float]:
@@ -259,7 +125,7 @@ def _limits(analysis: Analysis, options: Options, overhead: float) -> dict[str, 
     dense = analysis.costs.of(np.ones(analysis.labels, np.bool_))
     limits = {}
     for metric, value in options.target.items():
-        number, share = parse_target(metric, value)
+        number, share = selection.parse_target(metric, value)
         whole = float(analysis.source.bytes) if metric == "size" else dense[metric]
         limits[metric] = (number * whole if share else number) - (overhead if metric == "size" else 0.0)
     return limits
@@ -274,7 +140,7 @@ def check(options: Options) -> None:
     if options.ratio is not None and options.allocate not in (None, "uniform"):
         raise InputError("--ratio implies --allocate uniform; use --target", object=f"--allocate {options.allocate}")
     for metric, value in options.target.items():
-        parse_target(metric, value)
+        selection.parse_target(metric, value)
     if options.round_to != "auto" and (not str(options.round_to).isdigit() or int(options.round_to) < 1):
         raise InputError("a positive number or 'auto'", object=f"--round-to {options.round_to}")
     if options.min_keep < 1:
@@ -288,21 +154,6 @@ def check(options: Options) -> None:
         quality.metric(options.metric)
     if options.approximate:
         raise ImpossibleError("mixing groups cannot be proven by this version yet", object="--approximate")
-
-
-def samples_of(graph: ir.Graph, path: str | None) -> tuple[list[dict[str, Array]], Array | None]:
-    """(feeds, labels) of a calibration or evaluation file or folder; nothing without a path."""
-    if path is None:
-        return [], None
-    folder = Path(path)
-    if folder.is_dir():
-        files = sorted(folder.glob("*.npz"))
-        if not files:
-            raise InputError("the folder holds no .npz file", file=folder.name)
-        found = [storage.read_arrays(file) for file in files]
-        return [feeds.batches(graph, arrays, file.name, 1 << 30)[0] for arrays, file in zip(found, files, strict=True)], None
-    arrays = storage.read_arrays(path)
-    return feeds.batches(graph, arrays, folder.name), arrays.get("labels")
 
 
 @dataclass
@@ -354,7 +205,8 @@ def family(
     with clock.stage("read and analyse"):
         analysis = Analysis(model, first.input_shape)
         paths = [
-            storage.check_output(path, analysis.source, force=first.force) if path is not None else None for path in outputs
+            storage.check_output(path, analysis.source, force=first.force) if path is not None else None
+            for path in outputs
         ]
         calibration, _ = samples_of(analysis.dense.graph, first.calibration)
         evaluation = samples_of(analysis.dense.graph, first.evaluation)
@@ -363,7 +215,7 @@ def family(
             raise ImpossibleError(f"{reason} (--strict)", file=analysis.source.path.name, object=node)
     results = []
     with Worker(seconds=first.seconds) as worker:
-        prover = Prover(analysis, first, calibration)
+        prover = Prover(analysis, calibration, first.seed, first.threads)
         for options, path in zip(variants, paths, strict=True):
             results.append(_one(analysis, options, path, prover, worker, evaluation, clock, command))
     if not first.dry_run:
@@ -384,7 +236,7 @@ def _one(
 ) -> Result:
     """Score, select, rewrite, prove, measure one target."""
     with clock.stage("score"):
-        groups, importance, criterion = score(analysis, choose_groups(analysis, options), options)
+        groups, importance, _criterion = score(analysis, choose_groups(analysis, options), options)
     with clock.stage("select, rewrite and prove"):
         plan, smaller, gone, proof, unproven = _proven(analysis, groups, importance, options, prover, worker)
     warnings = [f"group {k} failed its proof and was left alone; this is our bug, please report it" for k in unproven]
@@ -402,7 +254,7 @@ def _one(
         faster = None
         if options.measure and not options.dry_run:
             with clock.stage("measure"):
-                shapes = infer(analysis.dense, cost_sizes(analysis.dense, analysis.given)).shapes
+                shapes = cost_shapes(analysis.dense, analysis.given)
                 feed = evaluation[0][0] if evaluation[0] and not analysis.given else None
                 feed = feed or feeds.random_feed(analysis.dense.graph, shapes, options.seed)
                 rows = latency.measure(files, feed, backend=options.backend, threads=options.threads)
@@ -490,7 +342,7 @@ def _proven(
         if proof is not None and all(d.holds for d in proof):
             return plan, smaller, gone, proof, unproven
         unproven += sorted(
-            verify.blame(touched, lambda ids: (rows := attempt(ids)) is not None and all(d.holds for d in rows))  # noqa: B023
+            verify.blame(touched, lambda ids: (rows := attempt(ids)) is not None and all(d.holds for d in rows))
         )
 
 
@@ -505,7 +357,9 @@ def _planned(
         if "size" not in options.target:
             break
         with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-            ir.save(smaller, Path(folder) / "pruned.onnx", external_data="pruned.data" if analysis.source.external else None)
+            ir.save(
+                smaller, Path(folder) / "pruned.onnx", external_data="pruned.data" if analysis.source.external else None
+            )
             size = sum(file.stat().st_size for file in Path(folder).iterdir())
         alive = selection.alive_labels(analysis.groups, plan, analysis.labels)
         real = size - analysis.costs.of(alive)["size"]
@@ -593,84 +447,3 @@ def _written(result: Result, path: Path | None, analysis: Analysis, options: Opt
         update={"sha256": storage.digest(files), "bytes": sum(f.stat().st_size for f in files), "path": str(path)}
     )
     return Result(path, result.model, result.plan, result.report.model_copy(update={"pruned": pruned}))
-
-
-def explain(
-    analysis: Analysis, a: str, b: str
-) -> tuple[list[tuple[Any, str, Any]] | None, dict[str, str]]:
-    """The shortest chain between two axes given as VALUE:AXIS, and why each of them stays if it does."""
-    ends = [_axes(analysis, text) for text in (a, b)]
-    reasons = {}
-    for text, axes in zip((a, b), ends, strict=True):
-        labels = analysis.dims.labels_of(axes[0])
-        if labels is None:
-            reasons[text] = "an axis of size one carries nothing"
-        elif found := [r for label in np.unique(labels)[:64] if (r := analysis.dims.reason(int(label)))]:
-            reasons[text] = found[0]
-    chains = [chain for x in ends[0] for y in ends[1] if (chain := analysis.dims.explain(x, y)) is not None]
-    return (min(chains, key=len) if chains else None), reasons
-
-
-def _axes(analysis: Analysis, text: str) -> list[Any]:
-    """The axes that VALUE:AXIS means: one, or one for each reader of a shared initializer."""
-    from onnxprune.types import Axis
-
-    name, colon, number = text.rpartition(":")
-    if not colon or not number.lstrip("-").isdigit():
-        raise InputError("expected VALUE:AXIS", object=text)
-    values = [v for v in analysis.view.shapes if v == name or v.split("\0")[0] == name]
-    if not values:
-        raise InputError("no such value in the model", file=analysis.source.path.name, object=name)
-    rank = len(analysis.view.shapes[values[0]])
-    if not -rank <= int(number) < rank:
-        raise InputError(f"it has {rank} axes", file=analysis.source.path.name, object=text)
-    return [Axis(value, int(number) % rank) for value in values]
-
-
-def compare_models(
-    dense: str, pruned: str, evaluation: str | None, metric: str | None, input_shape: Mapping[str, Shape], seed: int
-) -> dict[str, Any]:
-    """Relative error over all outputs, cosine of the first, and the metric where there is data for it."""
-    compute = quality.metric(metric) if metric else None
-    analysis = Analysis(dense, input_shape)
-    other, _ = storage.read_model(pruned)
-    if [v.name for v in other.graph.outputs] != [v.name for v in analysis.dense.graph.outputs]:
-        raise InputError("the two models have different outputs", file=Path(pruned).name)
-    samples, labels = samples_of(analysis.dense.graph, evaluation)
-    with Worker() as worker, tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-        prover = Prover(analysis, Options(seed=seed), samples)
-        if not samples:
-            prover.check_dense(worker)
-        inputs = samples or prover.feeds
-        results = []
-        for name, model in (("dense", analysis.dense), ("pruned", other)):
-            path = Path(folder) / f"{name}.onnx"
-            ir.save(model, path, external_data=f"{name}.data")
-            results.append(worker.call(ort.run, str(path), list(inputs)))
-    found: dict[str, Any] = {
-        "relative-error": quality.relative_error(results[1], results[0], None),
-        "cosine": quality.cosine(results[1], results[0], None),
-        "inputs": len(inputs),
-        "data": "evaluation" if samples else "random inputs",
-    }
-    if compute is None and labels is not None:
-        metric, compute = "accuracy", quality.accuracy
-    if compute is not None and metric not in found:
-        found[str(metric)] = {
-            "dense": compute(results[0], results[0], labels),
-            "pruned": compute(results[1], results[0], labels),
-        }
-    return found
-
-
-def measure_models(
-    models: Sequence[str], input_shape: Mapping[str, Shape], backend: str, threads: int, rounds: int, seconds: float
-) -> list[latency.Latency]:
-    """Interleaved latency of models with one interface, at the given sizes (else batch 1 and stated defaults)."""
-    if threads < 1 or rounds < 1 or not seconds > 0:
-        raise InputError("--threads, --rounds and --seconds are positive", object="measure")
-    read = [storage.read_model(path)[0] for path in models]
-    given = _named(models[0], lambda: input_sizes(read[0], input_shape))
-    shapes = infer(prepare(read[0].clone(), given).model, cost_sizes(read[0], given)).shapes
-    feed = feeds.random_feed(read[0].graph, shapes, 0)
-    return latency.measure(models, feed, backend=backend, threads=threads, rounds=rounds, seconds=seconds)

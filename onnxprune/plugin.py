@@ -75,7 +75,7 @@ def build(kind: str, text: str) -> Any:
     if name not in classes:
         raise InputError(f"unknown {KINDS[kind]}; there are {', '.join(sorted(classes))}", object=name)
     cls = classes[name].load()
-    known = {f.name: type(f.default) for f in fields(cls)}
+    known: dict[str, type[Any]] = {f.name: type(f.default) for f in fields(cls)}
     values = {}
     for option in options:
         key, equals, value = option.partition("=")

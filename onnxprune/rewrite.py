@@ -7,7 +7,7 @@ wrong rule is caught here, with the name of the node, before anything runs.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -15,9 +15,11 @@ import onnx_ir as ir
 from onnxprune import ops
 from onnxprune.dims import DimGraph, keep_of
 from onnxprune.errors import InternalError
-from onnxprune.infer import Facts, names, note_initializer, seed, step
+from onnxprune.infer import Facts, note_initializer, seed, step
 from onnxprune.model import Prepared, free_name, op_node, register
 from onnxprune.types import Array, Axis, Mask, OpNode, Shape, View
+
+Keep = Callable[[Axis], Mask]
 
 
 def apply(prepared: Prepared, dims: DimGraph, view: View, alive: Mask) -> ir.Model:
@@ -44,7 +46,7 @@ def apply(prepared: Prepared, dims: DimGraph, view: View, alive: Mask) -> ir.Mod
     return model
 
 
-def _slice_initializers(graph: ir.Graph, view: View, wanted: Mapping[str, Shape], keep: ops.Callable) -> None:  # type: ignore[type-arg]
+def _slice_initializers(graph: ir.Graph, view: View, wanted: Mapping[str, Shape], keep: Keep) -> None:
     """Take the survivors of every initializer; readers that lose different positions get copies of their own."""
     nodes = {str(node.outputs[0].name): node for node in graph}
     variants: dict[str, dict[tuple[bytes, ...], list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -83,7 +85,7 @@ def _slice_initializers(graph: ir.Graph, view: View, wanted: Mapping[str, Shape]
             graph.initializers.pop(initializer)
 
 
-def _resize_nodes(model: ir.Model, prepared: Prepared, view: View, wanted: Mapping[str, Shape], keep: ops.Callable) -> None:  # type: ignore[type-arg]
+def _resize_nodes(model: ir.Model, prepared: Prepared, view: View, wanted: Mapping[str, Shape], keep: Keep) -> None:
     """Walk the smaller graph; where sizes are written down in a node, write down the new ones."""
     graph = model.graph
     facts = seed(graph, prepared.sizes)
@@ -98,7 +100,9 @@ def _resize_nodes(model: ir.Model, prepared: Prepared, view: View, wanted: Mappi
             try:
                 edit = resize(ops.Resizing(_named(now, dense), dense, wanted, keep))
             except KeyError as missing:
-                raise InternalError(f"the size in {missing} is not known", object=dense.name or dense.outputs[0]) from None
+                raise InternalError(
+                    f"the size in {missing} is not known", object=dense.name or dense.outputs[0]
+                ) from None
             if edit is not None:
                 _edit(model, node, edit, facts, prepared.static)
         step(facts, node, opset)
@@ -172,5 +176,3 @@ def _corrected(model: ir.Model, node: ir.Node, old: ir.Value, facts: Facts, want
     for fresh in (multiply, divide):
         step(facts, fresh, model.opset_imports.get("", 1))
     return divide.outputs[0]
-
-

@@ -8,9 +8,12 @@ from math import gcd
 
 import numpy as np
 
-from onnxprune.errors import ImpossibleError
+from onnxprune.errors import ImpossibleError, InputError
 from onnxprune.types import Array, Group, Mask, Plan, Positions
 
+METRICS = ("macs", "params", "size", "latency")
+UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9,
+         "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}  # fmt: skip
 SLACK = 1.1  # `auto` takes a coarser multiple only while it keeps at most this many times what was asked
 
 
@@ -99,3 +102,22 @@ def alive_labels(groups: Sequence[Group], plan: Plan, labels: int) -> Mask:
         if group.id in plan.keep:
             alive[group.units[~plan.keep[group.id]]] = False
     return alive
+
+
+def parse_target(metric: str, value: float | str) -> tuple[float, bool]:
+    """(number, whether it is a share of the dense model). Raises InputError."""
+    text = str(value).strip()
+    digits = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+    unit = text[len(digits) :].strip().lower()
+    try:
+        number = float(digits)
+    except ValueError:
+        number = float("nan")
+    if metric not in METRICS:
+        raise InputError(f"unknown target metric; there are {', '.join(METRICS)}", object=metric)
+    if metric == "latency":
+        raise ImpossibleError("latency targets are not built into this version yet; use macs", object="--target")
+    if not np.isfinite(number) or number <= 0 or unit not in UNITS or (not unit and number > 1):
+        raise InputError("a target is a share in (0, 1] or a number with a unit, as in macs=0.5 or size=40MB",
+                         object=f"{metric}={text}")  # fmt: skip
+    return number * UNITS[unit], not unit

@@ -48,7 +48,9 @@ def check_output(path: str | Path, source: Source | None, *, force: bool) -> Pat
     return path
 
 
-def write_model(model: ir.Model, path: Path, *, force: bool, external: bool, prove: Callable[[Path], None] | None = None) -> tuple[Path, ...]:
+def write_model(
+    model: ir.Model, path: Path, *, force: bool, external: bool, prove: Callable[[Path], None] | None = None
+) -> tuple[Path, ...]:
     temp = path.with_suffix(".tmp.onnx")
     ir.save(model, temp)
     if prove:

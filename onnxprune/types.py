@@ -19,7 +19,7 @@ class Axis(NamedTuple):
     """One axis of one value: what gets coupled."""
 
     value: str
-    index: int
+    index: int  # type: ignore[assignment]  # tuple.index is never wanted here
 
     def __str__(self) -> str:
         return f"{self.value}:{self.index}"

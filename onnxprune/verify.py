@@ -138,7 +138,9 @@ def tolerance_of(model: ir.Model) -> float:
     """What counts as noise, from the coarsest arithmetic in the model."""
     if any(node.op_type.startswith(("QLinear", "QuantizeLinear", "DynamicQuantize")) for node in model.graph):
         return QUANTISED
-    types = {value.const_value.dtype.name for value in model.graph.initializers.values() if value.const_value is not None}
+    types = {
+        value.const_value.dtype.name for value in model.graph.initializers.values() if value.const_value is not None
+    }
     types |= {value.dtype.name for node in model.graph for value in node.outputs if value.dtype is not None}
     return max(TOLERANCE[COARSEST[t]] if t in COARSEST else TOLERANCE["float32"] for t in types | {"FLOAT"})
 
@@ -150,7 +152,7 @@ def differ(wanted: Mapping[str, Array], found: Mapping[str, Array], tolerance: f
         b = found[name]
         if a.shape != b.shape:
             rows.append(Difference(name, float("inf"), tolerance))
-        elif not np.issubdtype(a.dtype, np.number) and a.dtype.name != "bfloat16" or a.dtype.kind in "iu":
+        elif (not np.issubdtype(a.dtype, np.number) and a.dtype.name != "bfloat16") or a.dtype.kind in "iu":
             rows.append(Difference(name, float(np.mean(a != b)) if a.size else 0.0, 0.02))
         else:
             x, y = a.astype(np.float64), b.astype(np.float64)

@@ -28,6 +28,7 @@ class BatchNormScale:
             return None
         count = len(group.units)
         raw: Array = np.mean(
-            [weights.per_unit(m, 1, count) / np.maximum(np.bincount(m.units, minlength=count), 1) for m in scales], axis=0
+            [weights.per_unit(m, 1, count) / np.maximum(np.bincount(m.units, minlength=count), 1) for m in scales],
+            axis=0,
         )
         return raw

@@ -14,7 +14,7 @@ _make_venv() {
     if python3 -m venv .venv >/dev/null 2>&1 && _has_pip; then return; fi
     rm -rf .venv
     if python3 -m venv --without-pip .venv >/dev/null 2>&1 &&
-        python3 -m pip --python "$python" --disable-pip-version-check --quiet install pip && _has_pip; then
+        python3 -m pip --python "$python" --disable-pip-version-check -qq install pip && _has_pip; then
         return
     fi
     rm -rf .venv
@@ -31,6 +31,6 @@ install_venv() {
     now=$({ pwd -P && cat setup.cfg pyproject.toml; } | git hash-object --stdin) || return 1
     if [ "$(cat "$stamp" 2>/dev/null)" = "$now" ]; then return; fi
     echo "installing onnxprune[$1] in .venv ..." >&2
-    "$python" -m pip --disable-pip-version-check --quiet install --editable ".[$1]" || return 1
+    "$python" -m pip --disable-pip-version-check -qq install --editable ".[$1]" || return 1
     printf '%s\n' "$now" >"$stamp"
 }

@@ -63,7 +63,7 @@ def _slices(node: OpNode) -> dict[int, slice] | None:
         axes, steps = node.attr("axes"), None
     else:
         given = [node.const(k) for k in range(1, 5)]
-        if any(node.has(k) and given[k - 1] is None for k in range(1, 5)):
+        if given[0] is None or given[1] is None or any(node.has(k) and given[k - 1] is None for k in (3, 4)):
             return None
         starts, ends = np.atleast_1d(given[0]), np.atleast_1d(given[1])
         axes, steps = given[2], given[3]
@@ -136,9 +136,11 @@ def slice_bounds(this: Resizing) -> Edit | None:
         return None
     axes = list(slices)
     far = -(2**31)
-    old = [np.atleast_1d(np.array(node.attrs[name])) for name in ("starts", "ends")] if "starts" in node.attrs else [
-        np.atleast_1d(node.consts[node.inputs[k]]) for k in (1, 2)
-    ]
+    old = (
+        [np.atleast_1d(np.array(node.attrs[name])) for name in ("starts", "ends")]
+        if "starts" in node.attrs
+        else [np.atleast_1d(node.consts[node.inputs[k]]) for k in (1, 2)]
+    )
     starts, ends = old[0].astype(np.int64).copy(), old[1].astype(np.int64).copy()
     for axis, (start, end) in bounds.items():
         starts[axes.index(axis)], ends[axes.index(axis)] = start, end if end >= 0 else far

@@ -100,9 +100,7 @@ def resize_space(node: OpNode) -> Iterable[Relation]:
     if node.attr("coordinate_transformation_mode") == "tf_crop_and_resize":
         return
     scales = _scales(node, len(before))
-    names = [
-        f"a{k}" if size == after[k] and scales[k] == 1 else "!" for k, size in enumerate(before)
-    ]
+    names = [f"a{k}" if size == after[k] and scales[k] == 1 else "!" for k, size in enumerate(before)]
     yield Pattern(" ".join(names) + " -> " + " ".join(names))
 
 

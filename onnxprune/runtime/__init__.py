@@ -34,7 +34,7 @@ def provider(backend: str) -> str:
     both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
     if len(both) == 2:
         raise MachineError(
-            "onnxruntime and onnxruntime-gpu are both installed and shadow each other; pip uninstall both, then install one"
+            "onnxruntime and onnxruntime-gpu are both installed and exclude each other; uninstall both, install one"
         )
     if not both:
         raise MachineError("ONNX Runtime is not installed; pip install 'onnxprune[cpu]' (or [gpu])")

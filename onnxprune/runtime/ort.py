@@ -37,7 +37,9 @@ def _said(error: Exception) -> str:
     return text.split(" : ", 3)[-1][:300]
 
 
-def session(path: str, *, threads: int = 1, optimise: bool = True, backend: str = "cpu") -> onnxruntime.InferenceSession:
+def session(
+    path: str, *, threads: int = 1, optimise: bool = True, backend: str = "cpu"
+) -> onnxruntime.InferenceSession:
     """A session. Raises InputError if the model cannot be loaded, MachineError if the backend is not there."""
     provider = runtime.provider(backend)
     import onnxruntime

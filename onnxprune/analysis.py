@@ -1,0 +1,105 @@
+"""A model that was read, with everything that coupling says about it: made once, used for any plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxprune import feeds, plugin, storage
+from onnxprune import select as selection
+from onnxprune.cost import Cost, Costs
+from onnxprune.dims import DimGraph, couple
+from onnxprune.errors import InputError, PruneError
+from onnxprune.groups import find_frozen, find_groups
+from onnxprune.infer import cost_sizes, infer
+from onnxprune.model import Prepared, input_sizes, prepare, view
+from onnxprune.rewrite import apply
+from onnxprune.types import Array, Frozen, Group, Plan, Shape, View
+
+
+class Analysis:
+    """A model that was read, with everything that coupling says about it; computed once, used for any plan."""
+
+    def __init__(self, path: str | Path, input_shape: Mapping[str, Shape] | None = None) -> None:
+        self.dense, self.source = storage.read_model(path)
+        self.given = named(path, lambda: input_sizes(self.dense, input_shape or {}))
+        self.prepared: Prepared = prepare(self.dense.clone(), self.given)
+        self.view: View = view(self.prepared)
+        self.dims: DimGraph = couple(self.view)
+        self.groups: tuple[Group, ...] = find_groups(self.dims, self.view)
+
+    @cached_property
+    def costs(self) -> Costs:
+        """Cost of any set of survivors, MACs at the given sizes (else batch 1 and stated defaults)."""
+        return Costs(self.dims, self.view, cost_shapes(self.prepared.model, self.given))
+
+    @property
+    def labels(self) -> int:
+        """How many labels there are: the length of an alive mask."""
+        return len(self.dims.frozen)
+
+    @cached_property
+    def weights(self) -> plugin.Weights:
+        """The initializers as criteria see them."""
+        stored = self.prepared.model.graph.initializers
+
+        def read(name: str) -> Array:
+            tensor = stored[name].const_value
+            assert tensor is not None
+            return np.asarray(tensor.numpy()).astype(np.float64)
+
+        return plugin.Weights(read)
+
+    def frozen(self, groups: Sequence[Group]) -> list[Frozen]:
+        """What stays and why, if only these groups may shrink."""
+        return find_frozen(self.dims, self.view, self.groups, frozenset(g.id for g in groups))
+
+    def rewrite(self, plan: Plan) -> ir.Model:
+        """The smaller model of a plan, not yet proven."""
+        return apply(self.prepared, self.dims, self.view, selection.alive_labels(self.groups, plan, self.labels))
+
+
+def named(path: str | Path, call: Callable[[], Any]) -> Any:
+    """Add the file's name to an error about what is in it."""
+    try:
+        return call()
+    except PruneError as error:
+        if error.file:
+            raise
+        raise type(error)(error.message, file=Path(path).name, object=error.object) from None
+
+
+def cost_shapes(model: ir.Model, given: Mapping[str, int]) -> dict[str, Shape]:
+    """Shapes at which cost is counted and latency measured: as given, else batch 1 and stated defaults."""
+    return infer(model, cost_sizes(model, given)).shapes
+
+
+def cost_of(model: ir.Model, given: Mapping[str, int], size: int) -> Cost:
+    """What a model costs that was written in `size` bytes."""
+    prepared = prepare(model.clone(), given)
+    seen = view(prepared)
+    dims = couple(seen)
+    found = Costs(dims, seen, cost_shapes(prepared.model, given)).of(np.ones(len(dims.frozen), np.bool_))
+    return Cost(round(found["params"]), size, round(found["macs"]))
+
+
+def samples_of(graph: ir.Graph, path: str | None) -> tuple[list[dict[str, Array]], Array | None]:
+    """(feeds, labels) of a calibration or evaluation file or folder; nothing without a path."""
+    if path is None:
+        return [], None
+    folder = Path(path)
+    if folder.is_dir():
+        files = sorted(folder.glob("*.npz"))
+        if not files:
+            raise InputError("the folder holds no .npz file", file=folder.name)
+        found = [storage.read_arrays(file) for file in files]
+        return [
+            feeds.batches(graph, arrays, file.name, 1 << 30)[0] for arrays, file in zip(found, files, strict=True)
+        ], None
+    arrays = storage.read_arrays(path)
+    return feeds.batches(graph, arrays, folder.name), arrays.get("labels")

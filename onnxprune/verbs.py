@@ -1,0 +1,109 @@
+"""The smaller verbs: explain, compare, measure, list."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxprune import feeds, ops, plugin, quality, runtime, storage
+from onnxprune import measure as latency
+from onnxprune.analysis import Analysis, cost_shapes, named, samples_of
+from onnxprune.errors import InputError
+from onnxprune.model import input_sizes
+from onnxprune.prove import Prover
+from onnxprune.runtime import ort
+from onnxprune.types import Axis, Shape
+from onnxprune.worker import Worker
+
+
+def rows(what: str) -> list[tuple[str, str]]:
+    """(name, one line of help) of everything of a kind, for `onnxprune list`."""
+    if what in plugin.KINDS:
+        return [(name, plugin.help_of(cls)) for name, cls in plugin.available(what).items()]
+    if what == "backends":
+        return sorted(runtime.KNOWN.items())
+    if what == "ops":
+        return ops.known()
+    return []
+
+
+def explain(analysis: Analysis, a: str, b: str) -> tuple[list[tuple[Any, str, Any]] | None, dict[str, str]]:
+    """The shortest chain between two axes given as VALUE:AXIS, and why each of them stays if it does."""
+    ends = [_axes(analysis, text) for text in (a, b)]
+    reasons = {}
+    for text, axes in zip((a, b), ends, strict=True):
+        labels = analysis.dims.labels_of(axes[0])
+        if labels is None:
+            reasons[text] = "an axis of size one carries nothing"
+        elif found := [r for label in np.unique(labels)[:64] if (r := analysis.dims.reason(int(label)))]:
+            reasons[text] = found[0]
+    chains = [chain for x in ends[0] for y in ends[1] if (chain := analysis.dims.explain(x, y)) is not None]
+    return (min(chains, key=len) if chains else None), reasons
+
+
+def _axes(analysis: Analysis, text: str) -> list[Any]:
+    """The axes that VALUE:AXIS means: one, or one for each reader of a shared initializer."""
+    name, colon, number = text.rpartition(":")
+    if not colon or not number.lstrip("-").isdigit():
+        raise InputError("expected VALUE:AXIS", object=text)
+    values = [v for v in analysis.view.shapes if v == name or v.split("\0")[0] == name]
+    if not values:
+        raise InputError("no such value in the model", file=analysis.source.path.name, object=name)
+    rank = len(analysis.view.shapes[values[0]])
+    if not -rank <= int(number) < rank:
+        raise InputError(f"it has {rank} axes", file=analysis.source.path.name, object=text)
+    return [Axis(value, int(number) % rank) for value in values]
+
+
+def compare_models(
+    dense: str, pruned: str, evaluation: str | None, metric: str | None, input_shape: Mapping[str, Shape], seed: int
+) -> dict[str, Any]:
+    """Relative error over all outputs, cosine of the first, and the metric where there is data for it."""
+    compute = quality.metric(metric) if metric else None
+    analysis = Analysis(dense, input_shape)
+    other, _ = storage.read_model(pruned)
+    if [v.name for v in other.graph.outputs] != [v.name for v in analysis.dense.graph.outputs]:
+        raise InputError("the two models have different outputs", file=Path(pruned).name)
+    samples, labels = samples_of(analysis.dense.graph, evaluation)
+    with Worker() as worker, tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+        prover = Prover(analysis, samples, seed)
+        if not samples:
+            prover.check_dense(worker)
+        inputs = samples or prover.feeds
+        results = []
+        for name, model in (("dense", analysis.dense), ("pruned", other)):
+            path = Path(folder) / f"{name}.onnx"
+            ir.save(model, path, external_data=f"{name}.data")
+            results.append(worker.call(ort.run, str(path), list(inputs)))
+    found: dict[str, Any] = {
+        "relative-error": quality.relative_error(results[1], results[0], None),
+        "cosine": quality.cosine(results[1], results[0], None),
+        "inputs": len(inputs),
+        "data": "evaluation" if samples else "random inputs",
+    }
+    if compute is None and labels is not None:
+        metric, compute = "accuracy", quality.accuracy
+    if compute is not None and metric not in found:
+        found[str(metric)] = {
+            "dense": compute(results[0], results[0], labels),
+            "pruned": compute(results[1], results[0], labels),
+        }
+    return found
+
+
+def measure_models(
+    models: Sequence[str], input_shape: Mapping[str, Shape], backend: str, threads: int, rounds: int, seconds: float
+) -> list[latency.Latency]:
+    """Interleaved latency of models with one interface, at the given sizes (else batch 1 and stated defaults)."""
+    if threads < 1 or rounds < 1 or not seconds > 0:
+        raise InputError("--threads, --rounds and --seconds are positive", object="measure")
+    read = [storage.read_model(path)[0] for path in models]
+    given = named(models[0], lambda: input_sizes(read[0], input_shape))
+    shapes = cost_shapes(read[0], given)
+    feed = feeds.random_feed(read[0].graph, shapes, 0)
+    return latency.measure(models, feed, backend=backend, threads=threads, rounds=rounds, seconds=seconds)

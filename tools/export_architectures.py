@@ -1,0 +1,202 @@
+"""Export standard architectures with random weights: python tools/export_architectures.py FOLDER [NAME...].
+
+Needs torch==2.13.0, transformers, onnxscript. Both exporters of PyTorch write each network, so that coupling can be
+checked on exports that no rule was written for. With --halved the same networks are built at half of every width
+that pruning may halve: their parameter counts are what `--ratio 0.5` should reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+warnings.filterwarnings("ignore")
+
+
+class UNet(nn.Module):
+    """The classic U-Net: two 3x3 convolutions a level, skips by concatenation, transposed convolutions upwards."""
+
+    def __init__(self, width: int = 64, levels: int = 4, classes: int = 2) -> None:
+        super().__init__()
+        widths = [width * 2**k for k in range(levels + 1)]
+        self.down = nn.ModuleList(self.block(a, b) for a, b in zip([3, *widths], widths, strict=False))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in zip(widths, widths[1:], strict=False))
+        self.merge = nn.ModuleList(self.block(2 * a, a) for a in widths[:-1])
+        self.head = nn.Conv2d(width, classes, 1)
+
+    @staticmethod
+    def block(inside: int, outside: int) -> nn.Sequential:
+        """conv-bn-relu twice."""
+        layers: list[nn.Module] = []
+        for a in (inside, outside):
+            layers += [nn.Conv2d(a, outside, 3, padding=1, bias=False), nn.BatchNorm2d(outside), nn.ReLU()]
+        return nn.Sequential(*layers)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """float32[n, 3, h, w] -> float32[n, classes, h, w]; h and w multiples of 16."""
+        skips = []
+        x = image
+        for k, block in enumerate(self.down):
+            x = block(nn.functional.max_pool2d(x, 2) if k else x)
+            skips.append(x)
+        for k in reversed(range(len(self.up))):
+            x = self.merge[k](torch.cat([skips[k], self.up[k](x)], 1))
+        return self.head(x)
+
+
+class Logits(nn.Module):
+    """A transformers classifier with one input and one output."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Class scores."""
+        return self.model(image).logits
+
+
+IMAGE = (torch.zeros(1, 3, 224, 224),)
+
+
+def resnet50(half: bool) -> nn.Module:
+    """Every width halves: all of them are free, residual sums included."""
+    scale = 2 if half else 1
+    sizes = [s // scale for s in (256, 512, 1024, 2048)]
+    return Logits(
+        ResNetForImageClassification(ResNetConfig(embedding_size=64 // scale, hidden_sizes=sizes, num_labels=1000))
+    )
+
+
+def mobilenet_v2(half: bool) -> nn.Module:
+    """Depth multiplier one half, with widths of eight and the floor switched off."""
+    config = MobileNetV2Config(
+        depth_multiplier=0.5 if half else 1.0,
+        depth_divisible_by=1,
+        min_depth=1,
+        finegrained_output=False,
+        num_labels=1001,
+    )
+    return Logits(MobileNetV2ForImageClassification(config))
+
+
+def unet(half: bool) -> nn.Module:
+    """Every width halves."""
+    return UNet(32 if half else 64)
+
+
+def vit_b(half: bool) -> nn.Module:
+    """ViT-B/16; FFN neurons and heads halve (see `halved`), the residual width is mixed by LayerNorm."""
+    return Logits(ViTForImageClassification(ViTConfig(num_labels=1000, attn_implementation="eager")))
+
+
+class Bert(nn.Module):
+    """BERT-base with a classifier, over ids and mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = BertForSequenceClassification(BertConfig(attn_implementation="eager"))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """int64[n, s], int64[n, s] -> float32[n, 2]."""
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+def bert(half: bool) -> nn.Module:
+    """BERT-base; FFN neurons and heads halve."""
+    return Bert()
+
+
+TOKENS = (torch.ones(1, 64, dtype=torch.int64), torch.ones(1, 64, dtype=torch.int64))
+ARCHITECTURES: dict[str, tuple[Callable[[bool], nn.Module], tuple[torch.Tensor, ...], tuple[str, ...]]] = {
+    "resnet50": (resnet50, IMAGE, ("image",)),
+    "mobilenet_v2": (mobilenet_v2, IMAGE, ("image",)),
+    "unet": (unet, (torch.zeros(1, 3, 128, 128),), ("image",)),
+    "vit_b": (vit_b, IMAGE, ("image",)),
+    "bert": (bert, TOKENS, ("input_ids", "attention_mask")),
+}
+
+
+def parameters(model: nn.Module) -> int:
+    """Elements of all parameters and running statistics."""
+    return sum(t.numel() for t in model.state_dict().values() if t.is_floating_point())
+
+
+def halved(name: str) -> tuple[int, int]:
+    """(dense, half) parameters of a network at full width and with every free group at exactly one half."""
+    build = ARCHITECTURES[name][0]
+    dense = build(False)
+    if name not in ("vit_b", "bert"):
+        return parameters(dense), parameters(build(True))
+    state = dense.state_dict()
+    gone = 0
+    for key, tensor in state.items():
+        hidden = any(part in key for part in ("query", "key.", "value", "intermediate", "fc1", "q_proj", "k_proj", "v_proj"))
+        reader = ".output.dense.weight" in key or "fc2.weight" in key or "o_proj.weight" in key
+        if hidden or reader:
+            gone += tensor.numel() // 2
+    return parameters(dense), parameters(dense) - gone
+
+
+def export(name: str, folder: Path, dynamo: bool) -> Path:
+    """Write one network with one of PyTorch's exporters, batch dynamic."""
+    build, args, names = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    model = build(False).eval()
+    for module in model.modules():  # random statistics: folded BatchNorms must not be identities
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.3, 0.3)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.3, 0.3)
+    path = folder / f"{name}_{'dynamo' if dynamo else 'torchscript'}.onnx"
+    if dynamo:
+        shapes = {n: {0: torch.export.Dim.DYNAMIC} for n in names}
+        program = torch.onnx.export(
+            model, args, dynamo=True, input_names=list(names), output_names=["out"], dynamic_shapes=shapes, verbose=False
+        )
+        program.save(str(path), external_data=False)
+    else:
+        torch.onnx.export(
+            model,
+            args,
+            str(path),
+            dynamo=False,
+            opset_version=17,
+            input_names=list(names),
+            output_names=["out"],
+            dynamic_axes={n: {0: "batch"} for n in (*names, "out")},
+        )
+    return path
+
+
+def main() -> None:
+    """Export the named architectures, or all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("names", nargs="*", default=sorted(ARCHITECTURES))
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    for name in given.names:
+        for dynamo in (False, True):
+            print(export(name, given.folder, dynamo))
+        print(name, "dense and halved parameters:", *halved(name))
+
+
+if __name__ == "__main__":
+    main()
