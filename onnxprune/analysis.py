@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from onnxprune import feeds, plugin, storage
 from onnxprune import select as selection
@@ -17,7 +16,7 @@ from onnxprune.dims import DimGraph, couple
 from onnxprune.errors import InputError, PruneError
 from onnxprune.groups import find_frozen, find_groups
 from onnxprune.infer import cost_sizes, infer
-from onnxprune.model import Prepared, input_sizes, prepare, view
+from onnxprune.model import Graph, Model, Prepared, input_sizes, prepare, view
 from onnxprune.rewrite import apply
 from onnxprune.types import Array, Frozen, Group, Plan, Shape, View
 
@@ -59,7 +58,7 @@ class Analysis:
         """What stays and why, if only these groups may shrink."""
         return find_frozen(self.dims, self.view, self.groups, frozenset(g.id for g in groups))
 
-    def rewrite(self, plan: Plan) -> ir.Model:
+    def rewrite(self, plan: Plan) -> Model:
         """The smaller model of a plan, not yet proven."""
         return apply(self.prepared, self.dims, self.view, selection.alive_labels(self.groups, plan, self.labels))
 
@@ -74,12 +73,12 @@ def named(path: str | Path, call: Callable[[], Any]) -> Any:
         raise type(error)(error.message, file=Path(path).name, object=error.object) from None
 
 
-def cost_shapes(model: ir.Model, given: Mapping[str, int]) -> dict[str, Shape]:
+def cost_shapes(model: Model, given: Mapping[str, int]) -> dict[str, Shape]:
     """Shapes at which cost is counted and latency measured: as given, else batch 1 and stated defaults."""
     return infer(model, cost_sizes(model, given)).shapes
 
 
-def cost_of(model: ir.Model, given: Mapping[str, int], size: int) -> Cost:
+def cost_of(model: Model, given: Mapping[str, int], size: int) -> Cost:
     """What a model costs that was written in `size` bytes."""
     prepared = prepare(model.clone(), given)
     seen = view(prepared)
@@ -88,7 +87,7 @@ def cost_of(model: ir.Model, given: Mapping[str, int], size: int) -> Cost:
     return Cost(round(found["params"]), size, round(found["macs"]))
 
 
-def samples_of(graph: ir.Graph, path: str | None) -> tuple[list[dict[str, Array]], Array | None]:
+def samples_of(graph: Graph, path: str | None) -> tuple[list[dict[str, Array]], Array | None]:
     """(feeds, labels) of a calibration or evaluation file or folder; nothing without a path."""
     if path is None:
         return [], None

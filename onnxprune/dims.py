@@ -82,10 +82,6 @@ class Relations:
                 self.freeze(name, None, "an integer table numbers these positions")
         for node in view.nodes:
             self.relate(node)
-        composed = {composite.axis for composite in self.composites}
-        for axis in sorted(view.dynamic):  # (batch heads) is dynamic because batch is: its heads are not
-            if self.number.get(axis) not in composed:
-                self.freeze(axis.value, axis.index, "dynamic size")
 
     def add(self, axis: Axis, size: int) -> int:
         """Number an axis."""
@@ -299,8 +295,13 @@ def couple(view: View) -> DimGraph:
     """Relate every node, decide the cuts, label all positions."""
     relations = Relations(view)
     sizes = np.array(relations.sizes, np.int64)
-    classes, composites = _classes(relations)
-    cuts, cut_freezes = _cuts(relations, classes, composites)
+    classes, products = _classes(relations)
+    composed = {merged for merged, _ in products}
+    for axis in sorted(view.dynamic):  # (batch heads) is dynamic because batch is: its heads are not
+        number = relations.number.get(axis)
+        if number is not None and int(classes[number]) not in composed:
+            relations.freezes.append((number, None, "dynamic size"))
+    cuts, cut_freezes = _cuts(relations, classes, products)
     count = int(classes.max()) + 1 if len(classes) else 0
     class_sizes = np.zeros(count, np.int64)
     class_sizes[classes] = sizes

@@ -6,8 +6,11 @@ Reshape has a target. What is the same at two different sets of sizes is static;
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
+from math import prod
 
 import numpy as np
 import onnx
@@ -186,6 +189,10 @@ def _infer(facts: Facts, node: ir.Node, proto: onnx.NodeProto, opset: int) -> No
         if tensor.HasField("shape") and all(d.HasField("dim_value") for d in dims):
             facts.shapes[name] = tuple(d.dim_value for d in dims)
     _declared(facts, node)
+    if node.op_type == "Reshape" and present[0] in facts.shapes:
+        before, after = facts.shapes[present[0]], facts.shapes.get(str(node.outputs[0].name))
+        if after is not None and prod(before) != prod(after):
+            facts.problems.append(f"node '{node.name}': {list(before)} cannot become {list(after)}")
 
 
 def _declared(facts: Facts, node: ir.Node) -> None:
@@ -208,52 +215,55 @@ def infer(model: ir.Model, sizes: Mapping[str, int]) -> Facts:
     return facts
 
 
-IMAGE = ((224, 320), (256, 416), (288, 192), (352, 480))
-LENGTHS = ((11, 13, 17, 19, 29, 37), (64, 96, 160, 224, 288, 352), (1024, 1536, 2560), (16384, 24576, 40960))
+IMAGE = ((224, 320), (256, 416))
+LENGTHS = (
+    ((11, 13, 17), (19, 29, 37)),
+    ((64, 96, 160), (224, 288, 352)),
+    ((1024, 1536), (2560, 3072)),
+    ((16384,), (24576,)),
+)
+BATCHES = (((3, 7, 11), (5, 13, 17)), ((1,), (1,)))  # some exports bake batch 1 in and still call it dynamic
 
 
 def probes(model: ir.Model, given: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
-    """Two sets of sizes for the dynamic dimensions at which the graph is consistent.
+    """Two sets of sizes for the dynamic dimensions at which the graph is consistent, or as nearly as can be found.
 
     Batches get small primes, so that they are never mistaken for a factor of something else; images get multiples
     of 32; other lengths get primes first, then what convolutions over long signals need.
     `given` sizes stand in the first set.
     """
-    found = symbols(model.graph)
-    ranks = {str(v.name): len(v.shape) for v in true_inputs(model.graph) if v.shape is not None}
-    fewest: tuple[int, dict[str, int], dict[str, int]] | None = None
-    for lengths in LENGTHS:
-        first: dict[str, int] = {}
-        second: dict[str, int] = {}
-        images = others = batches = 0
-        for name, places in found.items():
-            value, axis = places[0]
-            if any(axis == 0 for _, axis in places) and ranks[value] > 1:
-                first[name], second[name] = (3, 5) if batches == 0 else (7 + 4 * batches, 9 + 4 * batches)
-                batches += 1
-            elif ranks[value] == 4 and axis > 0:
-                first[name], second[name] = (IMAGE[k][images % 2] for k in (0, 1))
-                images += 1
-            else:
-                pick = others % (len(lengths) // 2)
-                first[name], second[name] = lengths[2 * pick], lengths[2 * pick + 1]
-                others += 1
-        first |= given
-        problems = len(infer(model, first).problems) + len(infer(model, second).problems) if found else 0
-        if fewest is None or problems < fewest[0]:
-            fewest = (problems, first, second)
-        if problems == 0 or not others:
+    kinds = {name: _kind(model.graph, places) for name, places in symbols(model.graph).items()}
+    best: tuple[int, dict[str, int], dict[str, int]] | None = None
+    for batches, lengths in product(BATCHES, LENGTHS):
+        tables = {"batch": batches, "image": IMAGE, "length": lengths}
+        both: tuple[dict[str, int], dict[str, int]] = ({}, {})
+        seen: Counter[str] = Counter()
+        for name, kind in kinds.items():
+            for k in (0, 1):
+                choices = tables[kind][k]
+                both[k][name] = choices[seen[kind] % len(choices)]
+            seen[kind] += 1
+        both[0].update(given)
+        problems = sum(len(infer(model, sizes).problems) for sizes in both) if kinds else 0
+        if best is None or problems < best[0]:
+            best = (problems, *both)
+        if problems == 0:
             break
-    assert fewest is not None
-    return fewest[1], fewest[2]
+    assert best is not None
+    return best[1], best[2]
+
+
+def _kind(graph: ir.Graph, places: list[tuple[str, int]]) -> str:
+    """What a dynamic dimension probably is: batch, image or length."""
+    ranks = {str(v.name): len(v.shape) for v in true_inputs(graph) if v.shape is not None}
+    value, axis = places[0]
+    if any(axis == 0 and ranks[value] > 1 for value, axis in places):
+        return "batch"
+    return "image" if ranks[value] == 4 and axis > 0 else "length"
 
 
 def cost_sizes(model: ir.Model, given: Mapping[str, int]) -> dict[str, int]:
     """Sizes at which cost is counted: batch 1, images 224 x 224, other lengths 128, unless given."""
-    sizes = {}
-    ranks = {str(v.name): len(v.shape) for v in true_inputs(model.graph) if v.shape is not None}
-    for name, places in symbols(model.graph).items():
-        value, _axis = places[0]
-        batch = any(axis == 0 for _, axis in places) and ranks[value] > 1
-        sizes[name] = 1 if batch else 224 if ranks[value] == 4 else 128
+    usual = {"batch": 1, "image": 224, "length": 128}
+    sizes = {name: usual[_kind(model.graph, places)] for name, places in symbols(model.graph).items()}
     return sizes | dict(given)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from onnxprune import feeds, plugin, quality, storage, verify
 from onnxprune import measure as latency
@@ -21,6 +20,7 @@ from onnxprune import report as reports
 from onnxprune import select as selection
 from onnxprune.analysis import Analysis, cost_of, cost_shapes, samples_of
 from onnxprune.errors import ImpossibleError, InputError, InternalError
+from onnxprune.model import Model, dump
 from onnxprune.prove import Prover
 from onnxprune.runtime import ort
 from onnxprune.types import Array, Group, Mask, Plan, Shape
@@ -63,7 +63,7 @@ class Result:
     """A pruned model: where it was written (None after a dry run), the model itself, the plan and the report."""
 
     path: Path | None
-    model: ir.Model
+    model: Model
     plan: Plan
     report: reports.Report
 
@@ -243,8 +243,7 @@ def _one(
     with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
         files = []
         for name, model in (("dense", analysis.dense), ("pruned", smaller)):
-            files.append(Path(folder) / f"{name}.onnx")
-            ir.save(model, files[-1], external_data=f"{name}.data" if analysis.source.external else None)
+            files.append(dump(model, folder, name, external=analysis.source.external))
         size = sum(f.stat().st_size for f in Path(folder).glob("pruned*"))
         dense_cost = cost_of(analysis.dense, analysis.given, analysis.source.bytes)
         pruned_cost = cost_of(smaller, analysis.given, size)
@@ -312,7 +311,7 @@ def _proven(
     options: Options,
     prover: Prover,
     worker: Worker,
-) -> tuple[Plan, ir.Model, list[verify.Removal], list[verify.Difference] | None, list[int]]:
+) -> tuple[Plan, Model, list[verify.Removal], list[verify.Difference] | None, list[int]]:
     """A plan that is proven, after leaving alone the groups that are not; see DESIGN of the oracle in verify.py."""
     unproven: list[int] = []
     runnable = True
@@ -348,18 +347,16 @@ def _proven(
 
 def _planned(
     analysis: Analysis, groups: Sequence[Group], importance: Sequence[Array], options: Options
-) -> tuple[Plan, ir.Model, list[verify.Removal]]:
+) -> tuple[Plan, Model, list[verify.Removal]]:
     """Select and rewrite; where `size` is a target, once more with the smaller file's real overhead."""
     overhead = analysis.source.bytes - analysis.costs.of(np.ones(analysis.labels, np.bool_))["size"]
     for _ in range(4):
         plan = select(analysis, groups, importance, options, _limits(analysis, options, overhead))
-        smaller = analysis.rewrite(plan)
+        smaller = analysis.rewrite(plan) if options.ratio != 0 else analysis.dense.clone()
         if "size" not in options.target:
             break
         with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-            ir.save(
-                smaller, Path(folder) / "pruned.onnx", external_data="pruned.data" if analysis.source.external else None
-            )
+            dump(smaller, folder, "pruned", external=analysis.source.external)
             size = sum(file.stat().st_size for file in Path(folder).iterdir())
         alive = selection.alive_labels(analysis.groups, plan, analysis.labels)
         real = size - analysis.costs.of(alive)["size"]

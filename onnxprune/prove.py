@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-
-import onnx_ir as ir
 
 from onnxprune import feeds, verify
-from onnxprune.analysis import Analysis
+from onnxprune.analysis import Analysis, cost_shapes
 from onnxprune.errors import ImpossibleError, InputError
+from onnxprune.model import Model, dump
 from onnxprune.runtime import ort
 from onnxprune.types import Array
 from onnxprune.worker import Worker
+
+
+ENOUGH = 2  # feeds that a proof runs on, of those that the dense model accepts
 
 
 class Prover:
@@ -27,14 +28,15 @@ class Prover:
         self.feeds: list[Mapping[str, Array]] = list(samples[:2])
         self.problem = ""
         try:
-            for k, facts in enumerate((analysis.prepared.facts, analysis.prepared.other)):
-                self.feeds.append(feeds.random_feed(graph, facts.shapes, seed + k))
+            usual = cost_shapes(analysis.dense, analysis.given)
+            for k, shapes in enumerate((analysis.prepared.facts.shapes, analysis.prepared.other.shapes, usual)):
+                self.feeds.append(feeds.random_feed(graph, shapes, seed + k))
         except ImpossibleError as error:
             self.problem = str(error)
             if not self.feeds:
                 raise
 
-    def prove(self, worker: Worker, candidate: ir.Model, gone: Sequence[verify.Removal]) -> list[verify.Difference]:
+    def prove(self, worker: Worker, candidate: Model, gone: Sequence[verify.Removal]) -> list[verify.Difference]:
         """Differences between a candidate and the dense model with these slices at zero."""
 
         def run(path: str, samples: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
@@ -46,10 +48,11 @@ class Prover:
     def check_dense(self, worker: Worker) -> None:
         """Keep the feeds that the dense model accepts. Raises InputError if it accepts none."""
         with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-            path = str(Path(folder) / "dense.onnx")
-            ir.save(self.analysis.dense, path, external_data="dense.data")
-            accepted = []
+            path = str(dump(self.analysis.dense, folder, "dense"))
+            accepted: list[Mapping[str, Array]] = []
             for feed in self.feeds:
+                if len(accepted) == ENOUGH:
+                    break
                 try:
                     worker.call(ort.run, path, [feed], threads=self.threads)
                     accepted.append(feed)

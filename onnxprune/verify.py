@@ -9,14 +9,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxprune.errors import InternalError
-from onnxprune.model import free_name, lift_constants
+from onnxprune.model import dump, free_name, lift_constants
 from onnxprune.types import Array, Group, Member, Plan
 
 ZEROED = frozenset({"weight", "bias", "norm"})
@@ -172,9 +171,7 @@ def compare(dense: ir.Model, pruned: ir.Model, feeds: Sequence[Mapping[str, Arra
     with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
         results = []
         for name, model in (("reference", dense), ("pruned", pruned)):
-            path = Path(folder) / f"{name}.onnx"
-            ir.save(model, path, external_data=f"{name}.data")
-            results.append(run(str(path), feeds))
+            results.append(run(str(dump(model, folder, name)), feeds))
     tolerance = tolerance_of(dense)
     worst: dict[str, Difference] = {}
     for wanted, found in zip(*results, strict=True):

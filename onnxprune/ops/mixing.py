@@ -16,11 +16,12 @@ def _letters(rank: int) -> list[str]:
 
 @rule("BatchNormalization", roles={1: "norm", 2: "norm", 3: "norm", 4: "divisor"})
 def batch_norm(node: OpNode) -> Iterable[Relation]:
-    """X (n, c, *s), scale, shift, mean, variance (c) -> Y: statistics are per channel, so channels are independent."""
+    """X (n, c, *s), scale, shift, mean, variance (c) -> Y: channels are independent; in training, the rest mixes."""
     names = _letters(len(node.shape(0)))
     channel = names[1] if len(names) > 1 else names[0]
     text = f"{' '.join(names)}, {channel}, {channel}, {channel}, {channel} -> {' '.join(names)}"
-    yield Pattern(text + f", {channel}" * (len(node.outputs) - 1))
+    mixes = tuple(name for name in names if name != channel) if node.attr("training_mode", 0) else ()
+    yield Pattern(text + f", {channel}" * (len(node.outputs) - 1), mixes=mixes)
 
 
 @rule("InstanceNormalization", roles={1: "norm", 2: "norm"})
