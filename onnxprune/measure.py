@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from onnxprune.runtime import ort
+from onnxprune import runtime
+from onnxprune.errors import InputError
 from onnxprune.types import Array
 from onnxprune.worker import call
 
-SAMPLE = 2e-3  # seconds that one timing should at least take
+SAMPLE = 2e-3  # seconds that one sample takes at least: clocks and schedulers are coarse
+WARM = 5  # runs before the first sample, where there is time
+ENOUGH = 3  # rounds without which a spread says nothing
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Medians of one inference: process CPU time and wall time in ms; spread is interquartile range over median."""
+    """Medians of one inference: process CPU time and wall time in ms.
+
+    `spread` is interquartile range over median, of the clock that counts: CPU time on one thread of the CPU, else wall.
+    """
 
     cpu_ms: float
     wall_ms: float
@@ -27,69 +35,95 @@ class Latency:
     backend: str
     threads: int
 
+    @property
+    def ms(self) -> float:
+        """The median that counts."""
+        return self.cpu_ms if _by_cpu(self.backend, self.threads) else self.wall_ms
+
+
+def _by_cpu(backend: str, threads: int) -> bool:
+    return backend == "cpu" and threads == 1
+
 
 def measure(
     paths: Sequence[str | Path],
-    feed: Mapping[str, Array],
+    feeds: Mapping[str, Array],
     *,
     backend: str = "cpu",
     threads: int = 1,
     rounds: int = 30,
     seconds: float = 10.0,
+    timeout: float = 600.0,
+    memory: int | None = None,
 ) -> list[Latency]:
-    """Latency of each model on the same feed, measured A B A B in a child process of its own."""
+    """Latency of each model on the same inputs, A B A B in a child process of its own.
+
+    Sampling ends after `rounds` or `seconds`, whichever is first, but not before one round; loading comes on top,
+    `timeout` stops all of it.
+    """
+    if threads < 1 or rounds < 1 or not 0 < seconds < math.inf:
+        raise InputError("threads, rounds and seconds are positive numbers", object="measure")
+    files = [str(path) for path in paths]
+    limit = timeout + seconds
     rows: list[Latency] = call(
-        time_all,
-        [str(path) for path in paths],
-        dict(feed),
-        backend,
-        threads,
-        rounds,
-        seconds,
-        seconds=60 + 20 * seconds,
+        sample, files, dict(feeds), runtime.known(backend), threads, rounds, seconds, seconds=limit, memory=memory
     )
     return rows
 
 
-def time_all(
-    paths: list[str], feed: dict[str, Array], backend: str, threads: int, rounds: int, seconds: float
+def sample(
+    paths: Sequence[str], feeds: Mapping[str, Array], backend: str, threads: int, rounds: int, seconds: float
 ) -> list[Latency]:
     """The measurement itself; runs in the child."""
-    sessions = [ort.session(path, threads=threads, backend=backend) for path in paths]
-    repeats = []
-    for session in sessions:
-        ort.infer_once(session, feed)
-        start = time.perf_counter()
-        ort.infer_once(session, feed)
-        repeats.append(max(1, int(SAMPLE / max(time.perf_counter() - start, 1e-7))))
-    for session in sessions:
-        for _ in range(2):
-            ort.infer_once(session, feed)
-    cpu: list[list[float]] = [[] for _ in sessions]
-    wall: list[list[float]] = [[] for _ in sessions]
+    found = runtime.backend(backend)
+    steps = [found.session(path, threads=threads).bound(feeds) for path in paths]
     end = time.perf_counter() + seconds
+    repeats = [math.ceil(SAMPLE / _warm(step, seconds / 10 / len(steps))) for step in steps]
+    samples: list[list[tuple[float, float]]] = [[] for _ in steps]
+    gc.disable()
+    longest = 0.0
     for turn in range(rounds):
-        if turn >= 5 and time.perf_counter() > end:
+        start = time.perf_counter()
+        if turn and start + longest > end:
             break
-        for k, session in enumerate(sessions):
-            cpu_start, wall_start = time.process_time(), time.perf_counter()
-            for _ in range(repeats[k]):
-                session.run(None, feed)
-            wall[k].append((time.perf_counter() - wall_start) * 1e3 / repeats[k])
-            cpu[k].append((time.process_time() - cpu_start) * 1e3 / repeats[k])
-    rows = []
-    for c, w in zip(cpu, wall, strict=True):
-        judged = np.array(c if threads == 1 and backend == "cpu" else w)
-        low, median, high = np.percentile(judged, [25, 50, 75])
-        spread = float((high - low) / median) if median else 0.0
-        rows.append(Latency(float(np.median(c)), float(np.median(w)), spread, len(c), backend, threads))
-    return rows
+        for step, count, rows in zip(steps, repeats, samples, strict=True):
+            rows.append(_sample(step, count))
+        longest = max(longest, time.perf_counter() - start)
+    gc.enable()
+    return [_latency(rows, backend, threads) for rows in samples]
+
+
+def _warm(step: Callable[[], object], seconds: float) -> float:
+    """Fill caches and arenas; seconds of the fastest run."""
+    begin, best = time.perf_counter(), math.inf
+    for _ in range(WARM):
+        start = time.perf_counter()
+        step()
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now - begin > seconds:
+            break
+    return max(best, 1e-7)
+
+
+def _sample(step: Callable[[], object], count: int) -> tuple[float, float]:
+    """(CPU, wall) ms of one run, over `count` of them."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    for _ in range(count):
+        step()
+    return (time.process_time() - cpu) * 1e3 / count, (time.perf_counter() - wall) * 1e3 / count
+
+
+def _latency(samples: Sequence[tuple[float, float]], backend: str, threads: int) -> Latency:
+    cpu, wall = np.array(samples).T
+    low, median, high = np.percentile(cpu if _by_cpu(backend, threads) else wall, [25, 50, 75])
+    spread = float((high - low) / median) if median > 0 else 0.0
+    return Latency(float(np.median(cpu)), float(np.median(wall)), spread, len(samples), backend, threads)
 
 
 def faster(dense: Latency, pruned: Latency) -> bool | None:
-    """Whether the pruned model is faster; None where the difference drowns in the spread."""
-    single = dense.threads == 1 and dense.backend == "cpu"
-    a, b = (row.cpu_ms if single else row.wall_ms for row in (dense, pruned))
-    if abs(a - b) <= max(dense.spread, pruned.spread) * a / 2:
+    """Whether the pruned model is faster; None where the difference lies within the spread or rounds are too few."""
+    noise = max(row.spread * row.ms for row in (dense, pruned))
+    if min(dense.rounds, pruned.rounds) < ENOUGH or abs(dense.ms - pruned.ms) <= noise:
         return None
-    return b < a
+    return pruned.ms < dense.ms

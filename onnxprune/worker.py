@@ -1,45 +1,46 @@
 """The child process in which models run: native code that crashes, hangs or eats memory does so there.
 
-Arguments and results travel by pickle over pipes between our own two processes; nothing from a file is unpickled.
+Functions, arguments and results travel by pickle over pipes between our own two processes. That is safe because both
+ends are ours: what is called and with what comes from the package, never from a file that somebody made.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import importlib
 import os
 import pickle
-import resource
-import select
 import signal
 import struct
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from io import FileIO
 from types import TracebackType
-from typing import IO, Any
+from typing import Any, cast
 
-from onnxprune import errors
 from onnxprune.errors import InternalError, MachineError, PruneError
 
-HEADER = struct.Struct(">Q")
+# Not `-m onnxprune.worker`, which would look for modules in the current folder first, beside a stranger's model.
+BOOT = "import sys; sys.path[:] = sys.argv[3:]; from onnxprune.worker import serve; serve(*map(int, sys.argv[1:3]))"
+CHATTER = 1 << 16  # bytes of what native code printed that are kept: what a pipe holds
+NUMBER = struct.Struct(">Q")
 
-
-def _send(pipe: IO[bytes], value: object) -> None:
-    data = pickle.dumps(value, protocol=5)
-    pipe.write(HEADER.pack(len(data)))
-    pipe.write(data)
-    pipe.flush()
+Frames = Sequence[bytes | bytearray | memoryview]
 
 
 class Worker:
-    """One child process that answers calls in turn; each call has the whole time limit."""
+    """One child process that answers calls in turn, within `seconds` for each and `memory` bytes in all.
+
+    It starts with the first call, and anew after a call that it did not survive. Use it in the thread that made it:
+    Linux ends the child with the thread that started it.
+    """
 
     def __init__(self, *, seconds: float = 600.0, memory: int | None = None) -> None:
         self.seconds, self.memory = seconds, memory
         self._child: subprocess.Popen[bytes] | None = None
+        self._chatter = -1
 
     def __enter__(self) -> Worker:
         return self
@@ -48,79 +49,99 @@ class Worker:
         self.close()
 
     def close(self) -> None:
-        """End the child and everything that it started."""
+        """End the child and everything that it started, at once: it has nothing to save."""
         child, self._child = self._child, None
         if child is None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
+        _kill(child)
         child.wait()
+        os.close(self._chatter)
         for pipe in (child.stdin, child.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """function(*args, **kwargs) in the child.
+        """function(*args, **kwargs) in the child; the function is a module's own, so that the child can import it.
 
-        Raises the PruneError that the function raised, MachineError over the limits of time and memory, InternalError
-        if the child crashed or the function failed in a way that nobody foresaw.
+        Raises the PruneError that the function raised, MachineError over a limit of time or memory, InternalError if
+        the child crashed or the function failed in a way that nobody foresaw (notes hold where), TypeError for a
+        function or an argument that cannot travel.
         """
+        request = _packed((_importable(function), args, kwargs))
         child = self._started()
-        assert child.stdin is not None and child.stdout is not None
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
+            _kill(child)
+
+        clock = threading.Timer(min(self.seconds, threading.TIMEOUT_MAX), stop)
         try:
-            with contextlib.suppress(BrokenPipeError):  # the reason is in how the child ended
-                _send(child.stdin, (function.__module__, function.__qualname__, args, kwargs))
-            status, value = pickle.loads(self._receive(child.stdout))
+            clock.start()
+            with contextlib.suppress(BrokenPipeError):  # how the child ended says why
+                _send(cast(FileIO, child.stdin), request)
+            status, value = _unpacked(_received(cast(FileIO, child.stdout)))
+            clock.cancel()
+            clock.join()
+        except EOFError:
+            raise self._ended(child, late) from None
         except BaseException:
             self.close()
             raise
-        if status == "result":
-            return value
-        if status == "ours":
-            name, message, file, culprit = value
-            raise getattr(errors, name)(message, file=file, object=culprit)
-        self.close()
-        if status == "memory":
-            raise MachineError("out of memory while running the model")
-        raise InternalError(f"while running the model: {value}")
+        finally:
+            clock.cancel()
+        if status == "fatal" or late.is_set():
+            self.close()
+        if status != "result":
+            raise value
+        return value
 
     def _started(self) -> subprocess.Popen[bytes]:
-        if self._child is None or self._child.poll() is not None:
-            self.close()
+        if self._child is not None and self._child.poll() is None:
+            return self._child
+        self.close()
+        self._chatter, end = os.pipe()
+        # Full means that the rest is dropped, not that the child waits: a cap without a file and without a thread.
+        os.set_blocking(end, False)
+        os.set_blocking(self._chatter, False)
+        try:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "onnxprune.worker", str(self.memory or 0), str(os.getpid())],
+                [sys.executable, "-P", "-c", BOOT, str(self.memory or 0), str(os.getpid()), *sys.path],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
+                stderr=end,
+                bufsize=0,
+                start_new_session=True,  # a group of its own to kill, and Ctrl-C reaches us alone
+                # A pool for NumPy costs start-up, and its stacks would count against `memory` on a large machine.
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
             )
+        except BaseException:
+            os.close(self._chatter)
+            raise
+        finally:
+            os.close(end)
         return self._child
 
-    def _receive(self, pipe: IO[bytes]) -> bytes:
-        end = time.monotonic() + self.seconds
-        (length,) = HEADER.unpack(self._read(pipe, HEADER.size, end))
-        return self._read(pipe, length, end)
-
-    def _read(self, pipe: IO[bytes], count: int, end: float) -> bytes:
-        found = bytearray()
-        while len(found) < count:
-            left = end - time.monotonic()
-            if left <= 0 or not select.select([pipe], [], [], left)[0]:
-                raise MachineError(f"running the model took longer than {self.seconds:g} s; raise --timeout")
-            part = os.read(pipe.fileno(), min(count - len(found), 1 << 20))
-            if not part:
-                raise self._ended()
-            found += part
-        return bytes(found)
-
-    def _ended(self) -> PruneError:
-        assert self._child is not None
-        code = self._child.wait()
-        if code == -signal.SIGKILL and self.memory is None:
-            return MachineError("the process that ran the model was killed; is memory short?")
-        how = signal.Signals(-code).name if code < 0 else f"exit {code}"
-        return InternalError(f"the runtime crashed while running the model ({how})")
+    def _ended(self, child: subprocess.Popen[bytes], late: threading.Event) -> PruneError:
+        """Why there is no answer. Leaves no child behind."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(1.0)
+        code, killed = child.returncode, late.is_set()
+        said = b""
+        with contextlib.suppress(OSError):
+            said = os.read(self._chatter, CHATTER)
+        self.close()
+        if killed:
+            return MachineError(f"running the model took longer than {self.seconds:g} s; raise --timeout")
+        if self.memory and b"bad_alloc" in said:
+            return _short(self.memory)
+        if code == -signal.SIGKILL:
+            return MachineError("the system killed the run (signal KILL), most likely because memory is short")
+        error = InternalError(f"the runtime {_fate(code)} while running the model")
+        if said:
+            error.add_note(said.decode(errors="backslashreplace"))
+        return error
 
 
 def call(
@@ -131,37 +152,135 @@ def call(
         return worker.call(function, *args, **kwargs)
 
 
-def _limit(memory: int, parent: int) -> None:
-    """Limits of the child: no core files, memory that it may allocate (maps of files do not count), no orphan."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if memory:
-        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+def _importable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, if a child can import it by name."""
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+    found = getattr(sys.modules.get(str(module)), name, None) is function
+    if not found or module == "__main__":
+        raise TypeError(f"{function!r} is not the top-level function of a module")
+    return function
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    """Kill the child's group, unless it was waited for and its number may be another's."""
+    if child.returncode is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+
+
+def _fate(code: int | None) -> str:
+    if code is None:
+        return "closed its pipe"
+    if code >= 0:
+        return f"ended without an answer (exit code {code})"
+    names = {s.value: s.name.removeprefix("SIG") for s in signal.Signals}
+    return f"crashed (signal {names.get(-code, -code)})"
+
+
+def _short(memory: int) -> MachineError:
+    """Out of memory, as an error that says what the limit was."""
+    limit = f"; it may use {memory / 1e6:.0f} MB, raise --memory" if memory else ""
+    return MachineError(f"out of memory while running the model{limit}")
+
+
+# Both ends: a pickle, and the arrays in it as they lie in memory ----------------------------------------------------
+
+
+def _packed(value: object) -> Frames:
+    arrays: list[pickle.PickleBuffer] = []
+    try:
+        data = pickle.dumps(value, protocol=5, buffer_callback=arrays.append)
+    except (pickle.PicklingError, AttributeError) as error:
+        raise TypeError(f"cannot travel between processes: {error}") from None
+    return [data, *(array.raw() for array in arrays)]
+
+
+def _unpacked(frames: Frames) -> Any:
+    return pickle.loads(frames[0], buffers=frames[1:])
+
+
+def _send(pipe: FileIO, frames: Frames) -> None:
+    sizes = [len(frame) for frame in frames]
+    for part in (b"".join(NUMBER.pack(n) for n in (len(sizes), *sizes)), *frames):
+        rest = memoryview(part)
+        while rest:
+            rest = rest[pipe.write(rest) :]
+
+
+def _received(pipe: FileIO) -> Frames:
+    """Raises EOFError if the other end is gone."""
+    (count,) = NUMBER.unpack(_exactly(pipe, NUMBER.size))
+    sizes = [size for (size,) in NUMBER.iter_unpack(_exactly(pipe, NUMBER.size * count))]
+    return [_exactly(pipe, size) for size in sizes]
+
+
+def _exactly(pipe: FileIO, size: int) -> bytearray:
+    data = bytearray(size)  # arrays are built in it, and may be written to
+    rest = memoryview(data)
+    while rest:
+        if not (count := pipe.readinto(rest)):
+            raise EOFError
+        rest = rest[count:]
+    return data
+
+
+# The child's end ---------------------------------------------------------------------------------------------------
+
+
+def serve(memory: int, parent: int) -> None:
+    """Answer calls until the pipe closes. Nothing that native code prints can reach the pipe."""
+    _confine(memory, parent)
+    incoming, outgoing = FileIO(os.dup(0), "r"), FileIO(os.dup(1), "w")
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(2, 1)
+    while True:
+        try:
+            request = _received(incoming)
+        except EOFError:
+            os._exit(0)
+        except MemoryError:
+            _send(outgoing, _packed(("fatal", _short(memory))))
+            os._exit(0)
+        _send(outgoing, _answer(request, memory))
+
+
+def _answer(request: Frames, memory: int) -> Frames:
+    """Result or error of one call. After a fatal one the child is not called again."""
+    status = "fatal"
+    try:
+        function, args, kwargs = _unpacked(request)
+        return _packed(("result", function(*args, **kwargs)))
+    except PruneError as ours:
+        status, error = "error", ours
+    except MemoryError:
+        error = _short(memory)
+    except OSError as failed:
+        error = MachineError(failed.strerror or str(failed), file=failed.filename or "")
+    except BaseException as failed:
+        first = (f"{type(failed).__name__}: {failed}".splitlines() or [""])[0][:300]
+        error = InternalError(f"while running the model: {first}")
+        error.add_note(traceback.format_exc())
+    return _packed((status, error))
+
+
+def _confine(memory: int, parent: int) -> None:
+    """No orphan, no core file, no interrupt of its own, no more memory than allowed."""
+    import ctypes
+    import faulthandler
+    import resource
+
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent
-    if os.getppid() != parent:
-        sys.exit(1)
-
-
-def _serve() -> None:
-    """Answer calls until the pipe closes; nothing that native code prints can reach the pipe."""
-    _limit(int(sys.argv[1]), int(sys.argv[2]))
-    incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    null = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1):
-        os.dup2(null, stream)
-    while header := incoming.read(HEADER.size):
-        answer: tuple[str, object]
-        try:
-            module, name, args, kwargs = pickle.loads(incoming.read(HEADER.unpack(header)[0]))
-            answer = ("result", getattr(importlib.import_module(module), name)(*args, **kwargs))
-        except PruneError as error:
-            answer = ("ours", (type(error).__name__, error.message, error.file, error.object))
-        except MemoryError:
-            answer = ("memory", None)
-        except Exception as error:
-            answer = ("failed", f"{type(error).__name__}: {error}".splitlines()[0][:500])
-        _send(outgoing, answer)
-
-
-if __name__ == "__main__":
-    _serve()
+    if os.getppid() != parent:  # it died before that
+        os._exit(1)
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if memory:
+        # What may be written to, not all that is mapped: RLIMIT_AS would also count files that are only read, and the
+        # address space that allocators and CUDA reserve without using it. (ONNX Runtime maps external weights
+        # writable, and packs most of them into a second copy: both count.)
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        limit = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

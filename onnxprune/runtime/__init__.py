@@ -2,40 +2,65 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 from onnxprune.errors import InputError, MachineError
+from onnxprune.types import Array
 
-KNOWN = {
+LATER = "not built into this version yet"
+KNOWN: Mapping[str, str] = {
     "cpu": "ONNX Runtime on the CPU: pip install 'onnxprune[cpu]'",
     "cuda": "ONNX Runtime on an NVIDIA GPU: pip install 'onnxprune[gpu]' in an environment without onnxruntime",
-    "openvino": "not built into this version yet",
-    "tensorrt": "not built into this version yet",
-    "tensorrt-rtx": "not built into this version yet",
+    "openvino": LATER,
+    "tensorrt": LATER,
+    "tensorrt-rtx": LATER,
 }
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-def _installed(package: str) -> bool:
-    try:
-        installed_version(package)
-    except PackageNotFoundError:
-        return False
-    return True
+class Session(Protocol):
+    """A model that is ready to run."""
+
+    def run(self, feed: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """{output: array}, of all outputs unless some are named."""
+        ...
+
+    def bound(self, feed: Mapping[str, Array]) -> Callable[[], object]:
+        """One run on inputs that are in place already: what is timed."""
+        ...
 
 
-def provider(backend: str) -> str:
-    """ONNX Runtime's name of a backend. Raises InputError for an unknown one, MachineError for one that is missing."""
-    if backend not in KNOWN:
-        raise InputError(f"unknown backend; there are {', '.join(KNOWN)}", object=backend)
-    if backend not in PROVIDERS:
-        raise MachineError(KNOWN[backend], object=f"backend {backend}")
-    both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
-    if len(both) == 2:
-        raise MachineError(
-            "onnxruntime and onnxruntime-gpu are both installed and exclude each other; uninstall both, install one"
-        )
-    if not both:
-        raise MachineError("ONNX Runtime is not installed; pip install 'onnxprune[cpu]' (or [gpu])")
-    return PROVIDERS[backend]
+class Backend(Protocol):
+    """One way to run models."""
+
+    @property
+    def name(self) -> str:
+        """As `--backend` takes it."""
+        ...
+
+    def available(self) -> str | None:
+        """None, or why it cannot be used and what to install."""
+        ...
+
+    def session(self, model: str, *, threads: int = 1, optimise: bool = True) -> Session:
+        """Load the model at a path."""
+        ...
+
+
+def known(name: str) -> str:
+    """The name of a backend of this version. Raises InputError for an unknown one, MachineError for a later one."""
+    if name not in KNOWN:
+        raise InputError(f"unknown backend; there are {', '.join(KNOWN)}", object=name)
+    if KNOWN[name] == LATER:
+        raise MachineError(f"{LATER}; use cpu or cuda", object=f"backend {name}")
+    return name
+
+
+def backend(name: str) -> Backend:
+    """A backend by name, ready to use; imports its runtime, so call it in the child. Raises as `known` does."""
+    from onnxprune.runtime import ort
+
+    found = ort.BACKENDS[known(name)]
+    if reason := found.available():
+        raise MachineError(reason, object=f"backend {name}")
+    return found

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from onnxprune import runtime
-from onnxprune.errors import InputError, MachineError
+import numpy as np
+
+from onnxprune.errors import InputError, MachineError, PruneError
 from onnxprune.types import Array
 
 if TYPE_CHECKING:
     import onnxruntime
 
+BFLOAT16 = 16  # TensorProto.BFLOAT16
+UNREAD = ("float8", "float4", "int4", "int2", "complex")  # element types that NumPy has no arrays of
+NOISE = (
+    r"^\[ONNXRuntimeError\] : \d+ : \w+ : ",
+    r"(Exception during (loading|initialization): |Load model from .*? failed: ?)",
+    r"\S+\.(cc|cpp|cu|h):\d+ ([^()]*\([^()]*\)( const)?|\w+) ",  # where in its sources
+)
+NODE = re.compile(r"Non-zero status code returned while running \S+ node\. Name:'(.*?)' Status Message: ")
+SHORT = re.compile(r"bad_alloc|bad allocation|Failed to allocate memory|out of memory|CUDA failure 2\b")
+
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output: name, element type as ONNX Runtime spells it, dims (names for dynamic ones)."""
+    """An input or output: name, type as ONNX Runtime spells it, `tensor(float)`, and dims, names for dynamic ones."""
 
     name: str
     type: str
@@ -31,65 +44,229 @@ class Interface:
     outputs: tuple[Port, ...]
 
 
-def _said(error: Exception) -> str:
-    """ONNX Runtime's reason in one line, without its status code."""
-    text = " ".join(str(error).split())
-    return text.split(" : ", 3)[-1][:300]
+@contextmanager
+def translated(doing: str) -> Iterator[None]:
+    """ONNX Runtime's exceptions as ours: InputError with its reason and the node, MachineError without memory."""
+    try:
+        yield
+    except (MemoryError, PruneError):
+        raise
+    except Exception as error:
+        text = str(error)
+        if SHORT.search(text):
+            raise MachineError(f"out of memory: ONNX Runtime cannot {doing} the model") from None
+        for pattern in NOISE:
+            text = re.sub(pattern, "", text)
+        node = NODE.search(text)
+        # What remains may start with the source line that the node's part hid.
+        line = re.sub(NOISE[-1], "", NODE.sub("", text)).strip().split("\n")[0].strip()
+        if not line.isprintable():
+            line = line.encode("unicode_escape").decode("ascii")
+        line = line if len(line) <= 300 else line[:297] + "..."
+        culprit = f"node '{node[1]}'" if node and node[1] else ""
+        raise InputError(f"ONNX Runtime cannot {doing} the model: {line}", object=culprit) from None
 
 
-def session(
-    path: str, *, threads: int = 1, optimise: bool = True, backend: str = "cpu"
-) -> onnxruntime.InferenceSession:
-    """A session. Raises InputError if the model cannot be loaded, MachineError if the backend is not there."""
-    provider = runtime.provider(backend)
+@dataclass(frozen=True)
+class OrtSession:
+    """A loaded model."""
+
+    made: onnxruntime.InferenceSession
+    device: str
+    interface: Interface
+
+    def run(self, feed: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """{output: array}; a sequence or map as one entry for each element, `name[0]`, an absent optional as none.
+
+        bfloat16 comes back as float32, which holds it exactly. Raises InputError with ONNX Runtime's reason.
+        """
+        wanted = [port for port in self.interface.outputs if outputs is None or port.name in outputs]
+        names = [port.name for port in wanted]
+        if missing := sorted(set(outputs or ()) - set(names)):
+            raise InputError("the model has no such output", object=missing[0])
+        for port in wanted:
+            if any(kind in port.type for kind in UNREAD):
+                raise InputError(f"outputs of type {port.type} cannot be read", object=port.name)
+        found: dict[str, Array] = {}
+        for name, value in zip(names, self._step(feed, names)(), strict=True):
+            found.update(_flat(name, value))
+        return found
+
+    def bound(self, feed: Mapping[str, Array]) -> Callable[[], object]:
+        """One run on inputs that lie where the device reads them; outputs stay there."""
+        if self.device == "cpu":
+            return self._step(feed, [port.name for port in self.interface.outputs])
+        import onnxruntime
+
+        with translated("run"):
+            binding = self.made.io_binding()
+            for name, array in self._checked(feed).items():
+                on_host = _value(array)
+                if array.dtype.name == "bfloat16":
+                    binding.bind_ortvalue_input(name, on_host)
+                else:
+                    value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
+                    binding.bind_ortvalue_input(name, value)
+
+        def step() -> None:
+            for port in self.interface.outputs:  # anew, so that sizes which depend on data may change
+                binding.bind_output(port.name, self.device)
+            self.made.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+
+        return _guarded(step)
+
+    def _step(self, feed: Mapping[str, Array], names: list[str]) -> Callable[[], Any]:
+        """A run that answers values of these outputs: arrays, OrtValues where bfloat16 takes part."""
+        arrays = self._checked(feed)
+        ports = (*self.interface.inputs, *self.interface.outputs)
+        if not any("bfloat16" in port.type for port in ports):
+            return _guarded(lambda: self.made.run(names, arrays))
+        with translated("run"):
+            values = {name: _value(array) for name, array in arrays.items()}
+        return _guarded(lambda: self.made.run_with_ort_values(names, values))
+
+    def _checked(self, feed: Mapping[str, Array]) -> dict[str, Array]:
+        for port in self.interface.inputs:
+            if port.name not in feed:
+                raise InputError("there is no value for this input", object=port.name)
+        return {port.name: feed[port.name] for port in self.interface.inputs}
+
+
+def _guarded(step: Callable[[], Any]) -> Callable[[], Any]:
+    def run() -> Any:
+        with translated("run"):
+            return step()
+
+    return run
+
+
+def _value(array: Array) -> onnxruntime.OrtValue:
     import onnxruntime
 
+    array = np.ascontiguousarray(array)
+    if array.dtype.name == "bfloat16":
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), BFLOAT16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, Array]]:
+    """Arrays of one output."""
+    if value is None:
+        return
+    if isinstance(value, list | dict):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _flat(f"{name}[{key}]", part)
+    elif hasattr(value, "data_type"):
+        yield name, _widened(value) if value.data_type() == "tensor(bfloat16)" else value.numpy()
+    else:
+        yield name, np.asarray(value)
+
+
+def _widened(value: onnxruntime.OrtValue) -> Array:
+    """float32 of bfloat16, which is its upper half; NumPy cannot be handed the memory itself."""
+    import ctypes
+
+    count = value.tensor_size_in_bytes()
+    bits = np.frombuffer(ctypes.string_at(value.data_ptr(), count) if count else b"", np.uint16)
+    return (bits.astype(np.uint32) << 16).view(np.float32).reshape(value.shape())
+
+
+@dataclass(frozen=True)
+class OrtBackend:
+    """ONNX Runtime with one execution provider."""
+
+    name: str
+    provider: str
+
+    def available(self) -> str | None:
+        """None, or why not and what to install."""
+        if reason := conflict(self.name):
+            return reason
+        with _imported() as onnxruntime:
+            offered = self.provider in onnxruntime.get_available_providers()
+        return None if offered else "this onnxruntime has no CUDA; pip uninstall it, then pip install 'onnxprune[gpu]'"
+
+    def session(self, model: str, *, threads: int = 1, optimise: bool = True, arena: bool = True) -> OrtSession:
+        """Load the model at a path; without `arena`, memory is returned after use instead of kept for the next run.
+
+        Raises InputError if the model cannot be loaded, MachineError if the provider does not start.
+        """
+        with _imported() as onnxruntime:
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            options.inter_op_num_threads = 1
+            options.use_deterministic_compute = True
+            options.log_severity_level = 4
+            options.enable_cpu_mem_arena = arena
+            if not optimise:
+                options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            with translated("load"):
+                made = onnxruntime.InferenceSession(model, options, providers=[self.provider])
+        if self.provider not in made.get_providers():  # ONNX Runtime falls back to the CPU with a mere warning
+            raise MachineError("CUDA did not start; are driver, CUDA and cuDNN there?", object=f"backend {self.name}")
+        return OrtSession(made, self.name, Interface(_ports(made.get_inputs()), _ports(made.get_outputs())))
+
+
+BACKENDS = {
+    "cpu": OrtBackend("cpu", "CPUExecutionProvider"),
+    "cuda": OrtBackend("cuda", "CUDAExecutionProvider"),
+}
+
+
+def conflict(backend: str) -> str | None:
+    """What is wrong with the packages that bring ONNX Runtime, and the fix.
+
+    onnxruntime and onnxruntime-gpu install the same files, and pip says nothing. Two of one version still work on
+    the CPU, so that is not refused.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+    from importlib.util import find_spec
+
+    found = {}
+    for package in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if len(found) == 2 and (backend != "cpu" or len(set(found.values())) == 2):
+        extra = "cpu" if backend == "cpu" else "gpu"
+        return (
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; "
+            f"pip uninstall both, then pip install 'onnxprune[{extra}]'"
+        )
+    if not found and find_spec("onnxruntime") is None:
+        return f"ONNX Runtime is not installed; pip install 'onnxprune[{'cpu' if backend == 'cpu' else 'gpu'}]'"
+    return None
+
+
+@contextmanager
+def _imported() -> Iterator[Any]:
+    """The package, silent. Raises MachineError if it cannot be imported."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MachineError(conflict("cpu") or f"ONNX Runtime cannot be imported: {error}") from None
     onnxruntime.set_default_logger_severity(4)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    if not optimise:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
-        made = onnxruntime.InferenceSession(path, options, providers=[provider])
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise InputError(f"ONNX Runtime cannot load the model: {_said(error)}") from None
-    if provider not in made.get_providers():
-        raise MachineError(runtime.KNOWN[backend], object=f"backend {backend}")
-    return made
+    yield onnxruntime
 
 
-def infer_once(made: onnxruntime.InferenceSession, feed: Mapping[str, Array]) -> list[Any]:
-    """One run. Raises InputError with ONNX Runtime's reason."""
-    try:
-        return list(made.run(None, dict(feed)))
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise InputError(f"ONNX Runtime cannot run the model: {_said(error)}") from None
+def _ports(given: Sequence[Any]) -> tuple[Port, ...]:
+    return tuple(Port(port.name, port.type, tuple(port.shape)) for port in given)
 
 
 def run(
-    path: str,
+    model: str,
     feeds: Sequence[Mapping[str, Array]],
-    *,
+    outputs: Sequence[str] | None = None,
     threads: int = 1,
     optimise: bool = True,
-    backend: str = "cpu",
 ) -> list[dict[str, Array]]:
-    """{output: array} for each feed."""
-    made = session(path, threads=threads, optimise=optimise, backend=backend)
-    names = [output.name for output in made.get_outputs()]
-    return [dict(zip(names, infer_once(made, feed), strict=True)) for feed in feeds]
+    """{output: array} for each feed, on the CPU; as the model is written with `optimise` False."""
+    made = BACKENDS["cpu"].session(model, threads=threads, optimise=optimise, arena=False)
+    return [made.run(feed, outputs) for feed in feeds]
 
 
 def interface(path: str) -> Interface:
     """Inputs and outputs as ONNX Runtime sees them: proof that the file loads."""
-    made = session(path)
-    inputs, outputs = (
-        tuple(Port(p.name, p.type, tuple(p.shape)) for p in ports) for ports in (made.get_inputs(), made.get_outputs())
-    )
-    return Interface(inputs, outputs)
+    return BACKENDS["cpu"].session(path, arena=False).interface
