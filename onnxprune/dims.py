@@ -244,6 +244,7 @@ class DimGraph:
     labels: Positions
     frozen: Positions
     reasons: tuple[str, ...]
+    inner: frozenset[int]
 
     def labels_of(self, axis: Axis) -> Positions | None:
         """int64[n] labels of an axis's positions; None for an axis of size one, which carries nothing."""
@@ -324,7 +325,21 @@ def couple(view: View) -> DimGraph:
         at = np.arange(class_sizes[c]) if positions_or_none is None else positions_or_none
         np.minimum.at(frozen, labels[offsets[c] + at], number)
     frozen[frozen == np.iinfo(np.int64).max] = -1
-    return DimGraph(relations, classes, offsets, labels, frozen, tuple(reasons))
+    return DimGraph(
+        relations, classes, offsets, labels, frozen, tuple(reasons), _inner(relations, classes, products, cuts)
+    )
+
+
+def _inner(relations: Relations, classes: Positions, products: list[Product], cuts: list[Cut]) -> frozenset[int]:
+    """Classes that are cut inside every head: the free atom stands beside one that attention runs along in a batch."""
+    batch = {int(classes[number]) for number in relations.batch}
+    for merged, atoms in products:
+        if merged in batch:
+            batch.update(atom for atom, _, _ in atoms)
+    atoms_of: dict[int, set[int]] = defaultdict(set)
+    for merged, atoms in products:
+        atoms_of[merged].update(atom for atom, _, _ in atoms)
+    return frozenset(atom for merged, atom, _, _ in cuts if atom not in batch and atoms_of[merged] & batch)
 
 
 def _components(total: int, a: list[Array], b: list[Array]) -> Positions:
@@ -368,7 +383,8 @@ def _classes(relations: Relations) -> tuple[Positions, list[Product]]:
 def _cuts(relations: Relations, classes: Positions, products: list[Product]) -> tuple[list[Cut], list[tuple[int, str]]]:
     """For each composite class the one atom that stays free; the other atoms are frozen with their reason."""
     blocked = {int(classes[number]) for number, positions, _ in relations.freezes if positions is None}
-    mixed = {int(classes[number]) for number in relations.mixing}
+    poor = {int(classes[number]) for number in relations.mixing}
+    poor |= {int(classes[number]) for number, positions, _ in relations.freezes if positions is not None}
     avoid = {int(classes[number]) for number in relations.avoid}
     freezes: list[tuple[int, str]] = []
     holders: dict[int, list[int]] = defaultdict(list)
@@ -400,9 +416,9 @@ def _cuts(relations: Relations, classes: Positions, products: list[Product]) -> 
     sizes = {atom: size for _, atoms in products for atom, size, _ in atoms}
 
     def preference(atom: int) -> tuple[bool, bool, bool, int, int]:
-        """Whole conv groups last; what leads every composite (heads) first; then the largest."""
+        """What mixes or stays in part comes last, then whole conv groups; what leads every composite (heads) first."""
         leads = all(next(a for a, _, _ in products[k][1] if a not in blocked) == atom for k in holders[atom])
-        return (atom not in mixed, atom not in avoid, leads, sizes[atom], -atom)
+        return (atom not in poor, atom not in avoid, leads, sizes[atom], -atom)
 
     open_atoms = [atom for atom in sizes if atom not in blocked]
     while open_atoms:

@@ -103,6 +103,9 @@ def _members(
 def _kinds(dims: DimGraph, group_of: Positions, count: int) -> list[tuple[str, tuple[str, ...]]]:
     """(kind, mixing ops) of each group, from marks on the classes that it touches."""
     kinds = [("channels", list[str]()) for _ in range(count)]
+    for c in sorted(dims.inner):
+        for k in _groups_of_class(dims, group_of, c):
+            kinds[k] = ("head-dim", kinds[k][1])
     for c, stacked in dims.batch.items():
         for k in _groups_of_class(dims, group_of, c):
             kinds[k] = ("experts" if stacked else "heads", kinds[k][1])
