@@ -104,5 +104,5 @@ class DigitsViT(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """float32[n, 1, 8, 8] -> logits float32[n, 10]."""
         patches = self.patches(image).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.class_token.expand(len(image), -1, -1), patches], dim=1) + self.positions
+        tokens = torch.cat([self.class_token.expand(image.shape[0], -1, -1), patches], dim=1) + self.positions
         return self.head(self.norm(self.blocks(tokens))[:, 0])

@@ -1,8 +1,7 @@
 """Export standard architectures with random weights: python tools/export_architectures.py FOLDER [NAME...].
 
 Needs torch==2.13.0, transformers, onnxscript. Both exporters of PyTorch write each network, so that coupling can be
-checked on exports that no rule was written for. With --halved the same networks are built at half of every width
-that pruning may halve: their parameter counts are what `--ratio 0.5` should reach.
+checked on exports that no rule was written for.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import argparse
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -123,48 +123,50 @@ def bert(half: bool) -> nn.Module:
 
 
 TOKENS = (torch.ones(1, 64, dtype=torch.int64), torch.ones(1, 64, dtype=torch.int64))
-ARCHITECTURES: dict[str, tuple[Callable[[bool], nn.Module], tuple[torch.Tensor, ...], tuple[str, ...]]] = {
-    "resnet50": (resnet50, IMAGE, ("image",)),
-    "mobilenet_v2": (mobilenet_v2, IMAGE, ("image",)),
-    "unet": (unet, (torch.zeros(1, 3, 128, 128),), ("image",)),
-    "vit_b": (vit_b, IMAGE, ("image",)),
-    "bert": (bert, TOKENS, ("input_ids", "attention_mask")),
+
+
+class Architecture(NamedTuple):
+    """How to build a network, whether `half` scales it, and what to export it with."""
+
+    build: Callable[[bool], nn.Module]
+    scales: bool
+    args: tuple[torch.Tensor, ...]
+    names: tuple[str, ...]
+
+
+ARCHITECTURES = {
+    "resnet50": Architecture(resnet50, True, IMAGE, ("image",)),
+    "mobilenet_v2": Architecture(mobilenet_v2, True, IMAGE, ("image",)),
+    "unet": Architecture(unet, True, (torch.zeros(1, 3, 128, 128),), ("image",)),
+    "vit_b": Architecture(vit_b, False, IMAGE, ("image",)),
+    "bert": Architecture(bert, False, TOKENS, ("input_ids", "attention_mask")),
 }
 
 
-def parameters(model: nn.Module) -> int:
-    """Elements of all parameters and running statistics."""
-    return sum(t.numel() for t in model.state_dict().values() if t.is_floating_point())
-
-
-def halved(name: str) -> tuple[int, int]:
-    """(dense, half) parameters of a network at full width and with every free group at exactly one half."""
-    build = ARCHITECTURES[name][0]
-    dense = build(False)
-    if name not in ("vit_b", "bert"):
-        return parameters(dense), parameters(build(True))
-    state = dense.state_dict()
+def halved(name: str) -> int:
+    """Parameters of a transformer that go when half of its FFN neurons, heads and pooler channels go."""
     gone = 0
-    for key, tensor in state.items():
-        hidden = any(part in key for part in ("query", "key.", "value", "intermediate", "fc1", "q_proj", "k_proj", "v_proj"))
-        reader = ".output.dense.weight" in key or "fc2.weight" in key or "o_proj.weight" in key
-        if hidden or reader:
+    for key, tensor in ARCHITECTURES[name].build(False).state_dict().items():
+        hidden = any(part in key for part in ("query", "key.", "value", "intermediate", "pooler", "q_proj", "k_proj",
+                                              "v_proj", "fc1"))  # fmt: skip
+        reader = any(part in key for part in (".output.dense.weight", "o_proj.weight", "fc2.weight"))
+        if hidden or reader or (name == "bert" and key.endswith("classifier.weight")):
             gone += tensor.numel() // 2
-    return parameters(dense), parameters(dense) - gone
+    return gone
 
 
-def export(name: str, folder: Path, dynamo: bool) -> Path:
+def export(name: str, folder: Path, dynamo: bool, half: bool = False) -> Path:
     """Write one network with one of PyTorch's exporters, batch dynamic."""
-    build, args, names = ARCHITECTURES[name]
+    build, _, args, names = ARCHITECTURES[name]
     torch.manual_seed(0)
-    model = build(False).eval()
+    model = build(half).eval()
     for module in model.modules():  # random statistics: folded BatchNorms must not be identities
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -0.3, 0.3)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.3, 0.3)
-    path = folder / f"{name}_{'dynamo' if dynamo else 'torchscript'}.onnx"
+    path = folder / f"{name}{'_half' if half else ''}_{'dynamo' if dynamo else 'torchscript'}.onnx"
     if dynamo:
         shapes = {n: {0: torch.export.Dim.DYNAMIC} for n in names}
         program = torch.onnx.export(
@@ -195,7 +197,6 @@ def main() -> None:
     for name in given.names:
         for dynamo in (False, True):
             print(export(name, given.folder, dynamo))
-        print(name, "dense and halved parameters:", *halved(name))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,332 @@
+"""The command line: verbs, exit codes, one-line errors, and that nothing is written when something is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner, Result
+from onnx import TensorProto, helper, numpy_helper
+
+from onnxprune.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+DIGITS = ROOT / "models" / "digits_cnn.onnx"
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+@pytest.fixture
+def mlp(tmp_path: Path) -> Path:
+    """x [n, 5] -> 16 hidden -> 3, with class names in its metadata."""
+    rng = np.random.default_rng(0)
+    stored = {"w1": (5, 16), "b1": (16,), "w2": (16, 3), "b2": (3,)}
+    nodes = [
+        helper.make_node("Gemm", ["x", "w1", "b1"], ["h"], "first"),
+        helper.make_node("Relu", ["h"], ["r"], "act"),
+        helper.make_node("Gemm", ["r", "w2", "b2"], ["y"], "second"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "mlp",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 5])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3])],
+        [numpy_helper.from_array(rng.standard_normal(s).astype(np.float32), k) for k, s in stored.items()],
+        doc_string="a small network",
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name="tests")
+    helper.set_model_props(model, {"names": "cat,dog,cow"})
+    path = tmp_path / "mlp.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def test_prune_halves_writes_and_keeps_what_is_not_its_business(mlp: Path, tmp_path: Path) -> None:
+    out, before = tmp_path / "small.onnx", mlp.read_bytes()
+    result = run("prune", mlp, "-o", out, "--ratio", 0.5, "--no-measure")
+    assert result.exit_code == 0, result.output
+    assert "proven" in result.stdout
+    dense, small = onnx.load(mlp), onnx.load(out)
+    assert {i.name: list(i.dims) for i in small.graph.initializer} == {"w1": [5, 8], "b1": [8], "w2": [8, 3], "b2": [3]}
+    assert small.graph.input == dense.graph.input
+    assert small.graph.output == dense.graph.output
+    assert [p.value for p in small.metadata_props] == ["cat,dog,cow"]
+    for field in ("ir_version", "producer_name", "opset_import"):
+        assert getattr(small, field) == getattr(dense, field)
+    assert small.graph.doc_string == "a small network"
+    assert mlp.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mlp.onnx", "small.onnx"]
+
+
+def test_the_least_important_goes_and_the_report_lists_every_slice(mlp: Path, tmp_path: Path) -> None:
+    model = onnx.load(mlp)
+    arrays = {i.name: numpy_helper.to_array(i).copy() for i in model.graph.initializer}
+    arrays["w1"][:, [3, 7]] *= 1e-6
+    arrays["w2"][[3, 7]] *= 1e-6
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(arrays[tensor.name], tensor.name))
+    onnx.save(model, mlp)
+    report = tmp_path / "report.json"
+    result = run("prune", mlp, "-o", tmp_path / "s.onnx", "--ratio", 0.125, "--round-to", 1, "--no-measure", "--report", report)
+    assert result.exit_code == 0, result.output
+    found = json.loads(report.read_text())
+    removed = {(r["initializer"], r["axis"], tuple(r["removed"]), r["role"]) for r in found["removed"]}
+    assert removed == {("w1", 1, (3, 7), "weight"), ("b1", 0, (3, 7), "bias"), ("w2", 0, (3, 7), "weight")}
+    assert found["kept"]["b1"]["0"] == [k for k in range(16) if k not in (3, 7)]
+    assert found["groups"][0]["before"] == 16
+    assert found["groups"][0]["after"] == 14
+    assert found["quality"]["relative-error"] < 0.2
+
+
+def test_verify_accepts_the_run_and_catches_a_forgery(mlp: Path, tmp_path: Path) -> None:
+    out, report = tmp_path / "s.onnx", tmp_path / "r.json"
+    assert run("prune", mlp, "-o", out, "--ratio", 0.5, "--no-measure", "--report", report).exit_code == 0
+    assert run("verify", mlp, out, "--plan", report).exit_code == 0
+    model = onnx.load(out)
+    weight = next(i for i in model.graph.initializer if i.name == "w2")
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.01, "w2"))
+    forged = tmp_path / "forged.onnx"
+    onnx.save(model, forged)
+    result = run("verify", mlp, forged, "--plan", report)
+    assert result.exit_code == 3
+    assert "w2" in result.stderr
+    data = json.loads(report.read_text())
+    data["removed"] = [r for r in data["removed"] if r["initializer"] != "b1"]
+    report.write_text(json.dumps(data))
+    result = run("verify", mlp, out, "--plan", report)
+    assert result.exit_code == 3
+    assert "not every slice" in result.stderr
+
+
+def test_ratio_zero_is_the_identity(mlp: Path, tmp_path: Path) -> None:
+    out = tmp_path / "same.onnx"
+    assert run("prune", mlp, "-o", out, "--ratio", 0, "--no-measure").exit_code == 0
+    assert onnx.load(out).graph == onnx.load(mlp).graph
+
+
+def test_a_family_from_one_analysis(mlp: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s_{target}.onnx"
+    result = run("prune", mlp, "-o", out, "--target", "params=0.8,0.5", "--no-measure", "--json")
+    assert result.exit_code == 0, result.output
+    sizes = [r["pruned"]["params"] / r["dense"]["params"] for r in json.loads(result.stdout)["family"]]
+    assert sizes[0] <= 0.8
+    assert sizes[1] <= 0.5
+    assert (tmp_path / "s_params-0.8.onnx").exists()
+    assert (tmp_path / "s_params-0.5.onnx").exists()
+    assert run("prune", mlp, "-o", tmp_path / "x.onnx", "--target", "params=0.8,0.5").exit_code == 2
+
+
+def test_several_targets_hold_together(mlp: Path, tmp_path: Path) -> None:
+    result = run("prune", mlp, "-o", tmp_path / "s.onnx", "--target", "macs=0.9", "--target", "params=0.5",
+                 "--no-measure", "--json")  # fmt: skip
+    report = json.loads(result.stdout)
+    assert report["pruned"]["macs"] <= 0.9 * report["dense"]["macs"]
+    assert report["pruned"]["params"] <= 0.5 * report["dense"]["params"]
+
+
+def test_size_counts_the_file(mlp: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s.onnx"
+    assert run("prune", mlp, "-o", out, "--target", "size=0.8", "--no-measure").exit_code == 0
+    assert out.stat().st_size <= 0.8 * mlp.stat().st_size
+
+
+def test_dry_run_writes_nothing(mlp: Path, tmp_path: Path) -> None:
+    result = run("prune", mlp, "-o", tmp_path / "s.onnx", "--ratio", 0.5, "--dry-run")
+    assert result.exit_code == 0
+    assert "would write" in result.stdout
+    assert not (tmp_path / "s.onnx").exists()
+
+
+def test_same_input_same_bytes(mlp: Path, tmp_path: Path) -> None:
+    hashes = set()
+    for seed in ("0", "1", "2"):
+        out = tmp_path / seed / "s.onnx"
+        out.parent.mkdir()
+        subprocess.run(
+            [sys.executable, "-m", "onnxprune", "prune", mlp, "-o", out, "--target", "macs=0.6", "--no-measure", "-q"],
+            check=True,
+            env={"PYTHONHASHSEED": seed, "PATH": ""},
+            capture_output=True,
+        )
+        hashes.add(hashlib.sha256(out.read_bytes()).hexdigest())
+    assert len(hashes) == 1
+
+
+def test_an_ignored_node_keeps_its_units(mlp: Path, tmp_path: Path) -> None:
+    result = run("prune", mlp, "-o", tmp_path / "s.onnx", "--ratio", 0.5, "--ignore", "fir*", "--no-measure")
+    assert result.exit_code == 3
+    assert "nothing can be removed" in result.stderr
+
+
+def test_explain_finds_the_chain(mlp: Path) -> None:
+    result = run("explain", mlp, "w1:1", "w2:0", "--json")
+    steps = json.loads(result.stdout)["steps"]
+    assert [s["op"].split()[0] for s in steps] == ["Gemm", "Relu", "Gemm"]
+    result = run("explain", mlp, "w1:1", "y:1")
+    assert "not coupled" in result.stdout
+    assert "graph output" in result.stdout
+
+
+def test_inspect_counts(mlp: Path) -> None:
+    found = json.loads(run("inspect", mlp, "--json").stdout)
+    assert found["model"]["params"] == 5 * 16 + 16 + 16 * 3 + 3
+    assert found["model"]["macs"] == 5 * 16 + 16 * 3
+    assert [(g["kind"], g["units"], g["exact"]) for g in found["groups"]] == [("channels", 16, True)]
+    assert run("inspect", mlp).exit_code == 0
+
+
+def test_compare_is_a_gate(mlp: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s.onnx"
+    run("prune", mlp, "-o", out, "--ratio", 0.5, "--no-measure")
+    assert run("compare", mlp, mlp, "--max-relative-error", 1e-6).exit_code == 0
+    result = run("compare", mlp, out, "--max-relative-error", 1e-6, "--json")
+    assert result.exit_code == 3
+    assert json.loads(result.stdout)["relative-error"] > 1e-6
+
+
+def test_measure_gives_ratios(mlp: Path) -> None:
+    found = json.loads(run("measure", mlp, mlp, "--rounds", 3, "--json").stdout)["models"]
+    assert found[0]["ratio"] == 1.0
+    assert found[1]["cpu_ms"] > 0
+
+
+@pytest.mark.parametrize("what", ["criteria", "allocators", "reconstructors", "passes", "backends", "ops"])
+def test_list(what: str) -> None:
+    result = run("list", what, "--json")
+    assert result.exit_code == 0
+    rows = json.loads(result.stdout)[what]
+    assert all(row["help"] for row in rows)
+    if what in ("criteria", "allocators", "backends", "ops"):
+        assert rows
+
+
+def test_digits_evaluation_reports_accuracy(tmp_path: Path) -> None:
+    data = ROOT / "models"
+    result = run("prune", DIGITS, "-o", tmp_path / "d.onnx", "--ratio", 0.25, "--calibration",
+                 data / "digits_calibration.npz", "--evaluation", data / "digits_evaluation.npz", "--no-measure", "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    accuracy = json.loads(result.stdout)["quality"]["accuracy"]
+    assert accuracy["dense"] > 0.98
+
+
+BAD = {
+    "no target": (["--no-measure"], "exactly one"),
+    "both": (["--ratio", "0.5", "--target", "macs=0.5"], "exactly one"),
+    "ratio above": (["--ratio", "1"], "--ratio"),
+    "ratio below": (["--ratio", "-0.1"], "--ratio"),
+    "ratio nan": (["--ratio", "nan"], "--ratio"),
+    "ratio word": (["--ratio", "half"], "--ratio"),
+    "metric": (["--target", "speed=0.5"], "speed"),
+    "share": (["--target", "macs=2"], "macs=2"),
+    "no value": (["--target", "macs"], "macs"),
+    "twice": (["--target", "macs=0.5", "--target", "macs=0.4"], "already"),
+    "criterion": (["--ratio", "0.5", "--criterion", "nope"], "nope"),
+    "criterion option": (["--ratio", "0.5", "--criterion", "mag,order=9"], "order"),
+    "allocator": (["--target", "macs=0.5", "--allocate", "nope"], "nope"),
+    "ratio with allocator": (["--ratio", "0.5", "--allocate", "global-rank"], "uniform"),
+    "kind": (["--ratio", "0.5", "--remove", "hats"], "hats"),
+    "rounding": (["--ratio", "0.5", "--round-to", "0"], "--round-to"),
+    "keep": (["--ratio", "0.5", "--min-keep", "0"], "--min-keep"),
+    "threads": (["--ratio", "0.5", "--threads", "0"], "--threads"),
+    "shape": (["--ratio", "0.5", "--input-shape", "x"], "--input-shape"),
+    "shape rank": (["--ratio", "0.5", "--input-shape", "x:1x2x3"], "x"),
+    "shape size": (["--ratio", "0.5", "--input-shape", "x:1x6"], "x"),
+    "shape name": (["--ratio", "0.5", "--input-shape", "z:1x5"], "z"),
+    "option": (["--ratio", "0.5", "--bogus"], "--bogus"),
+    "metric name": (["--ratio", "0.5", "--metric", "nope"], "nope"),
+    "report": (["--ratio", "0.5", "--report", "r.txt"], "r.txt"),
+    "calibration": (["--ratio", "0.5", "--calibration", "missing.npz"], "missing.npz"),
+    "backend": (["--ratio", "0.5", "--backend", "abacus"], "abacus"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_get_one_line_and_exit_2(name: str, mlp: Path, tmp_path: Path) -> None:
+    args, culprit = BAD[name]
+    before = sorted(tmp_path.iterdir())
+    result = run("prune", mlp, "-o", tmp_path / "s.onnx", *args)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("onnxprune: error: ")
+    assert result.stderr.count("\n") == 1
+    assert culprit in result.stderr
+    assert "Traceback" not in result.output
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_unreachable_target_is_exit_3_and_says_what_can_be_had(mlp: Path, tmp_path: Path) -> None:
+    result = run("prune", mlp, "-o", tmp_path / "s.onnx", "--target", "macs=0.001", "--json")
+    assert result.exit_code == 3
+    assert "macs=" in json.loads(result.stdout)["message"]
+    assert not (tmp_path / "s.onnx").exists()
+
+
+def test_an_existing_output_needs_force(mlp: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s.onnx"
+    out.write_bytes(b"precious")
+    result = run("prune", mlp, "-o", out, "--ratio", 0.5, "--no-measure")
+    assert result.exit_code == 2
+    assert "--force" in result.stderr
+    assert out.read_bytes() == b"precious"
+    assert run("prune", mlp, "-o", out, "--ratio", 0.5, "--no-measure", "--force").exit_code == 0
+    onnx.checker.check_model(onnx.load(out))
+
+
+@pytest.mark.parametrize("spelling", ["same", "dotted", "link", "hard link"])
+def test_the_input_is_never_the_output(spelling: str, mlp: Path, tmp_path: Path) -> None:
+    before = mlp.read_bytes()
+    out = {"same": mlp, "dotted": tmp_path / "." / "mlp.onnx"}.get(spelling, tmp_path / "other.onnx")
+    if spelling == "link":
+        out.symlink_to(mlp)
+    elif spelling == "hard link":
+        out.hardlink_to(mlp)
+    assert run("prune", mlp, "-o", out, "--ratio", 0.5, "--no-measure", "--force").exit_code == 2
+    assert mlp.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "no such file"), (b"", "empty"), (b"\x08\x08garbage" * 9, ""), (b"version https://git-lfs.github.com/spec/v1\n", "")],
+)
+def test_a_file_that_is_no_model_is_exit_2(content: bytes | None, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    result = run("prune", path, "-o", tmp_path / "s.onnx", "--ratio", 0.5)
+    assert result.exit_code == 2
+    assert "bad.onnx" in result.stderr
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_linked_model_is_refused_with_the_way_out(mlp: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link.onnx"
+    link.symlink_to(mlp)
+    result = run("prune", link, "-o", tmp_path / "s.onnx", "--ratio", 0.5)
+    assert result.exit_code == 2
+    assert "cp -L" in result.stderr
+
+
+def test_external_data_in_and_out(mlp: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "external"
+    folder.mkdir()
+    onnx.save(onnx.load(mlp), folder / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    out = tmp_path / "s.onnx"
+    result = run("prune", folder / "m.onnx", "-o", out, "--ratio", 0.5, "--no-measure")
+    assert result.exit_code == 0, result.output
+    small = onnx.load(out)
+    assert {i.name: list(i.dims) for i in small.graph.initializer}["w1"] == [5, 8]
+    assert run("compare", folder / "m.onnx", mlp, "--max-relative-error", 0).exit_code == 0
+
+
+def test_help_and_version_start_without_the_heavy_imports() -> None:
+    code = "import sys; from onnxprune.cli import main; print(sorted({'onnx', 'scipy', 'networkx'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
