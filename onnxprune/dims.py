@@ -78,7 +78,7 @@ class Relations:
         for name in sorted(view.captured):
             self.freeze(name, None, "read inside a subgraph")
         for name, stored in view.stored.items():
-            if stored.role == "index" and "INT" in stored.dtype:
+            if stored.role == "index" and "INT" in stored.dtype and stored.slot != "Gather.1":
                 self.freeze(name, None, "an integer table numbers these positions")
         for node in view.nodes:
             self.relate(node)

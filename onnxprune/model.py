@@ -30,7 +30,10 @@ def dump(model: Model, folder: str | Path, name: str, *, external: bool = True) 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model with its facts at two sets of dynamic sizes; `static` are the values equal at both."""
+    """A model with its facts at two sets of dynamic sizes; `static` are the values equal at both.
+
+    `folded` names the computed values that were written down as constants.
+    """
 
     model: ir.Model
     sizes: Mapping[str, int]
@@ -38,6 +41,7 @@ class Prepared:
     other_sizes: Mapping[str, int]
     other: Facts
     static: frozenset[str]
+    folded: tuple[str, ...]
 
 
 def input_sizes(model: ir.Model, given: Mapping[str, Shape]) -> dict[str, int]:
@@ -76,11 +80,11 @@ def prepare(model: ir.Model, given: Mapping[str, int] | None = None) -> Prepared
     static = frozenset(
         name for name, value in facts.values.items() if name in other.values and _same(value, other.values[name])
     )
-    if _fold(model, facts, static):
+    if folded := _fold(model, facts, static):
         facts = infer(model, first)
         other = infer(model, second) if symbols(graph) else facts
         static = static | frozenset(name for name in facts.values if name in graph.initializers)
-    return Prepared(model, first, facts, second, other, static)
+    return Prepared(model, first, facts, second, other, static, folded)
 
 
 def _same(a: Array, b: Array) -> bool:
@@ -109,8 +113,8 @@ def lift_constants(graph: ir.Graph) -> None:
         graph.register_initializer(fresh)
 
 
-def _fold(model: ir.Model, facts: Facts, static: frozenset[str]) -> bool:
-    """Write down static values where a node that must stay reads them."""
+def _fold(model: ir.Model, facts: Facts, static: frozenset[str]) -> tuple[str, ...]:
+    """Write down static values where a node that must stay reads them; their names."""
     graph = model.graph
     folded: dict[str, ir.Value] = {}
     for node in graph:
@@ -126,7 +130,7 @@ def _fold(model: ir.Model, facts: Facts, static: frozenset[str]) -> bool:
             node.replace_input_with(k, folded[name])
     if folded:
         RemoveUnusedNodesPass()(model)
-    return bool(folded)
+    return tuple(folded)
 
 
 def _register(graph: ir.Graph, wish: str, array: Array) -> ir.Value:
@@ -135,8 +139,16 @@ def _register(graph: ir.Graph, wish: str, array: Array) -> ir.Value:
     value = ir.Value(
         name=free_name(graph, wish), shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
     )
-    graph.register_initializer(value)
+    add_initializer(graph, value)
     return value
+
+
+def add_initializer(graph: ir.Graph, value: ir.Value) -> None:
+    """Register an initializer; where the others are graph inputs too (IR version 3), so is this one."""
+    listed = any(other.name in graph.initializers for other in graph.inputs)
+    graph.register_initializer(value)
+    if listed:
+        graph.inputs.append(value)
 
 
 def free_name(graph: ir.Graph, wish: str) -> str:

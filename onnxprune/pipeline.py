@@ -289,6 +289,7 @@ def _one(
             for f in analysis.frozen([g for g in analysis.groups if g.id in chosen])
         ],
         removed=[reports.RemovedRow.model_validate(r.entry()) for r in gone],
+        rewrites=[f"folded {name}" for name in analysis.prepared.folded] if options.ratio != 0 else [],
         kept=_kept(analysis, gone),
         verification=reports.Verification(
             method="zero-all",

@@ -16,7 +16,7 @@ from onnxprune import ops
 from onnxprune.dims import DimGraph, keep_of
 from onnxprune.errors import InternalError
 from onnxprune.infer import Facts, note_initializer, seed, step
-from onnxprune.model import Prepared, free_name, op_node, register
+from onnxprune.model import Prepared, add_initializer, free_name, op_node, register
 from onnxprune.types import Array, Axis, Mask, OpNode, Shape, View
 
 Keep = Callable[[Axis], Mask]
@@ -77,7 +77,7 @@ def _slice_initializers(graph: ir.Graph, view: View, wanted: Mapping[str, Shape]
                 type=value.type,
                 const_value=ir.Tensor(array, dtype=dtype, name=fresh_name),
             )
-            graph.register_initializer(fresh)
+            add_initializer(graph, fresh)
             for alias in aliases:
                 for reader, k in view.stored[alias].uses:
                     nodes[reader].replace_input_with(k, fresh)
@@ -145,16 +145,17 @@ def _edit(model: ir.Model, node: ir.Node, edit: ops.Edit, facts: Facts, static: 
             node.resize_inputs(k + 1)
         old = node.inputs[k]
         name = str(old.name) if old is not None else ""
-        if old is None or name in static or old.is_initializer():
-            dtype = facts.values[name].dtype if name in facts.values else np.dtype(np.int64)
-            fresh = register(graph, name or f"{node.outputs[0].name}_sizes", array.astype(dtype))
-        else:
-            fresh = _corrected(model, node, old, facts, array)
-        if fresh.is_initializer():
-            note_initializer(facts, str(fresh.name), fresh)
+        if old is not None and not old.is_initializer() and name not in static:
+            node.replace_input_with(k, _corrected(model, node, old, facts, array))
+            continue
+        array = array.astype(facts.values[name].dtype if name in facts.values else np.int64)
+        if old is not None and old.is_initializer() and len(old.uses()) == 1 and not old.is_graph_output():
+            old.const_value, old.shape = ir.tensor(array, name=name), ir.Shape(array.shape)
+            note_initializer(facts, name, old)
+            continue
+        fresh = register(graph, name or f"{node.outputs[0].name}_sizes", array)
+        note_initializer(facts, str(fresh.name), fresh)
         node.replace_input_with(k, fresh)
-        if old is not None and old.is_initializer() and not old.uses():
-            graph.initializers.pop(str(old.name), None)
 
 
 def _corrected(model: ir.Model, node: ir.Node, old: ir.Value, facts: Facts, wanted: Array) -> ir.Value:

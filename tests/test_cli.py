@@ -75,7 +75,9 @@ def test_the_least_important_goes_and_the_report_lists_every_slice(mlp: Path, tm
         tensor.CopyFrom(numpy_helper.from_array(arrays[tensor.name], tensor.name))
     onnx.save(model, mlp)
     report = tmp_path / "report.json"
-    result = run("prune", mlp, "-o", tmp_path / "s.onnx", "--ratio", 0.125, "--round-to", 1, "--no-measure", "--report", report)
+    result = run(
+        "prune", mlp, "-o", tmp_path / "s.onnx", "--ratio", 0.125, "--round-to", 1, "--no-measure", "--report", report
+    )
     assert result.exit_code == 0, result.output
     found = json.loads(report.read_text())
     removed = {(r["initializer"], r["axis"], tuple(r["removed"]), r["role"]) for r in found["removed"]}
@@ -293,7 +295,12 @@ def test_the_input_is_never_the_output(spelling: str, mlp: Path, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "no such file"), (b"", "empty"), (b"\x08\x08garbage" * 9, ""), (b"version https://git-lfs.github.com/spec/v1\n", "")],
+    [
+        (None, "no such file"),
+        (b"", "empty"),
+        (b"\x08\x08garbage" * 9, ""),
+        (b"version https://git-lfs.github.com/spec/v1\n", ""),
+    ],
 )
 def test_a_file_that_is_no_model_is_exit_2(content: bytes | None, words: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.onnx"

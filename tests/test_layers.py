@@ -25,9 +25,8 @@ LAYERS = (
     ("dims", "groups", "select", "cost", "infer", "quality"),
     ("storage", "model", "rewrite", "report", "feeds"),
     ("worker", "runtime", "runtime.*", "measure"),
-    ("verify", "analysis"),
-    ("prove",),
-    ("pipeline", "audit", "verbs"),
+    ("verify", "analysis", "prove"),
+    ("pipeline", "verbs", "audit"),
     ("cli", "__init__", "__main__"),
 )
 
@@ -46,7 +45,7 @@ OUTSIDE = {
     "scipy": ("dims", "passes.*"),
     "networkx": ("dims",),
     "onnx": ("storage", "model", "rewrite", "verify", "infer"),
-    "onnx_ir": ("storage", "model", "rewrite", "verify", "infer"),
+    "onnx_ir": ("storage", "model", "rewrite", "verify", "infer", "feeds", "audit"),
     "onnxruntime": ("runtime.ort",),
     "pydantic": ("report",),
     "click": ("cli",),

@@ -22,7 +22,9 @@ from onnxprune.types import Axis
 Draw = Callable[[int, int], int]
 
 
-def single(op: str, shape: tuple[int, ...], consts: dict[str, object], attrs: dict[str, object], outs: int = 1, opset: int = 17):
+def single(
+    op: str, shape: tuple[int, ...], consts: dict[str, object], attrs: dict[str, object], outs: int = 1, opset: int = 17
+):
     """A model of one operator whose data is an initializer, so that every axis may go."""
     data = np.arange(1.0, 1 + np.prod(shape), dtype=np.float32).reshape(shape)
     stored = [numpy_helper.from_array(data, "x")]
@@ -111,7 +113,9 @@ def slice_run(draw: Draw) -> onnx.ModelProto:
     size = draw(3, 9)
     start = draw(0, size - 2)
     end = draw(start + 1, size)
-    return single("Slice", (size, 3), {"starts": i64(start), "ends": i64(end - size if end < size else 2**62), "axes": i64(0)}, {})
+    return single(
+        "Slice", (size, 3), {"starts": i64(start), "ends": i64(end - size if end < size else 2**62), "axes": i64(0)}, {}
+    )
 
 
 @case
@@ -162,7 +166,9 @@ def test_survivors_commute_with_the_operator(name: str, data: st.DataObject) -> 
     alive = np.ones(len(dims.frozen), np.bool_)
     alive[gone] = False
     shapes = {name: shape for name, shape in seen.shapes.items() if name == "x" or name.startswith("y")}
-    keep = {a: keep_of(dims, alive, a, s) for n, shape in shapes.items() for k, s in enumerate(shape) if (a := Axis(n, k))}
+    keep = {
+        a: keep_of(dims, alive, a, s) for n, shape in shapes.items() for k, s in enumerate(shape) if (a := Axis(n, k))
+    }
     if not all(mask.any() for mask in keep.values()):
         return  # groups always keep a unit
     smaller = ir.serde.serialize_model(apply(prepared, dims, seen, alive))

@@ -170,7 +170,13 @@ def export(name: str, folder: Path, dynamo: bool, half: bool = False) -> Path:
     if dynamo:
         shapes = {n: {0: torch.export.Dim.DYNAMIC} for n in names}
         program = torch.onnx.export(
-            model, args, dynamo=True, input_names=list(names), output_names=["out"], dynamic_shapes=shapes, verbose=False
+            model,
+            args,
+            dynamo=True,
+            input_names=list(names),
+            output_names=["out"],
+            dynamic_shapes=shapes,
+            verbose=False,
         )
         program.save(str(path), external_data=False)
     else:

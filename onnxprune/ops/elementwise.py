@@ -30,6 +30,8 @@ def unary_of_positive(node: OpNode) -> Iterable[Relation]:
 @rule(*BROADCAST)
 def broadcast(node: OpNode) -> Iterable[Relation]:
     """A, B, ... -> Y, aligned from the right; axes of size one stretch and tie nothing."""
+    if node.opset < 7 and node.attr("broadcast", 0):  # aligned by an attribute, not from the right
+        return
     yield Pattern(", ".join("..." for _ in node.inputs) + " -> ...")
 
 

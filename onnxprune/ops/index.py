@@ -156,12 +156,10 @@ def gather(node: OpNode) -> Iterable[Relation]:
     axis = node.attr("axis", 0) % len(data)
     left = ["_" if k == axis else f"a{k}" for k in range(len(data))]
     middle = [f"b{k}" for k in range(len(indices))]
+    out = left[:axis] + middle + left[axis + 1 :]
+    yield Pattern(f"{' '.join(left)}, {' '.join(middle)} -> {' '.join(out)}")
     constant = node.const(1)
-    picks = constant is not None and constant.ndim < 2
-    out = left[:axis] + (["_"] * len(middle) if picks else middle) + left[axis + 1 :]
-    inside = " ".join("_" if picks else name for name in middle)
-    yield Pattern(f"{' '.join(left)}, {inside} -> {' '.join(out)}")
-    if not picks or constant is None:
+    if constant is None or constant.ndim > 1:
         yield Freeze(node.inputs[0], axis, "Gather with indices known only at run time")
         return
     positions = constant.astype(np.int64) % data[axis]
