@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -19,13 +18,6 @@ Model = ir.Model  # what the rest of the package passes around without looking i
 Graph = ir.Graph
 SMALL = 1024  # elements up to which a matrix that serves several readers is mere storage
 PASSES = frozenset("Identity Transpose Reshape Cast Squeeze Unsqueeze Flatten Expand Concat Split Slice Gather".split())
-
-
-def dump(model: Model, folder: str | Path, name: str, *, external: bool = True) -> Path:
-    """Write a throw-away copy to run or to weigh; large tensors go to a file beside it unless told not to."""
-    path = Path(folder) / f"{name}.onnx"
-    ir.save(model, path, external_data=f"{name}.data" if external else None)
-    return path
 
 
 @dataclass(frozen=True)

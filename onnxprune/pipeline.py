@@ -20,7 +20,7 @@ from onnxprune import report as reports
 from onnxprune import select as selection
 from onnxprune.analysis import Analysis, cost_of, cost_shapes, samples_of
 from onnxprune.errors import ImpossibleError, InputError, InternalError
-from onnxprune.model import Model, dump
+from onnxprune.model import Model
 from onnxprune.prove import Prover
 from onnxprune.runtime import ort
 from onnxprune.types import Array, Group, Mask, Plan, Shape
@@ -243,7 +243,7 @@ def _one(
     with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
         files = []
         for name, model in (("dense", analysis.dense), ("pruned", smaller)):
-            files.append(dump(model, folder, name, external=analysis.source.external))
+            files.append(storage.dump(model, folder, name, external=analysis.source.external))
         size = sum(f.stat().st_size for f in Path(folder).glob("pruned*"))
         dense_cost = cost_of(analysis.dense, analysis.given, analysis.source.bytes)
         pruned_cost = cost_of(smaller, analysis.given, size)
@@ -357,7 +357,7 @@ def _planned(
         if "size" not in options.target:
             break
         with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-            dump(smaller, folder, "pruned", external=analysis.source.external)
+            storage.dump(smaller, folder, "pruned", external=analysis.source.external)
             size = sum(file.stat().st_size for file in Path(folder).iterdir())
         alive = selection.alive_labels(analysis.groups, plan, analysis.labels)
         real = size - analysis.costs.of(alive)["size"]

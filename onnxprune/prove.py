@@ -5,14 +5,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 
-from onnxprune import feeds, verify
+from onnxprune import feeds, storage, verify
 from onnxprune.analysis import Analysis, cost_shapes
 from onnxprune.errors import ImpossibleError, InputError
-from onnxprune.model import Model, dump
+from onnxprune.model import Model
 from onnxprune.runtime import ort
 from onnxprune.types import Array
 from onnxprune.worker import Worker
-
 
 ENOUGH = 2  # feeds that a proof runs on, of those that the dense model accepts
 
@@ -48,7 +47,7 @@ class Prover:
     def check_dense(self, worker: Worker) -> None:
         """Keep the feeds that the dense model accepts. Raises InputError if it accepts none."""
         with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-            path = str(dump(self.analysis.dense, folder, "dense"))
+            path = str(storage.dump(self.analysis.dense, folder, "dense"))
             accepted: list[Mapping[str, Array]] = []
             for feed in self.feeds:
                 if len(accepted) == ENOUGH:

@@ -1,68 +1,278 @@
-"""Placeholder until the full reader and writer land."""
+"""Writing: refuse early, write beside the target, check there, and rename in one step. And reading of data files."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import secrets
+import stat
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
-from onnxprune.errors import InputError
+from onnxprune.errors import InputError, MachineError, shown
+from onnxprune.reading import Source, open_regular, read_bytes, read_model
+from onnxprune.types import Array
+
+__all__ = [
+    "Source",
+    "check_output",
+    "digest",
+    "dump",
+    "read_arrays",
+    "read_bytes",
+    "read_model",
+    "write_model",
+    "write_text",
+]
+
+INLINE = 1_900_000_000  # bytes of weights above which they go to a file of their own
+SMALL = 1024  # bytes up to which a tensor stays in the model file all the same
+ALIGN = 4096
+DATA_LIMIT = 16 * 2**30  # bytes of arrays that a data file may hold
 
 
-@dataclass(frozen=True)
-class Source:
-    path: Path
-    sha256: str
-    bytes: int
-    external: bool
-    files: tuple[Path, ...]
-
-
-def read_bytes(path: str | Path) -> bytes:
-    return Path(path).read_bytes()
-
-
-def read_model(path: str | Path) -> tuple[ir.Model, Source]:
-    path = Path(path)
-    if not path.is_file():
-        raise InputError("no such file", file=path)
-    return ir.load(path), Source(path, digest((path,)), path.stat().st_size, False, (path,))
-
-
-def digest(files: tuple[Path, ...]) -> str:
-    h = hashlib.sha256()
-    for f in files:
-        h.update(f.read_bytes())
-    return h.hexdigest()
+def digest(files: Sequence[Path]) -> str:
+    """sha256 over a model file followed by its data files, as Source.sha256 has it."""
+    total = hashlib.sha256(files[0].read_bytes())
+    for file in files[1:]:
+        with file.open("rb") as handle:
+            total.update(hashlib.file_digest(handle, "sha256").digest())
+    return total.hexdigest()
 
 
 def check_output(path: str | Path, source: Source | None, *, force: bool) -> Path:
+    """Refuse an output that cannot or must not be written. Raises InputError, MachineError."""
     path = Path(path)
-    if path.exists() and not force:
-        raise InputError("exists; use --force", file=path)
+    try:
+        if path.suffix in (".engine", ".plan"):
+            raise InputError("engines are written by 'onnxprune build'", file=path)
+        if not path.parent.is_dir():
+            raise InputError("its folder does not exist", file=path)
+        if path.is_dir():
+            raise InputError("is a folder", file=path)
+        if os.path.lexists(path):
+            if source is not None and path.exists():
+                here = path.stat()
+                for file in source.files:
+                    there = file.stat()
+                    if (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino):
+                        raise InputError("is the input; choose another output", file=path)
+            if path.is_symlink() or not stat.S_ISREG(path.lstat().st_mode):
+                raise InputError("exists and is not a regular file; choose another output", file=path)
+            if not force:
+                raise InputError("exists; use --force to replace it", file=path)
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise MachineError("no permission to write there", file=path)
+    except OSError as error:
+        raise InputError(error.strerror or "cannot be written", file=path) from None
+    except ValueError:
+        raise InputError("not a file name", file=path) from None
     return path
 
 
-def write_model(
-    model: ir.Model, path: Path, *, force: bool, external: bool, prove: Callable[[Path], None] | None = None
-) -> tuple[Path, ...]:
-    temp = path.with_suffix(".tmp.onnx")
-    ir.save(model, temp)
-    if prove:
-        prove(temp)
-    os.replace(temp, path)
-    return (path,)
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """Failures of the disk as ours."""
+    try:
+        yield
+    except OSError as error:
+        raise MachineError(f"cannot be written: {error.strerror or error}", file=path) from None
+
+
+@contextmanager
+def _temporary(path: Path, durable: bool = True) -> Iterator[tuple[Path, IO[bytes]]]:
+    """A new file beside the target under a random name; synced when the block ends, gone if it fails."""
+    name = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
+    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield name, file
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+    except BaseException:
+        with suppress(OSError):
+            name.unlink()
+        raise
+
+
+def _commit(temporary: Path, path: Path, force: bool) -> None:
+    """Give a finished file its name in one step; without force somebody else's file wins."""
+    try:
+        if force:
+            os.replace(temporary, path)
+        else:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                raise InputError("exists; use --force to replace it", file=path) from None
+            temporary.unlink()
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def write_text(path: Path, text: str, *, force: bool = True) -> None:
-    path.write_text(text)
+    """Write a small file whole or not at all. Raises InputError, MachineError."""
+    with _disk(path):
+        with _temporary(path) as (temporary, file):
+            file.write(text.encode())
+        _commit(temporary, path, force)
 
 
-def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    data = np.load(path)
-    return {"": data} if isinstance(data, np.ndarray) else dict(data)
+def dump(model: ir.Model, folder: str | Path, name: str, *, external: bool = False) -> Path:
+    """Write a throw-away copy to run or to weigh."""
+    return write_model(model, Path(folder) / f"{name}.onnx", force=True, external=external, durable=False)[0]
+
+
+def write_model(
+    model: ir.Model,
+    path: Path,
+    *,
+    force: bool,
+    external: bool,
+    prove: Callable[[Path], None] | None = None,
+    durable: bool = True,
+) -> tuple[Path, ...]:
+    """Write a model, whole or not at all; `prove` sees the finished file before it gets its name.
+
+    With `external`, or above 1.9 GB, weights go to `NAME.HASH.data` beside it, which is complete before the model
+    file, the single point of commitment, is renamed. Returns the files. Raises InputError, MachineError.
+    """
+    total = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    data: Path | None = None
+    fresh = False
+    with _disk(path):
+        try:
+            if external or total > INLINE:
+                proto, data, fresh = _with_data(model, path, durable)
+            else:
+                proto = _message(model)
+            content = proto.SerializeToString(deterministic=True)
+            with _temporary(path, durable) as (temporary, file):
+                file.write(content)
+            if prove is not None:
+                try:
+                    prove(temporary)
+                except BaseException:
+                    temporary.unlink()
+                    raise
+            _commit(temporary, path, force)
+        except BaseException:
+            if data is not None and fresh:
+                with suppress(OSError):
+                    data.unlink()
+            raise
+    return (path,) if data is None else (path, data)
+
+
+def _message(model: ir.Model) -> onnx.ModelProto:
+    """The protobuf message, without shapes of initializers, which say nothing that the tensors do not."""
+    proto = ir.serde.serialize_model(model)
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    left = [value for value in proto.graph.value_info if value.name not in stored]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(left)
+    return proto
+
+
+def _with_data(model: ir.Model, path: Path, durable: bool) -> tuple[onnx.ModelProto, Path, bool]:
+    """Stream large initializers to a data file named by its content: (the model that refers to it, the file, new?)."""
+    places: dict[str, tuple[int, int]] = {}
+    content = hashlib.sha256()
+    with _temporary(path, durable) as (temporary, file):
+        offset = 0
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes <= SMALL or tensor.dtype == ir.DataType.STRING:
+                continue
+            padding = b"\0" * (-offset % ALIGN)
+            data = tensor.tobytes()
+            for part in (padding, data):
+                file.write(part)
+                content.update(part)
+            offset += len(padding)
+            places[name] = (offset, len(data))
+            offset += len(data)
+    final = path.with_name(f"{path.name}.{content.hexdigest()[:12]}.data")
+    fresh = not final.exists()
+    _commit(temporary, final, force=True)
+    skeleton = model.clone()
+    for name in places:
+        value = skeleton.graph.initializers[name]
+        assert value.const_value is not None
+        start, length = places[name]
+        value.const_value = ir.ExternalTensor(
+            final.name,
+            start,
+            length,
+            value.const_value.dtype,
+            shape=ir.Shape(value.const_value.numpy().shape),
+            name=name,
+        )
+    return _message(skeleton), final, fresh
+
+
+# Data files ------------------------------------------------------------------------------------------------------
+
+
+def read_arrays(path: str | Path) -> dict[str, Array]:
+    """Arrays of a .npz by name, or of a .npy under the name "". Never pickles. Raises InputError, MachineError."""
+    path = Path(path)
+    with os.fdopen(open_regular(path, follow=True), "rb") as file:
+        try:
+            if path.suffix == ".npy":
+                return {"": _array(file, path, "", os.fstat(file.fileno()).st_size)}
+            found: dict[str, Array] = {}
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+                if sum(m.file_size for m in members) > DATA_LIMIT:
+                    raise InputError(f"holds more than {DATA_LIMIT:,} bytes", file=path)
+                for member in members:
+                    name = member.filename.removesuffix(".npy")
+                    if name in found:
+                        raise InputError("stored twice", file=path, object=name)
+                    with archive.open(member) as stream:
+                        found[name] = _array(stream, path, name, member.file_size)
+            return found
+        except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, KeyError, RuntimeError, OverflowError):
+            raise InputError("not a .npz or .npy file, or damaged", file=path) from None
+        except OSError as error:
+            raise InputError(f"damaged: {error.strerror or error}", file=path) from None
+
+
+def _array(stream: IO[bytes], path: Path, name: str, size: int) -> Array:
+    """One array; its header must agree with the bytes that are there before any memory is taken."""
+    version = np.lib.format.read_magic(stream)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if read is None:
+        raise InputError("a version of the .npy format that is not supported", file=path, object=name)
+    shape, fortran, dtype = read(stream)
+    if dtype.hasobject or dtype.names is not None:
+        raise InputError("holds Python objects, which are never unpickled", file=path, object=name)
+    count = 1
+    for length in shape:
+        count *= int(length)
+    needed = count * dtype.itemsize
+    if needed > size or needed > DATA_LIMIT:
+        raise InputError(
+            f"shape {list(shape)} {dtype} needs {needed:,} bytes, {size:,} are there", file=path, object=name
+        )
+    data = stream.read(needed)
+    if len(data) != needed:
+        raise InputError("cut short", file=path, object=shown(name))
+    array: Array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+    return array

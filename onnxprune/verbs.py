@@ -13,7 +13,7 @@ from onnxprune import feeds, ops, plugin, quality, runtime, storage
 from onnxprune import measure as latency
 from onnxprune.analysis import Analysis, cost_shapes, named, samples_of
 from onnxprune.errors import InputError
-from onnxprune.model import dump, input_sizes
+from onnxprune.model import input_sizes
 from onnxprune.prove import Prover
 from onnxprune.runtime import ort
 from onnxprune.types import Axis, Shape
@@ -76,7 +76,7 @@ def compare_models(
         inputs = samples or prover.feeds
         results = []
         for name, model in (("dense", analysis.dense), ("pruned", other)):
-            results.append(worker.call(ort.run, str(dump(model, folder, name)), list(inputs)))
+            results.append(worker.call(ort.run, str(storage.dump(model, folder, name)), list(inputs)))
     found: dict[str, Any] = {
         "relative-error": quality.relative_error(results[1], results[0], None),
         "cosine": quality.cosine(results[1], results[0], None),

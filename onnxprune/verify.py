@@ -15,7 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxprune.errors import InternalError
-from onnxprune.model import dump, free_name, lift_constants
+from onnxprune.model import free_name, lift_constants
+from onnxprune.storage import dump
 from onnxprune.types import Array, Group, Member, Plan
 
 ZEROED = frozenset({"weight", "bias", "norm"})

@@ -212,8 +212,8 @@ def test_list(what: str) -> None:
 
 def test_digits_evaluation_reports_accuracy(tmp_path: Path) -> None:
     data = ROOT / "models"
-    result = run("prune", DIGITS, "-o", tmp_path / "d.onnx", "--ratio", 0.25, "--calibration",
-                 data / "digits_calibration.npz", "--evaluation", data / "digits_evaluation.npz", "--no-measure", "--json")  # fmt: skip
+    given = ["--calibration", data / "digits_calibration.npz", "--evaluation", data / "digits_evaluation.npz"]
+    result = run("prune", DIGITS, "-o", tmp_path / "d.onnx", "--ratio", 0.25, *given, "--no-measure", "--json")
     assert result.exit_code == 0, result.output
     accuracy = json.loads(result.stdout)["quality"]["accuracy"]
     assert accuracy["dense"] > 0.98

@@ -1,0 +1,401 @@
+"""Reading models that strangers made: structure, sizes and external data are checked before memory is taken.
+
+Weights outside the model file are mapped from descriptors that were opened and checked here; no path from a model is
+ever handed to a library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+
+from onnxprune.errors import InputError, MachineError, shown
+from onnxprune.types import Array
+
+LIMIT = 2**31 - 1  # bytes that protobuf can parse
+NESTING = 100  # subgraphs inside subgraphs
+FORMATS = (
+    (b"version https://git-lfs", "a git-lfs pointer; fetch the real file with 'git lfs pull'"),
+    (b"PK\x03\x04", "a zip archive (PyTorch checkpoint, Keras or NumPy); export it to ONNX first"),
+    (b"\x80\x02", "a pickle; export the network to ONNX first"),
+    (b"\x89HDF", "HDF5 (Keras); export it to ONNX first"),
+    (b"<", "HTML or XML: was it downloaded whole?"),
+    (b"{", "JSON"),
+    (b"ORTM", "in ORT format; use the .onnx it was made from"),
+)
+TensorType = onnx.TensorProto.DataType
+FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+PACKED = frozenset((TensorType.INT4, TensorType.UINT4, TensorType.FLOAT4E2M1))  # two elements in a byte
+COMPLEX = (TensorType.COMPLEX64, TensorType.COMPLEX128)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was read: `bytes` counts the model file and its external data, `sha256` runs over both."""
+
+    path: Path
+    sha256: str
+    bytes: int
+    external: bool
+    files: tuple[Path, ...]
+
+
+def open_regular(path: str | Path, *, follow: bool = False) -> int:
+    """A descriptor of a regular file. Raises InputError for anything else, MachineError without permission."""
+    path = Path(path)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except FileNotFoundError:
+        raise InputError("no such file", file=path) from None
+    except PermissionError:
+        raise MachineError("no permission to read it", file=path) from None
+    except OSError as error:
+        if path.is_symlink():
+            raise InputError(f"is a link; copy what it points to: cp -L {path} COPY", file=path) from None
+        raise InputError(error.strerror or "cannot be opened", file=path) from None
+    except ValueError:
+        raise InputError("not a file name", file=path) from None
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise InputError("is a folder" if stat.S_ISDIR(mode) else "not a regular file", file=path)
+    return descriptor
+
+
+def read_bytes(path: str | Path, limit: int = LIMIT) -> bytes:
+    """A whole regular file. Raises InputError above `limit` bytes."""
+    with os.fdopen(open_regular(path, follow=True), "rb") as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise InputError(f"larger than {limit:,} bytes", file=path)
+        return file.read(limit + 1)
+
+
+def read_model(path: str | Path) -> tuple[ir.Model, Source]:
+    """A checked model, weights outside the file memory-mapped. Raises InputError with the culprit, MachineError."""
+    path = Path(path)
+    proto, digest, size = _parse(path)
+    try:
+        _check_graph(proto.graph, _opset(proto), proto.ir_version)
+        mapped, files = _map_external(proto, path)
+        model = ir.serde.deserialize_model(proto)
+    except InputError as error:
+        raise InputError(error.message, file=path.name, object=error.object) from None
+    except (ValueError, TypeError, KeyError, NotImplementedError) as error:
+        raise InputError(f"inconsistent model: {str(error).splitlines()[0][:200]}", file=path.name) from None
+    _attach(model, mapped)
+    model.graph.sort()
+    for file in files:
+        digest.update(_hash_file(file))
+        size += file.stat().st_size
+    return model, Source(path, digest.hexdigest(), size, bool(files), (path, *files))
+
+
+def _parse(path: Path) -> tuple[onnx.ModelProto, hashlib._Hash, int]:
+    """The message, the hash of the file so far, its size."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if not size:
+            raise InputError("empty file", file=path)
+        if size > LIMIT:
+            raise InputError(
+                "larger than 2 GB, which protobuf cannot read; store its weights as external data", file=path
+            )
+        data = file.read()
+    for start, what in FORMATS:
+        if data.startswith(start):
+            raise InputError(f"not an ONNX model: this looks like {what}", file=path)
+    try:
+        proto = onnx.ModelProto.FromString(data)
+    except (DecodeError, RecursionError):
+        raise InputError("not an ONNX model, or cut short", file=path) from None
+    if not proto.HasField("graph") or not proto.graph.output or not proto.ir_version:
+        raise InputError("not an ONNX model: it has no graph with outputs", file=path)
+    return proto, hashlib.sha256(data), size
+
+
+def _hash_file(path: Path) -> bytes:
+    with os.fdopen(open_regular(path), "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+# Structure ---------------------------------------------------------------------------------------------------------
+
+
+def _opset(proto: onnx.ModelProto) -> int:
+    """The default domain's opset. Raises InputError where it is missing or from the future."""
+    versions = [o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")]
+    newest = onnx.defs.onnx_opset_version()
+    if not proto.opset_import:
+        raise InputError("it imports no operator set")
+    if versions and not 1 <= versions[0] <= newest:
+        raise InputError(f"opset {versions[0]} is unknown; this onnx package knows 1 to {newest}")
+    return versions[0] if versions else 1
+
+
+def _check_graph(graph: onnx.GraphProto, opset: int, ir_version: int) -> None:
+    """Names defined once and before use (in some order), no cycles, tensors whose parts agree; all subgraphs too."""
+    pending: list[tuple[onnx.GraphProto, frozenset[str], int]] = [(graph, frozenset(), 0)]
+    while pending:
+        current, outer, depth = pending.pop()
+        if depth > NESTING:
+            raise InputError(f"subgraphs nest deeper than {NESTING}")
+        for tensor in current.initializer:
+            check_tensor(tensor, f"initializer '{shown(tensor.name)}'")
+        scope = outer | _defined(current)
+        for node in current.node:
+            for name in node.input:
+                if name and name not in scope:
+                    raise InputError(f"reads '{shown(name)}', which nothing defines", object=_title(node))
+            for attribute in node.attribute:
+                for tensor in (*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors):
+                    check_tensor(tensor, f"attribute '{shown(attribute.name)}' of {_title(node)}")
+                inside = (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs)
+                pending += [(subgraph, scope, depth + 1) for subgraph in inside]
+        for output in current.output:
+            if output.name not in scope:
+                raise InputError("graph output that nothing defines", object=output.name)
+        _check_acyclic(current)
+
+
+def _title(node: onnx.NodeProto) -> str:
+    return f"node '{shown(node.name or (node.output[0] if node.output else node.op_type))}'"
+
+
+def _defined(graph: onnx.GraphProto) -> frozenset[str]:
+    """Every name that a graph defines. Raises InputError where one is defined twice."""
+    inputs = [value.name for value in graph.input]
+    stored = [t.name for t in graph.initializer] + [t.values.name for t in graph.sparse_initializer]
+    if graph.sparse_initializer:
+        raise InputError("sparse initializers are not supported; store it dense", object=stored[-1])
+    produced = [name for node in graph.node for name in node.output if name]
+    for names in (inputs + produced, stored + produced):  # an initializer may be the default of an input
+        seen: set[str] = set()
+        for name in names:
+            if name in seen:
+                raise InputError("defined twice", object=f"value '{shown(name)}'")
+            seen.add(name)
+    return frozenset((*inputs, *stored, *produced))
+
+
+def _check_acyclic(graph: onnx.GraphProto) -> None:
+    """Kahn's algorithm; what subgraphs capture counts as an input of their node."""
+    producer = {name: k for k, node in enumerate(graph.node) for name in node.output if name}
+    readers: list[list[int]] = [[] for _ in graph.node]
+    waiting = [0] * len(graph.node)
+    for k, node in enumerate(graph.node):
+        for source in {producer[name] for name in _reads(node) if name in producer}:
+            readers[source].append(k)
+            waiting[k] += 1
+    ready = [k for k, count in enumerate(waiting) if not count]
+    done = 0
+    while ready:
+        done += 1
+        for k in readers[ready.pop()]:
+            waiting[k] -= 1
+            if not waiting[k]:
+                ready.append(k)
+    if done < len(graph.node):
+        stuck = next(k for k, count in enumerate(waiting) if count)
+        raise InputError("depends on its own output", object=_title(graph.node[stuck]))
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """Names that a node and everything inside it reads."""
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        yield from current.input
+        for attribute in current.attribute:
+            for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                pending.extend(graph.node)
+                yield from (output.name for output in graph.output)
+
+
+def needed_bytes(tensor: onnx.TensorProto) -> int:
+    """Bytes of data that the shape and type of a tensor call for. Raises InputError for odd ones."""
+    if any(d < 0 for d in tensor.dims):
+        raise InputError(f"negative size in shape {list(tensor.dims)}")
+    count = int(prod(tensor.dims))
+    if tensor.data_type in PACKED:
+        return (count + 1) // 2
+    try:
+        return count * int(ir.DataType(tensor.data_type).itemsize)
+    except (ValueError, TypeError):
+        raise InputError(f"unknown element type {tensor.data_type}") from None
+
+
+def check_tensor(tensor: onnx.TensorProto, title: str) -> None:
+    """dims x type = bytes of data. Raises InputError."""
+    if tensor.data_type == TensorType.STRING:
+        return
+    try:
+        needed = needed_bytes(tensor)
+    except InputError as error:
+        raise InputError(error.message, object=title) from None
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return
+    kind = ir.DataType(tensor.data_type).name
+    if tensor.HasField("raw_data"):
+        held = len(tensor.raw_data)
+        if held != needed:
+            raise InputError(
+                f"{held} bytes of data for shape {list(tensor.dims)} {kind} ({needed} needed)", object=title
+            )
+        return
+    held = sum(len(getattr(tensor, field)) for field in FIELDS)
+    count = prod(tensor.dims) * (2 if tensor.data_type in COMPLEX else 1)
+    if tensor.data_type in PACKED:
+        count = (count + 1) // 2
+    if held != count:
+        raise InputError(f"{held} elements of data for shape {list(tensor.dims)} {kind} ({count} needed)", object=title)
+
+
+# External data -------------------------------------------------------------------------------------------------------
+
+
+def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a model: initializers, attributes, subgraphs, functions, training graphs."""
+    graphs = [proto.graph]
+    nodes: list[Sequence[onnx.NodeProto]] = [f.node for f in proto.functions]
+    for info in proto.training_info:
+        graphs += [info.initialization, info.algorithm]
+    while graphs or nodes:
+        if graphs:
+            graph = graphs.pop()
+            yield from graph.initializer
+            for sparse in graph.sparse_initializer:
+                yield from (sparse.values, sparse.indices)
+            nodes.append(graph.node)
+        for node in nodes.pop():
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    yield attribute.t
+                yield from attribute.tensors
+                if attribute.HasField("g"):
+                    graphs.append(attribute.g)
+                graphs.extend(attribute.graphs)
+                for sparse in (*([attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []),
+                               *attribute.sparse_tensors):  # fmt: skip
+                    yield from (sparse.values, sparse.indices)
+
+
+def _map_external(proto: onnx.ModelProto, path: Path) -> tuple[dict[str, Array], tuple[Path, ...]]:
+    """{initializer: mapped array}; tensors elsewhere are read into the message. Raises InputError."""
+    descriptors: dict[str, int] = {}
+    mapped: dict[str, Array] = {}
+
+    def resolve(tensor: onnx.TensorProto, keep_mapped: bool) -> None:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            return
+        title = f"tensor '{shown(tensor.name)}'"
+        location, offset, length = _external(tensor, title)
+        if location not in descriptors:
+            descriptors[location] = _open_inside(path.parent, location, title)
+        file = descriptors[location]
+        size = os.fstat(file).st_size
+        if offset + length > size:
+            text = f"bytes {offset} to {offset + length} of {shown(location)}, which has {size}"
+            raise InputError(text, object=title)
+        tensor.ClearField("external_data")
+        tensor.ClearField("data_location")
+        if keep_mapped and tensor.data_type not in PACKED:
+            mapped[tensor.name] = _mapped(file, offset, length, tensor)
+            tensor.raw_data = b""
+            tensor.dims[:] = [0]  # a stand-in of no elements until the mapped array takes its place
+        else:
+            tensor.raw_data = os.pread(file, length, offset)
+
+    try:
+        for tensor in proto.graph.initializer:
+            resolve(tensor, True)
+        for tensor in _tensors(proto):
+            resolve(tensor, False)
+    finally:
+        for file in descriptors.values():
+            os.close(file)
+    return mapped, tuple(path.parent / location for location in sorted(descriptors))
+
+
+def _external(tensor: onnx.TensorProto, title: str) -> tuple[str, int, int]:
+    """(location, offset, length), checked against each other. Raises InputError."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    numbers = []
+    needed = needed_bytes(tensor)
+    for key, default in (("offset", 0), ("length", needed)):
+        text = entries.get(key, str(default))
+        if not (text.isascii() and text.isdigit() and len(text) < 19):
+            raise InputError(f"external {key} '{shown(text)}' is no number of bytes", object=title)
+        numbers.append(int(text))
+    if numbers[1] != needed:
+        raise InputError(
+            f"{numbers[1]} bytes of external data for shape {list(tensor.dims)} "
+            f"{ir.DataType(tensor.data_type).name} ({needed} needed)",
+            object=title,
+        )
+    parts = PurePosixPath(location).parts
+    if not location or "\0" in location or location.startswith("/") or "\\" in location or ".." in parts:
+        raise InputError(f"external data '{shown(location)}' lies outside the model's folder", object=title)
+    return location, numbers[0], numbers[1]
+
+
+def _open_inside(folder: Path, location: str, title: str) -> int:
+    """Walk to a file below the model's folder without following a link. Raises InputError, MachineError."""
+    here = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    parts = PurePosixPath(location).parts
+    try:
+        for k, part in enumerate(parts):
+            last = k == len(parts) - 1
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | (0 if last else os.O_DIRECTORY)
+            found = os.open(part, flags, dir_fd=here)
+            os.close(here)
+            here = found
+        info = os.fstat(here)
+        if not stat.S_ISREG(info.st_mode):
+            raise InputError(f"external data '{shown(location)}' is not a regular file", object=title)
+        if info.st_nlink > 1:
+            raise InputError(f"external data '{shown(location)}' has several hard links; copy it", object=title)
+    except FileNotFoundError:
+        os.close(here)
+        raise InputError(f"external data '{shown(location)}' is missing", object=title) from None
+    except PermissionError:
+        os.close(here)
+        raise MachineError(f"no permission to read '{shown(location)}'", object=title) from None
+    except OSError:
+        os.close(here)
+        raise InputError(f"external data '{shown(location)}' is a link or no file; copy it", object=title) from None
+    except InputError:
+        os.close(here)
+        raise
+    return here
+
+
+def _mapped(file: int, offset: int, length: int, tensor: onnx.TensorProto) -> Array:
+    """The declared range of an open file as a read-only array."""
+    kind = ir.DataType(tensor.data_type).numpy()
+    if not length:
+        return np.zeros(tuple(tensor.dims), kind)
+    start = offset - offset % mmap.ALLOCATIONGRANULARITY
+    view = mmap.mmap(file, length + offset - start, access=mmap.ACCESS_READ, offset=start)
+    return np.frombuffer(view, np.uint8, length, offset - start).view(kind).reshape(tuple(tensor.dims))
+
+
+def _attach(model: ir.Model, mapped: dict[str, Array]) -> None:
+    """Put mapped arrays in the place of their stand-ins."""
+    for name, array in mapped.items():
+        value = model.graph.initializers[name]
+        assert value.const_value is not None
+        value.const_value = ir.Tensor(array, dtype=value.const_value.dtype, name=name)
+        value.shape = ir.Shape(array.shape)
