@@ -1,4 +1,4 @@
-"""One table row for each model of a folder of models, pruned at one ratio: python tools/benchmark_zoo.py [--ratio 0.25].
+"""One table row for each model of a folder, pruned at one ratio: python tools/benchmark_zoo.py [--ratio 0.25].
 
 The folder is the one that ONNXPRUNE_ZOO names, with one subfolder for each model. Prints Markdown, progress on stderr.
 """

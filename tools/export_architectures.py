@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ class UNet(nn.Module):
         super().__init__()
         widths = [width * 2**k for k in range(levels + 1)]
         self.down = nn.ModuleList(self.block(a, b) for a, b in zip([3, *widths], widths, strict=False))
-        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in zip(widths, widths[1:], strict=False))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in pairwise(widths))
         self.merge = nn.ModuleList(self.block(2 * a, a) for a in widths[:-1])
         self.head = nn.Conv2d(width, classes, 1)
 
