@@ -13,7 +13,8 @@ from onnxprune.runtime import ort
 from onnxprune.types import Array
 from onnxprune.worker import Worker
 
-ENOUGH = 2  # feeds that a proof runs on, of those that the dense model accepts
+RANDOM = 2  # random feeds that a proof runs on, of those that the dense model accepts
+SAMPLES = 2  # feeds of the user's own data that it runs on as well
 
 
 class Prover:
@@ -24,7 +25,8 @@ class Prover:
     ) -> None:
         self.analysis, self.threads = analysis, threads
         graph = analysis.dense.graph
-        self.feeds: list[Mapping[str, Array]] = list(samples[:2])
+        self.samples = list(samples[:SAMPLES])
+        self.feeds: list[Mapping[str, Array]] = []
         self.problem = ""
         try:
             usual = cost_shapes(analysis.dense, analysis.given)
@@ -32,7 +34,7 @@ class Prover:
                 self.feeds.append(feeds.random_feed(graph, shapes, seed + k))
         except ImpossibleError as error:
             self.problem = str(error)
-            if not self.feeds:
+            if not self.samples:
                 raise
 
     def prove(self, worker: Worker, candidate: Model, gone: Sequence[verify.Removal]) -> list[verify.Difference]:
@@ -48,15 +50,18 @@ class Prover:
         """Keep the feeds that the dense model accepts. Raises InputError if it accepts none."""
         with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
             path = str(storage.dump(self.analysis.dense, folder, "dense"))
+            for sample in self.samples:
+                worker.call(ort.run, path, [sample], threads=self.threads)
             accepted: list[Mapping[str, Array]] = []
             for feed in self.feeds:
-                if len(accepted) == ENOUGH:
+                if len(accepted) == RANDOM:
                     break
                 try:
                     worker.call(ort.run, path, [feed], threads=self.threads)
                     accepted.append(feed)
                 except InputError as error:
                     self.problem = error.message
-        if not accepted:
+        self.feeds = [*self.samples, *accepted]
+        self.samples = []  # they are among the feeds now, also when this is asked again
+        if not self.feeds:
             raise InputError(self.problem, file=self.analysis.source.path.name)
-        self.feeds = accepted
