@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx.shape_inference import infer_node_outputs
 
-from onnxprune.types import Array, Shape
+from onnxprune.types import Array, Mask, Shape
 
 VALUE_LIMIT = 1 << 16  # elements of a value that is worth knowing
 SHORT = 16  # elements of a float initializer that may be a list of scales
@@ -205,6 +205,65 @@ def _declared(facts: Facts, node: ir.Node) -> None:
             sizes = tuple(d for d in value.shape if isinstance(d, int))
             if len(sizes) == len(value.shape):
                 facts.shapes[name] = sizes
+
+
+ALIKE = frozenset("Identity Reshape Transpose Squeeze Unsqueeze Flatten Concat Split Slice Gather Expand".split())
+POINTWISE = frozenset(
+    """Abs Add And Cast Ceil Div Equal Exp Floor Greater GreaterOrEqual Less LessOrEqual Log Max Min Mod Mul Neg Not Or
+    Pow Reciprocal Round Sign Sqrt Sub Where Xor""".split()
+)
+
+
+def moving(model: ir.Model, first: Facts, second: Facts) -> dict[str, Mask]:
+    """{computed value: bool mask of its elements that follow a dynamic size}, also where two probes happen to agree.
+
+    A border of `h - 2 * (h // 2)` is zero at every even h and still no constant.
+    """
+    found: dict[str, Mask] = {}
+    for node in model.graph:
+        inputs, outputs = names(node.inputs), [name for name in names(node.outputs) if name]
+        if not outputs or not all(name in first.values for name in outputs):
+            continue
+        values = {name: first.values[name] for name in outputs}
+        if node.op_type in ("Shape", "Size") and not node.domain:
+            masks = _moving_sizes(node, first.shapes.get(inputs[0]), second.shapes.get(inputs[0]))
+        else:
+            masks = _moving_values(node, model.opset_imports.get("", 1), inputs, outputs, first, found)
+        for name, mask in zip(outputs, masks, strict=False):
+            other = second.values.get(name)
+            agree = other is not None and other.shape == values[name].shape
+            found[name] = (mask | (other != values[name])) if agree else np.ones(values[name].shape, np.bool_)
+    return found
+
+
+def _moving_sizes(node: ir.Node, first: Shape | None, second: Shape | None) -> list[Mask]:
+    if first is None or second is None or len(first) != len(second):
+        return [np.ones(len(first or ()), np.bool_)]
+    differ = np.array(first) != np.array(second)
+    if node.op_type == "Size":
+        return [np.asarray(differ.any())]
+    start = node.attributes["start"].as_int() if "start" in node.attributes else 0
+    return [differ[start : node.attributes["end"].as_int() if "end" in node.attributes else None]]
+
+
+def _moving_values(
+    node: ir.Node, opset: int, inputs: list[str], outputs: list[str], facts: Facts, found: Mapping[str, Mask]
+) -> list[Mask]:
+    """Movement moves the mask, arithmetic unites masks element by element, anything else spreads to all of it."""
+    masks = {n: found.get(n, np.zeros(np.shape(facts.values[n]), np.bool_)) for n in inputs if n in facts.values}
+    alike = node.op_type in ALIKE and not node.domain
+    data = [n for k, n in enumerate(inputs) if n and (k == 0 or node.op_type == "Concat")]
+    if not any(mask.any() for mask in masks.values()):
+        return [np.zeros(facts.values[n].shape, np.bool_) for n in outputs]
+    if node.op_type in POINTWISE and not node.domain:
+        united = np.logical_or.reduce(np.broadcast_arrays(*(masks[n] for n in inputs if n in masks)))
+        return [np.broadcast_to(united, facts.values[n].shape) for n in outputs]
+    if alike and not any(masks[n].any() for n in inputs if n and n not in data):
+        fed = {n: masks[n] if n in data else facts.values[n] for n in inputs if n}
+        moved = _evaluate(ir.serde.serialize_node(node), opset, fed)
+        if moved is not None:
+            return [np.asarray(mask, np.bool_) for mask in moved]
+    return [np.ones(facts.values[n].shape, np.bool_) for n in outputs]
 
 
 def infer(model: ir.Model, sizes: Mapping[str, int]) -> Facts:

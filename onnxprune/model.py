@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -11,20 +13,22 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnxprune import ops
 from onnxprune.errors import InputError
-from onnxprune.infer import Facts, infer, names, probes, symbol, symbols, true_inputs
-from onnxprune.types import Array, Axis, OpNode, Shape, Stored, View
+from onnxprune.infer import Facts, infer, moving, names, probes, symbol, symbols, true_inputs
+from onnxprune.types import Array, Axis, Mask, OpNode, Shape, Stored, View
 
 Model = ir.Model  # what the rest of the package passes around without looking inside
 Graph = ir.Graph
+Partly = np.ma.MaskedArray[Any, Any]
 SMALL = 1024  # elements up to which a matrix that serves several readers is mere storage
 PASSES = frozenset("Identity Transpose Reshape Cast Squeeze Unsqueeze Flatten Expand Concat Split Slice Gather".split())
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model with its facts at two sets of dynamic sizes; `static` are the values equal at both.
+    """A model with its facts at two sets of dynamic sizes; `static` are the values that follow none of them.
 
-    `folded` names the computed values that were written down as constants.
+    `moving` are the elements of computed values that do follow a dynamic size; `folded` names the computed values that
+    were written down as constants.
     """
 
     model: ir.Model
@@ -33,6 +37,7 @@ class Prepared:
     other_sizes: Mapping[str, int]
     other: Facts
     static: frozenset[str]
+    moving: Mapping[str, Mask]
     folded: tuple[str, ...]
 
 
@@ -67,20 +72,25 @@ def prepare(model: ir.Model, given: Mapping[str, int] | None = None) -> Prepared
     graph = model.graph
     lift_constants(graph)
     first, second = probes(model, given or {})
+    facts, other, moves = _known(model, first, second)
+    folded = _fold(model, facts, _static(facts, moves))
+    if folded:
+        facts, other, moves = _known(model, first, second)
+    return Prepared(model, first, facts, second, other, _static(facts, moves), moves, folded)
+
+
+def _known(
+    model: ir.Model, first: Mapping[str, int], second: Mapping[str, int]
+) -> tuple[Facts, Facts, dict[str, Mask]]:
     facts = infer(model, first)
-    other = infer(model, second) if symbols(graph) else facts
-    static = frozenset(
-        name for name, value in facts.values.items() if name in other.values and _same(value, other.values[name])
-    )
-    if folded := _fold(model, facts, static):
-        facts = infer(model, first)
-        other = infer(model, second) if symbols(graph) else facts
-        static = static | frozenset(name for name in facts.values if name in graph.initializers)
-    return Prepared(model, first, facts, second, other, static, folded)
+    if not symbols(model.graph):
+        return facts, facts, {}
+    other = infer(model, second)
+    return facts, other, moving(model, facts, other)
 
 
-def _same(a: Array, b: Array) -> bool:
-    return a.shape == b.shape and bool(np.array_equal(a, b))
+def _static(facts: Facts, moves: Mapping[str, Mask]) -> frozenset[str]:
+    return frozenset(name for name in facts.values if name not in moves or not moves[name].any())
 
 
 def lift_constants(graph: ir.Graph) -> None:
@@ -169,15 +179,23 @@ def attributes(node: ir.Node) -> dict[str, object]:
     return {k: a.value for k, a in node.attributes.items() if isinstance(a, ir.Attr) and a.type not in graphs}
 
 
-def op_node(node: ir.Node, opset: int, facts: Facts, consts: Mapping[str, Array], alias: Mapping[int, str]) -> OpNode:
+def op_node(
+    node: ir.Node,
+    opset: int,
+    facts: Facts,
+    consts: Mapping[str, Array],
+    alias: Mapping[int, str],
+    partly: Mapping[str, Partly] = MappingProxyType({}),
+) -> OpNode:
     """A node as rules see it; `alias` renames inputs whose initializer is storage for several readers."""
     inputs = tuple(alias.get(k, name) for k, name in enumerate(names(node.inputs)))
     outputs = tuple(names(node.outputs))
     true = dict(zip(inputs, names(node.inputs), strict=True)) | {name: name for name in outputs}
     shapes = {name: facts.shapes[real] for name, real in true.items() if real in facts.shapes}
     known = {name: consts[real] for name, real in true.items() if real in consts}
+    half = {name: partly[name] for name in inputs if name in partly}
     return OpNode(
-        str(node.name or ""), node.op_type, node.domain, opset, attributes(node), inputs, outputs, shapes, known
+        str(node.name or ""), node.op_type, node.domain, opset, attributes(node), inputs, outputs, shapes, known, half
     )
 
 
@@ -191,11 +209,13 @@ def view(prepared: Prepared) -> View:
     graph, facts = prepared.model.graph, prepared.facts
     stored, aliases = _stored(prepared)
     consts = facts.small | {name: facts.values[name] for name in prepared.static if name in facts.values}
+    moves = prepared.moving.items()
+    partly = {name: np.ma.array(facts.values[name], mask=mask) for name, mask in moves if mask.any()}
     nodes = []
     shapes: dict[str, Shape] = {}
     for node in graph:
         opset = prepared.model.opset_imports.get(node.domain, 1)
-        nodes.append(op_node(node, opset, facts, consts, aliases.get(node, {})))
+        nodes.append(op_node(node, opset, facts, consts, aliases.get(node, {}), partly))
         shapes |= nodes[-1].shapes
     inputs = tuple(names(true_inputs(graph)))
     for name in (*inputs, *names(graph.outputs)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -117,16 +118,11 @@ def _resize_nodes(model: ir.Model, prepared: Prepared, view: View, wanted: Mappi
 def _named(now: OpNode, dense: OpNode) -> OpNode:
     """The node as it is now, under the names that its values have in the dense model."""
     rename = dict(zip(now.inputs, dense.inputs, strict=False))
-    return OpNode(
-        now.name,
-        now.op_type,
-        now.domain,
-        now.opset,
-        now.attrs,
-        tuple(rename.get(name, name) for name in now.inputs),
-        now.outputs,
-        {rename.get(name, name): shape for name, shape in now.shapes.items()},
-        {rename.get(name, name): value for name, value in now.consts.items()},
+    return replace(
+        now,
+        inputs=tuple(rename.get(name, name) for name in now.inputs),
+        shapes={rename.get(name, name): shape for name, shape in now.shapes.items()},
+        consts={rename.get(name, name): value for name, value in now.consts.items()},
     )
 
 

@@ -27,7 +27,11 @@ class Axis(NamedTuple):
 
 @dataclass(frozen=True)
 class OpNode:
-    """One node as a rule sees it. `shapes` are concrete: dynamic sizes stand at the probe's values."""
+    """One node as a rule sees it. `shapes` are concrete: dynamic sizes stand at the probe's values.
+
+    `consts` are whole values; `partly` are computed ones of which some elements are masked, as they follow a dynamic
+    size.
+    """
 
     name: str
     op_type: str
@@ -38,6 +42,7 @@ class OpNode:
     outputs: tuple[str, ...]
     shapes: Mapping[str, Shape]
     consts: Mapping[str, Array]
+    partly: Mapping[str, np.ma.MaskedArray[Any, Any]] = field(default_factory=dict)
 
     def attr(self, name: str, default: Any = None) -> Any:
         """The attribute as a Python value, or `default`."""
@@ -58,6 +63,11 @@ class OpNode:
     def const(self, k: int) -> Array | None:
         """The value of input `k` where it is the same for every feed of the model, else None."""
         return self.consts.get(self.inputs[k]) if self.has(k) else None
+
+    def known(self, k: int) -> np.ma.MaskedArray[Any, Any] | None:
+        """The value of input `k` with what follows a dynamic size masked, or None if nothing is known of it."""
+        value = self.const(k)
+        return np.ma.array(value) if value is not None else self.partly.get(self.inputs[k]) if self.has(k) else None
 
 
 # What a rule answers -------------------------------------------------------------------------------------------

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
 from onnxprune.ops import Edit, Resizing, frozen, resize, rule
-from onnxprune.types import Array, Axis, Freeze, Mask, OpNode, Pattern, Positions, Relation, Take
+from onnxprune.types import Axis, Freeze, Mask, OpNode, Pattern, Positions, Relation, Take
 
 
 def _others(rank: int, axis: int, inputs: int, outputs: int) -> Pattern:
@@ -55,28 +56,31 @@ def split_sizes(this: Resizing) -> Edit | None:
     return Edit(inputs={1: np.array(sizes, np.int64)}, attrs={"num_outputs": None})
 
 
-def _slices(node: OpNode) -> dict[int, slice] | None:
-    """{axis: slice}, or None where a bound is only known at run time."""
+def _slices(node: OpNode) -> dict[int, slice | None] | None:
+    """{axis: slice, or None where a bound follows a dynamic size}; None where not even the axes are known."""
     rank = len(node.shape(0))
     if "starts" in node.attrs:
-        starts, ends = np.array(node.attrs["starts"]), np.array(node.attrs["ends"])
+        bounds = [np.ma.array(node.attrs["starts"]), np.ma.array(node.attrs["ends"])]
         axes, steps = node.attr("axes"), None
     else:
-        given = [node.const(k) for k in range(1, 5)]
-        if given[0] is None or given[1] is None or any(node.has(k) and given[k - 1] is None for k in (3, 4)):
+        if any(node.has(k) and node.const(k) is None for k in (3, 4)):
             return None
-        starts, ends = np.atleast_1d(given[0]), np.atleast_1d(given[1])
-        axes, steps = given[2], given[3]
-    axes = np.arange(len(starts)) if axes is None else np.atleast_1d(np.array(axes)) % rank
-    steps = np.ones(len(starts), np.int64) if steps is None else np.atleast_1d(steps)
-    found = {}
-    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        size = node.shape(0)[int(axis)]
-        low = int(start) if step > 0 or start >= -size else -size - 1
-        stop: int | None = int(end)
-        if step < 0 and end < -size:  # numpy has no way to say "before the first" but None
-            stop = None
-        found[int(axis)] = slice(low, stop, int(step))
+        length = (node.shapes[node.inputs[1]] or (1,))[0]
+        unknown = np.ma.array(np.zeros(length, np.int64), mask=True)
+        bounds = [unknown if (given := node.known(k)) is None else np.ma.atleast_1d(given) for k in (1, 2)]
+        axes, steps = node.const(3), node.const(4)
+    axes = np.arange(len(bounds[0])) if axes is None else np.atleast_1d(np.array(axes)) % rank
+    steps = np.ones(len(bounds[0]), np.int64) if steps is None else np.atleast_1d(steps)
+    found: dict[int, slice | None] = {}
+    for k, (axis, step) in enumerate(zip(axes.tolist(), steps.tolist(), strict=True)):
+        if any(np.ma.getmaskarray(bound)[k] for bound in bounds):
+            found[axis] = None
+            continue
+        start, end = int(bounds[0][k]), int(bounds[1][k])
+        size = node.shape(0)[axis]
+        low = start if step > 0 or start >= -size else -size - 1
+        # numpy has no way to say "before the first" but None
+        found[axis] = slice(low, None if step < 0 and end < -size else end, step)
     return found
 
 
@@ -85,35 +89,20 @@ def slice_(node: OpNode) -> Iterable[Relation]:
     """The output is a run of positions of the input along each sliced axis; the others pass through."""
     before, after = node.shape(0), node.out_shape(0)
     slices = _slices(node)
-    axes_known = "starts" in node.attrs or not node.has(3) or node.const(3) is not None
-    if slices is None and not axes_known:
+    if slices is None:
         return
-    touched = set(slices) if slices is not None else _sliced_axes(node)
-    left = ["_" if k in touched else f"a{k}" for k in range(len(before))]
+    left = ["_" if k in slices else f"a{k}" for k in range(len(before))]
     yield Pattern(" ".join(left) + " -> " + " ".join(left))
-    for axis in sorted(touched):
-        if slices is None:
-            for name in (node.inputs[0], node.outputs[0]):
-                yield Freeze(name, axis, "Slice with bounds known only at run time")
-            continue
-        picked = np.arange(before[axis])[slices[axis]]
-        if len(picked) != after[axis]:
-            yield Freeze(node.inputs[0], axis, "Slice with bounds that depend on the input size")
-            yield Freeze(node.outputs[0], axis, "Slice with bounds that depend on the input size")
-        elif abs(slices[axis].step) != 1:
-            yield Freeze(node.inputs[0], axis, "Slice with a stride")
-            yield Freeze(node.outputs[0], axis, "Slice with a stride")
+    for axis, cut in sorted(slices.items()):
+        picked = np.arange(before[axis])[cut] if cut is not None else np.arange(0)
+        if cut is None or len(picked) != after[axis]:
+            why = "Slice with bounds that follow a dynamic size"
+        elif abs(cut.step) != 1:
+            why = "Slice with a stride"
         else:
             yield Take(node.outputs[0], axis, node.inputs[0], axis, picked)
-
-
-def _sliced_axes(node: OpNode) -> set[int]:
-    rank = len(node.shape(0))
-    axes = node.const(3)
-    if axes is None:
-        bounds = node.shapes[node.inputs[1]]
-        return set(range(bounds[0] if bounds else 1))
-    return {int(axis) % rank for axis in np.atleast_1d(axes)}
+            continue
+        yield from (Freeze(name, axis, why) for name in (node.inputs[0], node.outputs[0]))
 
 
 @resize("Slice", slots=(1, 2))
@@ -126,7 +115,7 @@ def slice_bounds(this: Resizing) -> Edit | None:
     bounds = {}
     for axis, cut in slices.items():
         keep = this.keep(Axis(dense.inputs[0], axis))
-        if keep.all():
+        if keep.all() or cut is None:
             continue
         picked = np.arange(len(keep))[cut]
         kept = np.flatnonzero(keep[picked])
@@ -184,16 +173,14 @@ def gather_indices(this: Resizing) -> Edit | None:
     return Edit(inputs={1: np.asarray(renumbered[chosen], dtype=constant.dtype)})
 
 
-def _pads(node: OpNode) -> Array | None:
-    """[2, rank] of begins and ends, or None where they are only known at run time."""
+def _pads(node: OpNode) -> np.ma.MaskedArray[Any, Any] | None:
+    """[2, rank] of begins and ends, masked where they follow a dynamic size; None where nothing is known."""
     rank = len(node.shape(0))
-    given = np.array(node.attrs["pads"]) if "pads" in node.attrs else node.const(1)
-    if given is None:
-        return None
+    given = np.ma.array(node.attrs["pads"]) if "pads" in node.attrs else node.known(1)
     axes = node.const(3)
-    if node.has(3) and axes is None:
+    if given is None or (node.has(3) and axes is None):
         return None
-    pads = np.zeros((2, rank), np.int64)
+    pads = np.ma.zeros((2, rank), np.int64)
     pads[:, np.arange(rank) if axes is None else np.atleast_1d(axes) % rank] = given.reshape(2, -1)
     return pads
 
@@ -202,19 +189,21 @@ def _pads(node: OpNode) -> Array | None:
 def pad(node: OpNode) -> Iterable[Relation]:
     """The input is a run of positions of the output where constants are added; other modes freeze a padded axis."""
     before, pads = node.shape(0), _pads(node)
-    after = node.out_shape(0)
-    untouched = [(pads is not None and not pads[:, k].any()) for k in range(len(before))]
+    if pads is None:
+        return
+    amounts: Positions = pads.filled(0)
+    follows = np.asarray(np.ma.getmaskarray(pads).any(axis=0))
+    untouched = [not (follows[k] or amounts[:, k].any()) for k in range(len(before))]
     part = " ".join(f"a{k}" if same else "_" for k, same in enumerate(untouched))
     yield Pattern(f"{part} -> {part}")
     for k, same in enumerate(untouched):
         if same:
             continue
-        if pads is not None and node.attr("mode", "constant") == "constant" and (pads[:, k] >= 0).all():
-            yield Take(node.inputs[0], k, node.outputs[0], k, pads[0, k] + np.arange(before[k]))
+        if not follows[k] and node.attr("mode", "constant") == "constant" and (amounts[:, k] >= 0).all():
+            yield Take(node.inputs[0], k, node.outputs[0], k, amounts[0, k] + np.arange(before[k]))
         else:
-            for name, size in ((node.inputs[0], before[k]), (node.outputs[0], after[k])):
-                if size > 1:
-                    yield Freeze(name, k, "Pad that is not a constant border of known width")
+            text = "Pad that is not a constant border of known width"
+            yield from (Freeze(name, k, text) for name in (node.inputs[0], node.outputs[0]))
 
 
 @resize("Pad", slots=(1,))
@@ -223,17 +212,22 @@ def pad_amounts(this: Resizing) -> Edit | None:
     dense, pads = this.dense, _pads(this.dense)
     if pads is None:
         return None
-    fresh = pads.copy()
+    amounts: Positions = pads.filled(0)
+    fresh = amounts.copy()
     for k, size in enumerate(dense.out_shape(0)):
         keep: Mask = this.keep(Axis(dense.outputs[0], k))
-        if not keep.all() and pads[:, k].any():
-            fresh[0, k] = keep[: pads[0, k]].sum()
-            fresh[1, k] = keep[size - pads[1, k] :].sum() if pads[1, k] else 0
-    if np.array_equal(fresh, pads):
+        if not keep.all() and amounts[:, k].any():
+            fresh[0, k] = keep[: amounts[0, k]].sum()
+            fresh[1, k] = keep[size - amounts[1, k] :].sum() if amounts[1, k] else 0
+    if np.array_equal(fresh, amounts):
         return None
     axes = dense.const(3)
-    flat = fresh[:, np.arange(len(fresh[0])) if axes is None else np.atleast_1d(axes) % len(fresh[0])].reshape(-1)
-    return Edit(attrs={"pads": tuple(flat.tolist())}) if "pads" in dense.attrs else Edit(inputs={1: flat})
+    chosen = np.arange(len(fresh[0])) if axes is None else np.atleast_1d(axes) % len(fresh[0])
+    flat = fresh[:, chosen].reshape(-1)
+    if "pads" in dense.attrs:
+        return Edit(attrs={"pads": tuple(flat.tolist())})
+    follows = np.asarray(np.ma.getmaskarray(pads))[:, chosen].reshape(-1)
+    return Edit(inputs={1: np.where(follows, this.node.consts[this.node.inputs[1]], flat)})
 
 
 frozen("DepthToSpace", "DepthToSpace weaves blocks of channels into space")
