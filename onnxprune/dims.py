@@ -104,7 +104,10 @@ class Relations:
     def relate(self, node: OpNode) -> None:
         """Apply a node's rule; freeze what it does not mention."""
         operands = [name for name in (*node.inputs, *node.outputs) if name]
+        unknown = [name for name in operands if name not in self.view.shapes]
         answer = ops.relations(node)
+        if unknown:
+            answer = f"{node.op_type}: the shape of '{unknown[0].split(chr(0))[0]}' is not known"
         label = f"{node.op_type} {node.name}".strip()
         if isinstance(answer, str):
             self.unknown[node.name or node.outputs[0]] = answer
@@ -417,7 +420,10 @@ def _cuts(relations: Relations, classes: Positions, products: list[Product]) -> 
 
     def preference(atom: int) -> tuple[bool, bool, bool, int, int]:
         """What mixes or stays in part comes last, then whole conv groups; what leads every composite (heads) first."""
-        leads = all(next(a for a, _, _ in products[k][1] if a not in blocked) == atom for k in holders[atom])
+        leads = all(
+            next((a for a, _, _ in products[k][1] if a not in blocked and a not in poor), atom) == atom
+            for k in holders[atom]
+        )
         return (atom not in poor, atom not in avoid, leads, sizes[atom], -atom)
 
     open_atoms = [atom for atom in sizes if atom not in blocked]

@@ -59,7 +59,7 @@ def random_feed(graph: ir.Graph, shapes: Mapping[str, Shape], seed: int) -> dict
                 drawn.reshape(-1)[:1] = 1
         else:
             drawn = rng.standard_normal(shape)
-        feed[name] = drawn.astype(kind)
+        feed[name] = np.asarray(drawn).astype(kind)
     return feed
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,8 +20,10 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx.shape_inference import infer_node_outputs
 
-from onnxprune.types import Array, Mask, Shape
+from onnxprune import ops
+from onnxprune.types import Array, Mask, OpNode, Shape
 
+Partly = np.ma.MaskedArray[Any, Any]
 VALUE_LIMIT = 1 << 16  # elements of a value that is worth knowing
 SHORT = 16  # elements of a float initializer that may be a list of scales
 RANDOM = frozenset(
@@ -100,6 +104,32 @@ def names(values: Iterable[ir.Value | None]) -> list[str]:
     return [str(value.name) if value is not None and value.name else "" for value in values]
 
 
+def attributes(node: ir.Node) -> dict[str, object]:
+    """Attributes as Python values; subgraphs are left out."""
+    graphs = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    return {k: a.value for k, a in node.attributes.items() if isinstance(a, ir.Attr) and a.type not in graphs}
+
+
+def op_node(
+    node: ir.Node,
+    opset: int,
+    facts: Facts,
+    consts: Mapping[str, Array],
+    alias: Mapping[int, str],
+    partly: Mapping[str, Partly] = MappingProxyType({}),
+) -> OpNode:
+    """A node as rules see it; `alias` renames inputs whose initializer is storage for several readers."""
+    inputs = tuple(alias.get(k, name) for k, name in enumerate(names(node.inputs)))
+    outputs = tuple(names(node.outputs))
+    true = dict(zip(inputs, names(node.inputs), strict=True)) | {name: name for name in outputs}
+    shapes = {name: facts.shapes[real] for name, real in true.items() if real in facts.shapes}
+    known = {name: consts[real] for name, real in true.items() if real in consts}
+    half = {name: partly[name] for name in inputs if name in partly}
+    return OpNode(
+        str(node.name or ""), node.op_type, node.domain, opset, attributes(node), inputs, outputs, shapes, known, half
+    )
+
+
 def step(facts: Facts, node: ir.Node, opset: int) -> None:
     """Add what follows for the outputs of one node; whatever cannot be inferred stays unknown."""
     inputs, outputs = names(node.inputs), names(node.outputs)
@@ -174,6 +204,9 @@ def _infer(facts: Facts, node: ir.Node, proto: onnx.NodeProto, opset: int) -> No
         _declared(facts, node)
         return
     except onnx.defs.SchemaError:
+        shapes = ops.shapes_of(op_node(node, opset, facts, facts.small | facts.values, {}))
+        for name, shape in zip(names(node.outputs), shapes, strict=False):
+            facts.shapes[name], facts.types[name] = shape, facts.types[present[0]]
         _declared(facts, node)
         return
     except Exception as error:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -13,12 +11,11 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnxprune import ops
 from onnxprune.errors import InputError
-from onnxprune.infer import Facts, infer, moving, names, probes, symbol, symbols, true_inputs
-from onnxprune.types import Array, Axis, Mask, OpNode, Shape, Stored, View
+from onnxprune.infer import Facts, infer, moving, names, op_node, probes, symbol, symbols, true_inputs
+from onnxprune.types import Array, Axis, Mask, Shape, Stored, View
 
 Model = ir.Model  # what the rest of the package passes around without looking inside
 Graph = ir.Graph
-Partly = np.ma.MaskedArray[Any, Any]
 SMALL = 1024  # elements up to which a matrix that serves several readers is mere storage
 PASSES = frozenset("Identity Transpose Reshape Cast Squeeze Unsqueeze Flatten Expand Concat Split Slice Gather".split())
 
@@ -171,32 +168,6 @@ def free_name(graph: ir.Graph, wish: str) -> str:
 def register(graph: ir.Graph, wish: str, array: Array) -> ir.Value:
     """Add an initializer with this value under a free name like `wish`."""
     return _register(graph, wish, array)
-
-
-def attributes(node: ir.Node) -> dict[str, object]:
-    """Attributes as Python values; subgraphs are left out."""
-    graphs = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-    return {k: a.value for k, a in node.attributes.items() if isinstance(a, ir.Attr) and a.type not in graphs}
-
-
-def op_node(
-    node: ir.Node,
-    opset: int,
-    facts: Facts,
-    consts: Mapping[str, Array],
-    alias: Mapping[int, str],
-    partly: Mapping[str, Partly] = MappingProxyType({}),
-) -> OpNode:
-    """A node as rules see it; `alias` renames inputs whose initializer is storage for several readers."""
-    inputs = tuple(alias.get(k, name) for k, name in enumerate(names(node.inputs)))
-    outputs = tuple(names(node.outputs))
-    true = dict(zip(inputs, names(node.inputs), strict=True)) | {name: name for name in outputs}
-    shapes = {name: facts.shapes[real] for name, real in true.items() if real in facts.shapes}
-    known = {name: consts[real] for name, real in true.items() if real in consts}
-    half = {name: partly[name] for name in inputs if name in partly}
-    return OpNode(
-        str(node.name or ""), node.op_type, node.domain, opset, attributes(node), inputs, outputs, shapes, known, half
-    )
 
 
 def stored_name(initializer: str, reader: str, k: int) -> str:

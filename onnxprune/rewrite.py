@@ -16,8 +16,8 @@ import onnx_ir as ir
 from onnxprune import ops
 from onnxprune.dims import DimGraph, keep_of
 from onnxprune.errors import InternalError
-from onnxprune.infer import Facts, note_initializer, seed, step
-from onnxprune.model import Prepared, add_initializer, free_name, op_node, register
+from onnxprune.infer import Facts, note_initializer, op_node, seed, step
+from onnxprune.model import Prepared, add_initializer, free_name, register
 from onnxprune.types import Array, Axis, Mask, OpNode, Shape, View
 
 Keep = Callable[[Axis], Mask]
@@ -94,6 +94,7 @@ def _resize_nodes(model: ir.Model, prepared: Prepared, view: View, wanted: Mappi
     for node in list(graph):
         dense = dense_nodes[str(node.outputs[0].name)]
         opset = model.opset_imports.get(node.domain, 1)
+        _keep_numbers(model, node, facts, prepared)
         resize = ops.resize_of(node.domain, node.op_type)
         if resize is not None and all(name in dense.shapes for name in (*dense.inputs, *dense.outputs) if name):
             alias = {k: name for k, name in enumerate(dense.inputs) if "\0" in name}
@@ -113,6 +114,41 @@ def _resize_nodes(model: ir.Model, prepared: Prepared, view: View, wanted: Mappi
                     f"{node.op_type} gives {list(facts.shapes[name])} where {list(wanted[name])} survive",
                     object=dense.name or dense.outputs[0],
                 )
+
+
+def _keep_numbers(model: ir.Model, node: ir.Node, facts: Facts, prepared: Prepared) -> None:
+    """A number computed from sizes that is used as a number (a mean's divisor, a position) keeps its dense value."""
+    if all(str(out.name) in prepared.facts.values for out in node.outputs if out.name):
+        return  # part of such a computation itself
+    for k, value in enumerate(node.inputs):
+        if value is None or value.producer() is None or ops.is_slot(node.domain, node.op_type, k):
+            continue
+        now, dense = facts.values.get(str(value.name)), prepared.facts.values.get(str(value.name))
+        if now is not None and dense is not None and now.shape == dense.shape and not np.array_equal(now, dense):
+            node.replace_input_with(k, _dense_copy(model, node, value, facts, prepared))
+
+
+def _dense_copy(model: ir.Model, reader: ir.Node, value: ir.Value, facts: Facts, prepared: Prepared) -> ir.Value:
+    """The same computation from the dense sizes, inserted before its reader."""
+    producer, name = value.producer(), str(value.name)
+    if producer is None or np.array_equal(facts.values[name], prepared.facts.values[name]):
+        return value
+    if producer.op_type in ("Shape", "Size"):
+        return _corrected(model, reader, value, facts, prepared.facts.values[name])
+    inputs = [v and _dense_copy(model, reader, v, facts, prepared) for v in producer.inputs]
+    copy = ir.node(
+        producer.op_type,
+        inputs,
+        dict(producer.attributes),
+        domain=producer.domain,
+        num_outputs=len(producer.outputs),
+    )
+    for fresh, old in zip(copy.outputs, producer.outputs, strict=True):
+        fresh.name = free_name(model.graph, f"{old.name}_dense")
+    copy.name = copy.outputs[0].name
+    model.graph.insert_before(reader, copy)
+    step(facts, copy, model.opset_imports.get(copy.domain, 1))
+    return copy.outputs[producer.outputs.index(value)]
 
 
 def _named(now: OpNode, dense: OpNode) -> OpNode:

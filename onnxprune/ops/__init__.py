@@ -6,7 +6,7 @@ the new inputs or attributes of a node whose sizes are written down in it (Resha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -35,6 +35,7 @@ class Resizing:
 
 
 ResizeFunction = Callable[[Resizing], Edit | None]
+ShapeFunction = Callable[[OpNode], Sequence[Shape]]
 
 FAMILIES = ("elementwise", "linear", "movement", "index", "mixing", "quant")
 RULES: dict[tuple[str, str], RuleFunction] = {}
@@ -42,6 +43,7 @@ RESIZES: dict[tuple[str, str], ResizeFunction] = {}
 ROLES: dict[tuple[str, str], Mapping[int, str]] = {}
 SLOTS: dict[tuple[str, str], frozenset[int]] = {}
 REASONS: dict[tuple[str, str], str] = {}
+SHAPES: dict[tuple[str, str], ShapeFunction] = {}
 
 
 def _key(name: str) -> tuple[str, str]:
@@ -73,6 +75,16 @@ def resize(*names: str, slots: Iterable[int] = ()) -> Callable[[ResizeFunction],
     return register
 
 
+def shape(*names: str) -> Callable[[ShapeFunction], ShapeFunction]:
+    """Register output shapes of an operator that has no ONNX schema; every output has the type of input 0."""
+
+    def register(function: ShapeFunction) -> ShapeFunction:
+        SHAPES.update((_key(name), function) for name in names)
+        return function
+
+    return register
+
+
 def frozen(name: str, reason: str) -> None:
     """State why an operator has no rule on purpose."""
     REASONS[_key(name)] = reason
@@ -99,6 +111,16 @@ def relations(node: OpNode) -> list[Relation] | str:
         return list(function(node))
     except KeyError as missing:
         return f"{node.op_type}: the shape or value of '{str(missing.args[0]).split(chr(0))[0]}' is not known"
+
+
+def shapes_of(node: OpNode) -> Sequence[Shape]:
+    """Output shapes of an operator without an ONNX schema, as far as they are known."""
+    _load()
+    function = SHAPES.get((_normal(node.domain), node.op_type))
+    try:
+        return function(node) if function is not None else ()
+    except KeyError:  # the shape of an input is not known
+        return ()
 
 
 def resize_of(domain: str, op_type: str) -> ResizeFunction | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from onnxprune.ops import rule
-from onnxprune.types import OpNode, Pattern, Relation
+from onnxprune.ops import rule, shape
+from onnxprune.types import OpNode, Pattern, Relation, Shape
 
 UNARY = """Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Clip Cos Cosh Dropout Elu Erf Exp Floor Gelu
 HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign
@@ -19,6 +19,12 @@ PRelu Sum Where Xor""".split()
 def unary(node: OpNode) -> Iterable[Relation]:
     """X -> Y, and Dropout's mask; further inputs are scalars."""
     yield Pattern("... -> " + ", ".join("..." for _ in node.outputs))
+
+
+@shape(*(name for name in UNARY if "::" in name))
+def same(node: OpNode) -> tuple[Shape, ...]:
+    """Y has the shape of X."""
+    return (node.shape(0),)
 
 
 @rule("Reciprocal", "Log", "Sqrt", roles={0: "divisor"})

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from onnxprune.ops import Edit, Resizing, frozen, resize, rule
-from onnxprune.types import Freeze, OpNode, Pattern, Relation
+from onnxprune.ops import Edit, Resizing, frozen, resize, rule, shape
+from onnxprune.types import Freeze, OpNode, Pattern, Relation, Shape
 
 
 def _letters(rank: int) -> list[str]:
@@ -40,6 +40,12 @@ def layer_norm(node: OpNode) -> Iterable[Relation]:
     inner = " ".join(names[axis:])
     gain = inner if len(node.shape(1)) == len(names) - axis else " ".join("!" for _ in node.shape(1))
     yield Pattern(f"{text}, {gain}{shift.replace('...', gain)} -> {text}", mixes=tuple(names[axis:]))
+
+
+@shape("SimplifiedLayerNormalization")
+def simplified_layer_norm(node: OpNode) -> tuple[Shape, ...]:
+    """Y has the shape of X."""
+    return (node.shape(0),)
 
 
 @rule("Softmax", "LogSoftmax", "Hardmax")

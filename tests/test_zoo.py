@@ -1,0 +1,105 @@
+"""Every entry of the zoo: the groups are the expected ones, and any plan on them is removal."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from zoo import ZOO
+
+from onnxprune import feeds, ops, verify
+from onnxprune.dims import DimGraph, couple
+from onnxprune.groups import find_groups
+from onnxprune.model import Prepared, prepare, view
+from onnxprune.rewrite import apply
+from onnxprune.select import alive_labels
+from onnxprune.types import Group, Plan, View
+
+GOLDEN = Path(__file__).parent / "golden" / "zoo.json"
+PLANS = 4  # random plans over all groups of an entry together, besides one for each group alone
+
+ort.set_default_logger_severity(4)
+
+
+@cache
+def analysed(name: str) -> tuple[ir.Model, Prepared, View, DimGraph, tuple[Group, ...]]:
+    dense = ir.serde.deserialize_model(ZOO[name]())
+    prepared = prepare(dense.clone())
+    seen = view(prepared)
+    dims = couple(seen)
+    return dense, prepared, seen, dims, find_groups(dims, seen)
+
+
+def row(group: Group) -> str:
+    """One line that says all about a group: kind, units, and where they live."""
+    homes = sorted({f"{m.initializer}:{m.axis} {m.role} {len(m.positions)}" for m in group.members})
+    return f"{group.kind}{'' if group.exact else ' (mixing)'} {len(group.units)}: {', '.join(homes)}"
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_groups_are_the_expected_ones(name: str, update_golden: bool) -> None:
+    groups = analysed(name)[4]
+    golden = json.loads(GOLDEN.read_text())
+    if update_golden:
+        golden = {k: v for k, v in golden.items() if k in ZOO} | {name: [row(group) for group in groups]}
+        GOLDEN.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")
+    assert [row(group) for group in groups] == golden[name]
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_any_plan_is_removal(name: str) -> None:
+    dense, prepared, seen, dims, groups = analysed(name)
+    rng = np.random.default_rng(len(name))
+    exact = [group for group in groups if group.exact and len(group.units) > 1]
+
+    def draw(group: Group) -> np.ndarray:
+        """Between one unit and all but one of them stay."""
+        keep = np.zeros(len(group.units), np.bool_)
+        keep[rng.permutation(len(keep))[: rng.integers(1, len(keep))]] = True
+        return keep
+
+    plans = [Plan({group.id: draw(group)}) for group in exact]
+    plans += [Plan({group.id: draw(group) for group in exact}) for _ in range(PLANS)]
+    shapes = (prepared.facts.shapes, prepared.other.shapes)
+    inputs = [feeds.random_feed(dense.graph, s, seed) for seed, s in enumerate(shapes)]
+    for plan in plans:
+        smaller = apply(prepared, dims, seen, alive_labels(groups, plan, len(dims.frozen)))
+        wanted = run(verify.reference(dense, verify.removals(groups, plan)), inputs)
+        for a, b in zip(wanted, run(smaller, inputs), strict=True):
+            differences = verify.differ(a, b, 1e-5)
+            assert all(d.holds for d in differences), (plan, differences)
+
+
+def run(model: ir.Model, inputs: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    session = ort.InferenceSession(ir.serde.serialize_model(model).SerializeToString())
+    names = [output.name for output in session.get_outputs()]
+    return [dict(zip(names, session.run(None, feed), strict=True)) for feed in inputs]
+
+
+def test_the_zoo_has_every_registered_operator() -> None:
+    used = {(node.domain, node.op_type) for build in ZOO.values() for node in build().graph.node}
+    missing = [name for name, _ in ops.known() if tuple(name.rpartition("::")[::2]) not in used]
+    assert missing == []
+
+
+def test_outputs_of_the_zoo_say_something() -> None:
+    """A network whose outputs are constant or not finite would pass any proof."""
+    for name in ZOO:
+        dense, prepared, *_ = analysed(name)
+        (found,) = run(dense, [feeds.random_feed(dense.graph, prepared.facts.shapes, 0)])
+        for output, value in found.items():
+            assert np.isfinite(value).all(), (name, output)
+            assert value.min() < value.max() or value.dtype.kind != "f", (name, output)
+
+
+def test_every_entry_of_the_zoo_is_legal() -> None:
+    for build in ZOO.values():
+        model = build()
+        if not any(node.domain or node.op_type == "SimplifiedLayerNormalization" for node in model.graph.node):
+            onnx.checker.check_model(model)

@@ -1,0 +1,501 @@
+"""Small models, one for each topology that coupling must understand; every registered operator is in at least one.
+
+Lengths are different and prime where they can be; a few entries are square on purpose, since equal sizes hide a wrong
+tie. Weights and biases are random and never zero, so that nothing cancels by accident.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+
+import numpy as np
+import onnx
+from onnx import numpy_helper, parser
+
+Weights = Mapping[str, "tuple[int, ...] | np.ndarray"]
+ZOO: dict[str, Callable[[], onnx.ModelProto]] = {}
+
+
+def i64(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+def f32(*values: float) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
+def entry(name: str, inputs: str, outputs: str, weights: Weights, body: str, opset: int = 18, ir: int = 8) -> None:
+    """A model in ONNX text; a weight is a shape to fill with random numbers, or an array. Variances are positive."""
+
+    @cache
+    def build() -> onnx.ModelProto:
+        contrib = ', "com.microsoft": 1' if "com.microsoft." in body else ""
+        header = f'<ir_version: {ir}, opset_import: ["": {opset}{contrib}]>'
+        model = parser.parse_model(f"{header}\nzoo ({inputs}) => ({outputs}) {{\n{body}\n}}")
+        rng = np.random.default_rng(sum(map(ord, name)))
+        for key, value in weights.items():
+            if not re.search(rf"\b{key}\b", body):  # a loop below offers the same weights to every operator
+                continue
+            array = value if isinstance(value, np.ndarray) else random(rng, key, value)
+            model.graph.initializer.append(numpy_helper.from_array(array, key))
+        return model
+
+    assert name not in ZOO, name
+    ZOO[name] = build
+
+
+def random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    if name.startswith("var"):
+        return rng.uniform(0.5, 2.0, shape).astype(np.float32)
+    fan = int(np.prod(shape[1:])) if len(shape) > 1 else 1
+    return (rng.uniform(0.3, 1.0, shape) * rng.choice([-1, 1], shape) * fan**-0.5).astype(np.float32)
+
+
+# One operator in the middle of a small perceptron ------------------------------------------------------------------
+
+
+def unary(
+    op: str, before: str = "Identity(h)", attrs: str = "", after: str = "Identity(u)", opset: int = 18, extra: str = ""
+) -> None:
+    """x -> hidden layer -> op -> output layer; `before` makes its argument legal, `after` makes its result a float."""
+    entry(
+        f"unary {op}",
+        "float[n,3] x",
+        "float[n,2] y",
+        {
+            "w1": (3, 7),
+            "b1": (7,),
+            "w2": (7, 2),
+            "half": np.array(0.5, np.float32),
+            "low": np.array(-0.4, np.float32),
+            "zero": f32(0),
+        },
+        f"h0 = MatMul(x, w1)\nh = Add(h0, b1)\nq = {before}\nu = {op}{attrs}(q{extra})\nv = {after}\ny = MatMul(v, w2)",
+        opset,
+    )
+
+
+for op in """Abs Asinh Atan Ceil Celu Cos Cosh Dropout Elu Erf Exp Floor HardSigmoid HardSwish Identity LeakyRelu Mish
+Neg Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Tan Tanh com.microsoft.FastGelu
+com.microsoft.Gelu com.microsoft.QuickGelu""".split():
+    unary(op)
+for op in ("Acos", "Asin", "Atanh"):
+    unary(op, "Sigmoid(h)")
+for op in ("Sqrt", "Log", "Reciprocal"):
+    unary(op, "Softplus(h)")
+unary("Acosh", "Cosh(h)")
+unary("ThresholdedRelu", attrs="<alpha = 0.1>")
+unary("Gelu", opset=20)
+unary("Swish", opset=24)
+unary("Clip", extra=", low, half")
+unary("Cast", attrs="<to = 7>", after="Cast<to = 1>(u)")
+unary("IsNaN", "Log(h)", after="Cast<to = 1>(u)", opset=20)
+unary("IsInf", "Div(h, zero)", after="Cast<to = 1>(u)", opset=20)
+unary("Not", "Greater(h, half)", after="Cast<to = 1>(u)")
+unary("BitwiseNot", "Cast<to = 6>(h)", after="Cast<to = 1>(u)")
+
+
+def binary(op: str, before: str = "Identity", after: str = "Identity", attrs: str = "") -> None:
+    """Two hidden layers meet in the operator."""
+    entry(
+        f"binary {op}",
+        "float[n,3] x",
+        "float[n,2] y",
+        {"w1": (3, 7), "b1": (7,), "w2": (3, 7), "b2": (7,), "w3": (7, 2)},
+        "h0 = MatMul(x, w1)\nh = Add(h0, b1)\ng0 = MatMul(x, w2)\ng = Add(g0, b2)\n"
+        f"p = {before}(h)\nq = {before}(g)\nu = {op}{attrs}(p, q)\nv = {after}(u)\n"
+        "y = MatMul(v, w3)",
+    )
+
+
+for op in ("Add", "Sub", "Mul", "Max", "Min", "Mean", "Sum", "PRelu"):
+    binary(op)
+for op in ("Div", "Pow"):
+    binary(op, "Exp")
+for op in ("And", "Or", "Xor"):
+    binary(op, "Cast<to = 9>", "Cast<to = 1>")
+for op in ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"):
+    binary(op, after="Cast<to = 1>")
+for op in ("BitwiseAnd", "BitwiseOr", "BitwiseXor"):
+    binary(op, "Cast<to = 6>", "Cast<to = 1>")
+binary("Mod", "Exp", attrs="<fmod = 1>")
+
+entry(
+    "broadcast vectors, columns and scalars",
+    "float[n,5] x",
+    "float[n,3,2] y",
+    {"w1": (5, 7), "gain": (7,), "scale": (1,), "one": i64(1), "many": (3, 7), "column": (3, 1), "row": (1, 1, 7),
+     "w2": (7, 2)},
+    "h = MatMul(x, w1)\na = Mul(gain, h)\nb = Mul(a, scale)\nc = Unsqueeze(b, one)\nd = Add(c, many)\ne = Mul(column, d)\n"
+    "f = Greater(e, row)\ng = Where(f, e, row)\ny = MatMul(g, w2)",
+)  # fmt: skip
+
+# Convolutions ------------------------------------------------------------------------------------------------------
+
+entry(
+    "residual CNN",
+    "float[n,3,6,5] x",
+    "float[n,2] y",
+    {"w0": (7, 3, 3, 3), "b0": (7,), "g1": (7,), "s1": (7,), "m1": (7,), "var1": (7,), "w1": (11, 7, 1, 1),
+     "g2": (11,), "s2": (11,), "m2": (11,), "var2": (11,), "w2": (7, 11, 3, 3), "w3": (2, 7), "b3": (2,)},
+    "a = Conv<pads = [1,1,1,1]>(x, w0, b0)\nb = BatchNormalization(a, g1, s1, m1, var1)\nc = Relu(b)\nd = Conv(c, w1)\n"
+    "e = BatchNormalization(d, g2, s2, m2, var2)\nf = Relu(e)\ng = Conv<pads = [1,1,1,1]>(f, w2)\nh = Add(c, g)\n"
+    "i = GlobalAveragePool(h)\nj = Flatten(i)\ny = Gemm<transB = 1>(j, w3, b3)",
+)  # fmt: skip
+entry(
+    "grouped and depthwise",
+    "float[n,4,6,5] x",
+    "float[n,2,6,5] y",
+    {"w0": (12, 4, 1, 1), "b0": (12,), "w1": (15, 4, 3, 3), "b1": (15,), "w2": (15, 1, 3, 3), "w3": (30, 1, 1, 1),
+     "b3": (30,), "w4": (2, 30, 1, 1)},
+    "a = Conv(x, w0, b0)\nb = Conv<group = 3, pads = [1,1,1,1]>(a, w1, b1)\nc = Relu(b)\n"
+    "d = Conv<group = 15, pads = [1,1,1,1]>(c, w2)\ne = Conv<group = 15>(d, w3, b3)\ny = Conv(e, w4)",
+)  # fmt: skip
+entry(
+    "one and three dimensions",
+    "float[n,3,11] x, float[n,2,4,3,5] z",
+    "float[n,2,9] y, float[n,3,4,3,5] t",
+    {"w0": (7, 3, 3), "b0": (7,), "w1": (2, 7, 1), "v0": (5, 2, 3, 1, 1), "v1": (3, 5, 1, 1, 1)},
+    "a = Conv(x, w0, b0)\nb = Tanh(a)\ny = Conv(b, w1)\nc = Conv<pads = [1,0,0,1,0,0]>(z, v0)\nd = Sigmoid(c)\nt = Conv(d, v1)",
+)
+entry(
+    "transposed convolutions",
+    "float[n,3,4,5] x",
+    "float[n,2,8,10] y",
+    {
+        "w0": (3, 7, 2, 2),
+        "b0": (7,),
+        "w1": (6, 7, 1, 1),
+        "b1": (6,),
+        "w2": (6, 5, 1, 1),
+        "b2": (10,),
+        "w3": (10, 2, 1, 1),
+    },
+    "a = ConvTranspose<strides = [2,2]>(x, w0, b0)\nb = Relu(a)\nc = Conv(b, w1, b1)\n"
+    "d = ConvTranspose<group = 2>(c, w2, b2)\ny = ConvTranspose(d, w3)",
+)
+entry(
+    "channel shuffle",
+    "float[n,3,2,2] x",
+    "float[n,2,2,2] y",
+    {"w0": (12, 3, 1, 1), "b0": (12,), "w1": (12, 4, 1, 1), "b1": (12,), "w2": (12, 4, 1, 1), "w3": (2, 12, 1, 1),
+     "s1": i64(-1, 3, 4, 2, 2), "s2": i64(0, 12, 2, 2)},
+    "a = Conv(x, w0, b0)\nb = Conv<group = 3>(a, w1, b1)\nc = Relu(b)\nd = Reshape(c, s1)\ne = Transpose<perm = [0,2,1,3,4]>(d)\n"
+    "f = Reshape(e, s2)\ng = Conv<group = 3>(f, w2)\ny = Conv(g, w3)",
+)  # fmt: skip
+entry(
+    "dense block, one piece twice",
+    "float[n,3,4,4] x",
+    "float[n,2] y",
+    {"w0": (5, 3, 1, 1), "w1": (7, 5, 3, 3), "w2": (3, 12, 1, 1), "w3": (2, 22), "b3": (2,), "g": (15,), "s": (15,),
+     "m": (15,), "var": (15,)},
+    "a = Conv(x, w0)\nb = Conv<pads = [1,1,1,1]>(a, w1)\nc = Concat<axis = 1>(a, b)\nd = Conv(c, w2)\n"
+    "e = Concat<axis = 1>(c, d)\nf = BatchNormalization(e, g, s, m, var)\nh = Concat<axis = -3>(f, b)\n"
+    "i = GlobalMaxPool(h)\nj = Squeeze(i)\ny = Gemm<transB = 1, alpha = 0.5>(j, w3, b3)",
+)  # fmt: skip
+entry(
+    "inception with pools",
+    "float[n,3,8,8] x",
+    "float[n,2] y",
+    {"w0": (5, 3, 3, 3), "w1": (7, 5, 1, 1), "w2": (2, 17, 1, 1), "w3": (11, 3, 2, 2)},
+    "a = Conv<pads = [1,1,1,1]>(x, w0)\nb = MaxPool<kernel_shape = [2,2], strides = [2,2]>(a)\n"
+    "c = AveragePool<kernel_shape = [2,2], strides = [2,2]>(a)\nd = LpPool<kernel_shape = [2,2], strides = [2,2], p = 2>(a)\n"
+    "e = Conv(b, w1)\nf = Add(c, d)\ng = Concat<axis = 1>(e, f, f)\nh = Conv(g, w2)\ni = GlobalLpPool<p = 2>(h)\ny = Flatten(i)",
+)
+entry(
+    "split, transform, merge",
+    "float[n,3,4,4] x",
+    "float[n,2,4,4] y",
+    {"w0": (12, 3, 1, 1), "sizes": i64(5, 7), "w1": (7, 7, 3, 3), "w2": (2, 12, 1, 1), "lo": i64(2), "hi": i64(2**62),
+     "axis": i64(1), "w3": (2, 10, 1, 1), "order": i64(3, 1, 0, 2, 4, 9, 8, 7, 6, 5)},
+    "a = Conv(x, w0)\nb, c = Split<axis = 1>(a, sizes)\nd = Conv<pads = [1,1,1,1]>(c, w1)\ne = Concat<axis = 1>(b, d)\n"
+    "f = Conv(e, w2)\ng = Slice(e, lo, hi, axis)\nh = Gather<axis = 1>(g, order)\ni = Conv(h, w3)\ny = Add(f, i)",
+)  # fmt: skip
+entry(
+    "squeeze and excite",
+    "float[n,3,5,4] x",
+    "float[n,2,5,4] y",
+    {
+        "w0": (7, 3, 3, 3),
+        "w1": (3, 7, 1, 1),
+        "b1": (3,),
+        "w2": (7, 3, 1, 1),
+        "b2": (7,),
+        "w3": (2, 7, 1, 1),
+        "hw": i64(2, 3),
+    },
+    "a = Conv<pads = [1,1,1,1]>(x, w0)\nb = ReduceMean<keepdims = 1>(a, hw)\nc = Conv(b, w1, b1)\nd = HardSwish(c)\n"
+    "e = Conv(d, w2, b2)\nf = HardSigmoid(e)\ng = Mul(a, f)\ny = Conv(g, w3)",
+)
+entry(
+    "U-Net with scales",
+    "float[n,3,8,8] x",
+    "float[n,2,8,8] y",
+    {"w0": (5, 3, 3, 3), "w1": (7, 5, 3, 3), "w2": (5, 7, 1, 1), "w3": (2, 10, 1, 1), "scales": f32(1, 1, 2, 2),
+     "border": i64(0, 0, 1, 0, 0, 0, 1, 0), "w4": (2, 5, 3, 1)},
+    'a = Conv<pads = [1,1,1,1]>(x, w0)\nb = MaxPool<kernel_shape = [2,2], strides = [2,2]>(a)\nc = Conv<pads = [1,1,1,1]>(b, w1)\n'
+    'd = Conv(c, w2)\ne = Resize<mode = "nearest">(d, , scales)\nf = Concat<axis = 1>(e, a)\ng = Conv(f, w3)\n'
+    "h = Pad(e, border)\ni = Conv(h, w4)\ny = Add(g, i)",
+)  # fmt: skip
+entry(
+    "U-Net at any size",
+    "float[n,3,h,w] x",
+    "float[n,2,h,w] y",
+    {"w0": (5, 3, 3, 3), "w1": (7, 5, 3, 3), "w2": (7, 5, 2, 2), "w3": (2, 10, 1, 1), "zero": i64(0), "zeros": i64(0, 0),
+     "two": i64(2), "three": i64(3), "four": i64(4), "six": i64(0, 0, 0, 0, 0, 0)},
+    "a = Conv<pads = [1,1,1,1]>(x, w0)\nb = MaxPool<kernel_shape = [2,2], strides = [2,2]>(a)\nc = Conv<pads = [1,1,1,1]>(b, w1)\n"
+    "d = ConvTranspose<strides = [2,2]>(c, w2)\nr = Shape(a)\nq = Shape(d)\ngap = Sub(r, q)\nhw = Slice(gap, two, four, zero)\n"
+    "pads = Concat<axis = 0>(six, hw)\ne = Pad(d, pads)\nf = Concat<axis = 1>(a, e)\ny = Conv(f, w3)",
+)  # fmt: skip
+entry(
+    "resized to computed sizes",
+    "float[n,3,h,w] x",
+    "float[n,2,h2,w2] y",
+    {"w0": (7, 3, 1, 1), "w1": (2, 7, 1, 1), "zero": i64(0), "two": i64(2), "four": i64(4), "double": i64(2, 2)},
+    'a = Conv(x, w0)\ns = Shape(a)\nnc = Slice(s, zero, two)\nhw = Slice(s, two, four)\nbig = Mul(hw, double)\n'
+    'sizes = Concat<axis = 0>(nc, big)\nb = Resize<mode = "linear", coordinate_transformation_mode = "asymmetric">(a, , , sizes)\n'
+    "y = Conv(b, w1)",
+)  # fmt: skip
+entry(
+    "flattened map",
+    "float[n,3,4,5] x",
+    "float[n,2] y",
+    {"w0": (7, 3, 3, 3), "b0": (7,), "w1": (2, 140), "w2": (140, 2), "to": i64(-1, 140)},
+    "a = Conv<pads = [1,1,1,1]>(x, w0, b0)\nb = Flatten(a)\nc = Gemm<transB = 1>(b, w1)\nd = Transpose<perm = [0,2,3,1]>(a)\n"
+    "e = Reshape(d, to)\nf = MatMul(e, w2)\ny = Add(c, f)",
+)
+entry(
+    "channels last",
+    "float[n,4,5,3] x",
+    "float[n,4,5,2] y",
+    {"w0": (7, 3, 1, 1), "w1": (7, 11), "b1": (11,), "w2": (11, 2), "one": f32(1)},
+    "a = Transpose<perm = [0,3,1,2]>(x)\nb = Conv(a, w0)\nc = Transpose<perm = [0,2,3,1]>(b)\nd = MatMul(c, w1)\ne = Add(d, b1)\n"
+    "f = Mul(e, one)\ny = MatMul(f, w2)",
+)
+entry(
+    "constant border on the channels",
+    "float[n,3,4,4] x",
+    "float[n,2,4,4] y",
+    {"w0": (5, 3, 1, 1), "w1": (9, 3, 1, 1), "border": i64(0, 1, 0, 0, 0, 3, 0, 0), "w2": (2, 9, 1, 1)},
+    "a = Conv(x, w0)\nb = Pad(a, border)\nc = Conv(x, w1)\nd = Add(b, c)\ny = Conv(d, w2)",
+)
+entry(
+    "old opset",
+    "float[n,3,4,4] x",
+    "float[n,2,9,9] y",
+    {"w0": (7, 3, 3, 3), "w1": (2, 7, 1, 1), "scales": f32(1, 1, 2, 2)},
+    'a = Conv<pads = [1,1,1,1]>(x, w0)\nb = Clip<min = -0.5, max = 0.5>(a)\nc = Upsample<mode = "nearest">(b, scales)\n'
+    "d = Slice<axes = [2], starts = [0], ends = [7]>(c)\ne = Pad<pads = [0,0,1,1,0,0,1,0]>(d)\nf = Dropout(e)\ny = Conv(f, w1)",
+    opset=9,
+)
+entry(
+    "weight through Identity, Transpose, Cast and Reshape",
+    "float[n,3] x",
+    "float[n,2] y",
+    {"w0": (7, 3), "w1": np.linspace(-1, 1, 77).reshape(7, 11).astype(np.float16), "w2": (22,), "to": i64(11, 2),
+     "ends": i64(2**31), "b1": (11,), "minus": i64(-1), "start": i64(-1), "low": i64(-(2**62)), "zero": i64(0)},
+    "a = Identity(w0)\nb = Transpose(a)\nh = MatMul(x, b)\nc = Cast<to = 1>(w1)\ni = Gemm(h, c, b1)\nd = Reshape(w2, to)\n"
+    "e = Slice(d, start, low, zero, minus)\ny = MatMul(i, e)",
+)  # fmt: skip
+
+# Normalisations, reductions, softmax -------------------------------------------------------------------------------
+
+entry(
+    "norms",
+    "float[n,3,5,4] x",
+    "float[n,2,5,4] y",
+    {"w0": (7, 3, 1, 1), "g0": (7,), "s0": (7,), "w1": (6, 7, 1, 1), "g1": (6,), "s1": (6,), "w2": (2, 6, 1, 1),
+     "g2": (4,), "s2": (4,)},
+    "a = Conv(x, w0)\nb = InstanceNormalization(a, g0, s0)\nc = Conv(b, w1)\nd = LayerNormalization<axis = -1>(c, g2, s2)\n"
+    "e = LpNormalization<axis = 2>(d)\ny = Conv(e, w2)",
+)  # fmt: skip
+entry(
+    "width under LayerNorm and softmax over channels",
+    "float[n,5,3] x",
+    "float[n,5,2] y",
+    {"w0": (3, 8), "b0": (8,), "g": (8,), "s": (8,), "w1": (8, 11), "b1": (11,), "w2": (11, 8), "w3": (8, 2)},
+    "a = MatMul(x, w0)\nb = Add(a, b0)\nc = LayerNormalization(b, g, s)\nd = MatMul(c, w1)\ne = Add(d, b1)\nf = Relu(e)\n"
+    "h = MatMul(f, w2)\ni = Add(b, h)\nj = Softmax(i)\ny = MatMul(j, w3)",
+)
+entry(
+    "other softmaxes",
+    "float[n,5,3] x",
+    "float[n,5,2] y",
+    {"w0": (3, 8), "w1": (8, 2), "w2": (8, 2)},
+    "a = MatMul(x, w0)\nb = LogSoftmax<axis = 1>(a)\nc = Hardmax<axis = 1>(a)\nd = MatMul(b, w1)\ne = MatMul(c, w2)\ny = Add(d, e)",
+)
+entry(
+    "RMSNorm",
+    "float[n,5,3] x",
+    "float[n,5,2] y",
+    {"w0": (3, 8), "g0": (8,), "g1": (8,), "w1": (8, 7), "w2": (7, 8), "w3": (8, 2)},
+    "a = MatMul(x, w0)\nb = RMSNormalization(a, g0)\nc = MatMul(b, w1)\nd = Sigmoid(c)\ne = MatMul(d, w2)\n"
+    "f = SimplifiedLayerNormalization<axis = -1>(e, g1)\ny = MatMul(f, w3)",
+    opset=23,
+)
+entry(
+    "old softmax and ArgMax",
+    "float[n,3] x",
+    "float[n,2] y, int64[n,1] best",
+    {"w0": (3, 7), "w1": (7, 11), "w2": (11, 2)},
+    "a = MatMul(x, w0)\nb = Softmax(a)\nc = MatMul(a, w1)\nd = Relu(c)\ne = MatMul(b, w1)\nf = Add(d, e)\ny = MatMul(f, w2)\n"
+    "best = ArgMax<axis = 1>(d)",
+    opset=12,
+)
+for kind in "L1 L2 LogSum LogSumExp Max Mean Min Prod Sum SumSquare".split():
+    entry(
+        f"reduce {kind}",
+        "float[n,3,4,5] x",
+        "float[n,2] y",
+        {"w0": (7, 3, 1, 1), "b0": (7,), "w1": (7, 2), "hw": i64(-1, 2), "w2": (7, 2)},
+        f"a = Conv(x, w0, b0)\nb = Softplus(a)\nc = Reduce{kind}<keepdims = 0>(b, hw)\nd = MatMul(c, w1)\n"
+        f"e = ArgMin<axis = 3>(a)\nf = Cast<to = 1>(e)\ng = ReduceMean(f, hw)\nh = Flatten(g)\ni = MatMul(h, w2)\ny = Add(d, i)",
+    )
+
+# Attention ---------------------------------------------------------------------------------------------------------
+
+ATTENTION = """q1 = Reshape(q0, split)
+k1 = Reshape(k0, split)
+v1 = Reshape(v0, split)
+q = Transpose<perm = [0,2,1,3]>(q1)
+k = Transpose<perm = [0,2,3,1]>(k1)
+v = Transpose<perm = [0,2,1,3]>(v1)
+s0 = MatMul(q, k)
+s1 = Mul(s0, scale)
+p = Softmax(s1)
+o0 = MatMul(p, v)
+o1 = Transpose<perm = [0,2,1,3]>(o0)
+o = Reshape(o1, join)
+y = MatMul(o, wo)"""
+entry(
+    "heads, three projections",
+    "float[n,t,6] x",
+    "float[n,t,2] y",
+    {"wq": (6, 15), "bq": (15,), "wk": (6, 15), "wv": (6, 15), "bv": (15,), "wo": (15, 2), "split": i64(0, 0, 3, 5),
+     "join": i64(0, 0, 15), "scale": f32(0.4)},
+    f"q2 = MatMul(x, wq)\nq0 = Add(q2, bq)\nk0 = MatMul(x, wk)\nv2 = MatMul(x, wv)\nv0 = Add(v2, bv)\n{ATTENTION}",
+)  # fmt: skip
+entry(
+    "heads, one packed projection, square",
+    "float[n,4,4] x",
+    "float[n,4,4] y",
+    {"w": (4, 48), "b": (48,), "wo": (16, 4), "split": i64(0, 0, 4, 4), "join": i64(0, 0, -1), "scale": f32(0.5)},
+    f"a = MatMul(x, w)\nc = Add(a, b)\nq0, k0, v0 = Split<axis = 2, num_outputs = 3>(c)\n{ATTENTION}",
+)
+entry(
+    "heads, packed with the three in front",
+    "float[n,t,6] x",
+    "float[n,t,2] y",
+    {"w": (6, 45), "b": (45,), "wo": (15, 2), "five": i64(0, 0, 3, 3, 5), "join": i64(0, 0, 15), "i0": np.array(0),
+     "i1": np.array(1), "i2": np.array(2)},
+    "a = MatMul(x, w)\nc = Add(a, b)\nd = Reshape(c, five)\ne = Transpose<perm = [2,0,3,1,4]>(d)\nq = Gather<axis = 0>(e, i0)\n"
+    "k = Gather<axis = 0>(e, i1)\nv = Gather<axis = 0>(e, i2)\nkt = Transpose<perm = [0,1,3,2]>(k)\ns = MatMul(q, kt)\np = Softmax(s)\n"
+    "o0 = MatMul(p, v)\no1 = Transpose<perm = [0,2,1,3]>(o0)\no = Reshape(o1, join)\ny = MatMul(o, wo)",
+)  # fmt: skip
+entry(
+    "heads folded into the batch",
+    "float[5,2,6] x",
+    "float[5,2,6] y",
+    {"wq": (6, 12), "bq": (12,), "wk": (6, 12), "wv": (6, 12), "bv": (12,), "wo": (12, 6), "split": i64(5, 6, 4),
+     "join": i64(5, 2, 12)},
+    "q2 = MatMul(x, wq)\nq0 = Add(q2, bq)\nk0 = MatMul(x, wk)\nv2 = MatMul(x, wv)\nv0 = Add(v2, bv)\nq1 = Reshape(q0, split)\n"
+    "q = Transpose<perm = [1,0,2]>(q1)\nk1 = Reshape(k0, split)\nk = Transpose<perm = [1,2,0]>(k1)\nv1 = Reshape(v0, split)\n"
+    "v = Transpose<perm = [1,0,2]>(v1)\ns = MatMul(q, k)\np = Softmax(s)\no0 = MatMul(p, v)\no1 = Transpose<perm = [1,0,2]>(o0)\n"
+    "o = Reshape(o1, join)\ny = MatMul(o, wo)",
+)  # fmt: skip
+entry(
+    "grouped queries, rotary, computed sizes",
+    "float[n,t,6] x",
+    "float[n,t,2] y",
+    {"wq": (6, 24), "wk": (6, 12), "wv": (6, 12), "wo": (24, 2), "zero": i64(0), "one": i64(1), "two": i64(2), "six": i64(6),
+     "four": i64(4), "minus": i64(-1), "i0": np.array(0), "i1": np.array(1), "far": i64(2**62), "cos": (1, 1, 1, 4),
+     "sin": (1, 1, 1, 4), "three": i64(3), "half": i64(2), "all": i64(24)},
+    "s = Shape(x)\nn0 = Gather(s, i0)\nt0 = Gather(s, i1)\nn = Unsqueeze(n0, zero)\nt = Unsqueeze(t0, zero)\n"
+    "qs = Concat<axis = 0>(n, t, six, four)\nks = Concat<axis = 0>(n, t, three, four)\nq0 = MatMul(x, wq)\nk0 = MatMul(x, wk)\n"
+    "v0 = MatMul(x, wv)\nq1 = Reshape(q0, qs)\nk1 = Reshape(k0, ks)\nv1 = Reshape(v0, ks)\nq2 = Transpose<perm = [0,2,1,3]>(q1)\n"
+    "k2 = Transpose<perm = [0,2,1,3]>(k1)\nv2 = Transpose<perm = [0,2,1,3]>(v1)\nqc = Mul(q2, cos)\n"
+    "qa = Slice(q2, zero, half, three)\nqb = Slice(q2, half, far, three)\nqn = Neg(qb)\nqr = Concat<axis = -1>(qn, qa)\n"
+    "qd = Mul(qr, sin)\nq = Add(qc, qd)\nk3 = Unsqueeze(k2, two)\nes = Concat<axis = 0>(n, three, two, t, four)\n"
+    "k4 = Expand(k3, es)\ngs = Concat<axis = 0>(n, six, t, four)\nk5 = Reshape(k4, gs)\nv3 = Unsqueeze(v2, two)\nv4 = Expand(v3, es)\n"
+    "v5 = Reshape(v4, gs)\nk = Transpose<perm = [0,1,3,2]>(k5)\na = MatMul(q, k)\np = Softmax(a)\no0 = MatMul(p, v5)\n"
+    "o1 = Transpose<perm = [0,2,1,3]>(o0)\njs = Concat<axis = 0>(n, t, all)\no = Reshape(o1, js)\ny = MatMul(o, wo)",
+)  # fmt: skip
+entry(
+    "tied embedding and positions",
+    "int64[n,t] ids",
+    "float[n,t,13] y",
+    {"table": (13, 7), "places": (32, 7), "w1": (7, 11), "w2": (11, 7), "i1": np.array(1), "i0": np.array(0), "one": np.array(1),
+     "lots": (400, 7)},
+    "a = Gather(table, ids)\ns = Shape(ids)\nt = Gather(s, i1)\nr = Range(i0, t, one)\nb = Gather(places, r)\nc = Add(a, b)\n"
+    "d = MatMul(c, w1)\ne = Relu(d)\nf = MatMul(e, w2)\ng = Add(c, f)\nk = Transpose<perm = [1,0]>(table)\ny = MatMul(g, k)",
+)  # fmt: skip
+
+# Storage and form --------------------------------------------------------------------------------------------------
+
+entry(
+    "one zero for many layers",
+    "float[n,3] x",
+    "float[n,2] y",
+    {"w1": (3, 7), "w2": (7, 7), "w3": (7, 2), "b": (7,), "out": (2,)},
+    "a = Gemm(x, w1, b)\nc = Relu(a)\nd = Gemm(c, w2, b)\ne = Relu(d)\ny = Gemm(e, w3, out)",
+)
+entry(
+    "one layer applied twice",
+    "float[n,40] x",
+    "float[n,2] y",
+    {"w1": (40, 40), "b1": (40,), "w2": (40, 40), "b2": (40,), "w3": (40, 2)},
+    "a = Gemm(x, w1, b1)\nb = Relu(a)\nc = Gemm(b, w2, b2)\nd = Relu(c)\ne = Gemm(d, w2, b2)\nf = Relu(e)\ny = MatMul(f, w3)",
+)
+entry(
+    "sizes of every kind",
+    "float[n,3] x",
+    "float[n,2] y",
+    {"w1": (3, 7), "w2": (7, 2), "one": i64(1), "none": np.zeros(0, np.int64)},
+    "a = MatMul(x, w1)\nsize = Size(a)\nb = Cast<to = 1>(size)\nc = Softsign(b)\nd = Mul(a, c)\nshape = Shape(a)\n"
+    "e = ConstantOfShape<value = float[1] {0.5}>(shape)\nf = Add(d, e)\ny = MatMul(f, w2)",
+)
+entry(
+    "quantised weights and activations",
+    "float[n,3,4,4] x",
+    "float[n,2,4,4] y",
+    {"w0": (7, 3, 3, 3), "q1": np.arange(-38, 39, dtype=np.int8).reshape(11, 7, 1, 1), "scale1": np.full(11, 0.02, np.float32),
+     "zero1": np.zeros(11, np.int8), "s": np.array(0.05, np.float32), "z": np.array(128, np.uint8), "w2": (2, 11, 1, 1),
+     "bias": np.arange(-5, 6, dtype=np.int32), "bias_scale": np.full(11, 0.01, np.float32), "bias_zero": np.zeros(11, np.int32)},
+    "a = Conv<pads = [1,1,1,1]>(x, w0)\nb = QuantizeLinear(a, s, z)\nc = DequantizeLinear(b, s, z)\n"
+    "w1 = DequantizeLinear<axis = 0>(q1, scale1, zero1)\nb1 = DequantizeLinear<axis = 0>(bias, bias_scale, bias_zero)\n"
+    "d = Conv(c, w1, b1)\ne = Relu(d)\ny = Conv(e, w2)",
+)  # fmt: skip
+for name, node, channels in (
+    ("DepthToSpace", "DepthToSpace<blocksize = 2>(b)", 2),
+    ("SpaceToDepth", "SpaceToDepth<blocksize = 2>(b)", 32),
+    ("LRN", "LRN<size = 3>(b)", 8),
+    ("Tile", "Tile(b, twice)", 8),
+    ("GroupNormalization", "GroupNormalization<num_groups = 2>(b, g, s)", 8),
+):
+    entry(
+        f"convolutions around {name}",
+        "float[n,3,4,4] x",
+        "float[n,2,h,w] y",
+        {"w0": (7, 3, 1, 1), "w1": (8, 7, 1, 1), "b1": (8,), "g": (8,), "s": (8,), "twice": i64(1, 1, 2, 1),
+         "w2": (2, channels, 1, 1)},
+        f"a0 = Conv(x, w0)\na = Relu(a0)\nb = Conv(a, w1, b1)\nc = {node}\ny = Conv(c, w2)",
+        opset=21,
+    )  # fmt: skip
+entry(
+    "read inside a branch",
+    "float[n,3] x, bool flag",
+    "float[n,2] y",
+    {"w1": (3, 7), "w2": (7, 11), "w3": (11, 2), "w4": (7, 2)},
+    "a = MatMul(x, w1)\nb = MatMul(a, w2)\nc = MatMul(b, w3)\n"
+    "d = If(flag) <then_branch = yes () => (float[n,7] p) { p = Relu(a) }, else_branch = no () => (float[n,7] r) { r = Neg(a) }>\n"
+    "e = MatMul(d, w4)\ny = Add(c, e)",
+)
+entry(
+    "a feature map is an output too",
+    "float[n,3,4,4] x",
+    "float[n,2,4,4] y, float[n,7,4,4] b",
+    {"w0": (7, 3, 1, 1), "w1": (11, 7, 1, 1), "w2": (2, 11, 1, 1)},
+    "a = Conv(x, w0)\nb = Relu(a)\nc = Conv(b, w1)\ny = Conv(c, w2)",
+)
