@@ -97,14 +97,16 @@ unary("Not", "Greater(h, half)", after="Cast<to = 1>(u)")
 unary("BitwiseNot", "Cast<to = 6>(h)", after="Cast<to = 1>(u)")
 
 
-def binary(op: str, before: str = "Identity", after: str = "Identity", attrs: str = "") -> None:
+def binary(
+    op: str, before: str = "Identity", after: str = "Identity", attrs: str = "", hidden: str = "Identity"
+) -> None:
     """Two hidden layers meet in the operator."""
     entry(
         f"binary {op}",
         "float[n,3] x",
         "float[n,2] y",
         {"w1": (3, 7), "b1": (7,), "w2": (3, 7), "b2": (7,), "w3": (7, 2)},
-        "h0 = MatMul(x, w1)\nh = Add(h0, b1)\ng0 = MatMul(x, w2)\ng = Add(g0, b2)\n"
+        f"h0 = MatMul(x, w1)\nh1 = Add(h0, b1)\nh = {hidden}(h1)\ng0 = MatMul(x, w2)\ng1 = Add(g0, b2)\ng = {hidden}(g1)\n"
         f"p = {before}(h)\nq = {before}(g)\nu = {op}{attrs}(p, q)\nv = {after}(u)\n"
         "y = MatMul(v, w3)",
     )
@@ -115,7 +117,7 @@ for op in ("Add", "Sub", "Mul", "Max", "Min", "Mean", "Sum", "PRelu"):
 for op in ("Div", "Pow"):
     binary(op, "Exp")
 for op in ("And", "Or", "Xor"):
-    binary(op, "Cast<to = 9>", "Cast<to = 1>")
+    binary(op, "Cast<to = 9>", "Cast<to = 1>", hidden="Relu")
 for op in ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"):
     binary(op, after="Cast<to = 1>")
 for op in ("BitwiseAnd", "BitwiseOr", "BitwiseXor"):
