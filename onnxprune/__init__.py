@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onnxprune.analysis import Analysis
     from onnxprune.errors import ImpossibleError, InputError, InternalError, MachineError, PruneError
-    from onnxprune.pipeline import Options, Result, prune
+    from onnxprune.pipeline import Result, prune
+    from onnxprune.recipe import Options
 
 __all__ = [
     "Analysis",
@@ -21,7 +22,7 @@ __all__ = [
     "prune",
 ]
 
-_HOMES = {"Analysis": "analysis", "Options": "pipeline", "Result": "pipeline", "prune": "pipeline"}
+_HOMES = {"Analysis": "analysis", "Options": "recipe", "Result": "pipeline", "prune": "pipeline"}
 
 
 def __getattr__(name: str) -> Any:

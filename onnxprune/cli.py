@@ -202,12 +202,13 @@ def prune(model: str, **given: Any) -> None:
     """Score, select, remove, prove, measure and write."""
     from onnxprune import pipeline
     from onnxprune import report as reports
+    from onnxprune.recipe import Options
     from onnxprune.storage import check_output, write_text
 
     if given["output"] is None:
         raise InputError("say where to write with -o", object="prune")
     variants = [
-        pipeline.Options(
+        Options(
             ratio=given["ratio"],
             target=target,
             remove=tuple(kind.strip() for kind in given["remove"].split(",")),

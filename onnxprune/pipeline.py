@@ -22,40 +22,12 @@ from onnxprune.analysis import Analysis, cost_of, cost_shapes, samples_of
 from onnxprune.errors import ImpossibleError, InputError, InternalError
 from onnxprune.model import Model
 from onnxprune.prove import Prover
+from onnxprune.recipe import KINDS, Options, check
 from onnxprune.runtime import ort
-from onnxprune.types import Array, Group, Mask, Plan, Shape
+from onnxprune.types import Array, Group, Mask, Plan
 from onnxprune.worker import Worker
 
-KINDS = ("channels", "heads", "head-dim", "width", "experts", "layers")
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `prune` may be told; the defaults are the command line's."""
-
-    ratio: float | None = None
-    target: Mapping[str, float | str] = field(default_factory=dict)
-    remove: tuple[str, ...] = ("channels", "heads")
-    approximate: bool = False
-    criterion: str = "mag"
-    allocate: str | None = None
-    calibration: str | None = None
-    evaluation: str | None = None
-    metric: str | None = None
-    round_to: int | str = "auto"
-    ignore: tuple[str, ...] = ()
-    min_keep: int = 1
-    input_shape: Mapping[str, Shape] = field(default_factory=dict)
-    backend: str = "cpu"
-    measure: bool = True
-    strict: bool = False
-    unproven: bool = False
-    seed: int = 0
-    threads: int = 1
-    seconds: float = 600.0
-    dry_run: bool = False
-    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,31 +103,6 @@ def _limits(analysis: Analysis, options: Options, overhead: float) -> dict[str, 
     return limits
 
 
-def check(options: Options) -> None:
-    """Refuse contradictory or impossible options. Raises InputError."""
-    if (options.ratio is None) == (not options.target):
-        raise InputError("give exactly one of --ratio and --target", object="prune")
-    if options.ratio is not None and not 0 <= options.ratio < 1:
-        raise InputError("a ratio lies in [0, 1)", object=f"--ratio {options.ratio}")
-    if options.ratio is not None and options.allocate not in (None, "uniform"):
-        raise InputError("--ratio implies --allocate uniform; use --target", object=f"--allocate {options.allocate}")
-    for metric, value in options.target.items():
-        selection.parse_target(metric, value)
-    if options.round_to != "auto" and (not str(options.round_to).isdigit() or int(options.round_to) < 1):
-        raise InputError("a positive number or 'auto'", object=f"--round-to {options.round_to}")
-    if options.min_keep < 1:
-        raise InputError("at least 1", object=f"--min-keep {options.min_keep}")
-    if options.threads < 1:
-        raise InputError("at least 1", object=f"--threads {options.threads}")
-    plugin.build("criteria", options.criterion)
-    if options.allocate:
-        plugin.build("allocators", options.allocate)
-    if options.metric:
-        quality.metric(options.metric)
-    if options.approximate:
-        raise ImpossibleError("mixing groups cannot be proven by this version yet", object="--approximate")
-
-
 @dataclass
 class Clock:
     """Seconds spent in each stage."""
@@ -224,6 +171,17 @@ def family(
     return results
 
 
+@dataclass(frozen=True)
+class Proven:
+    """A plan with its model, what went, and the proof; `differences` is None where nothing could be run."""
+
+    plan: Plan
+    model: Model
+    gone: list[verify.Removal]
+    differences: list[verify.Difference] | None
+    unproven: list[int]
+
+
 def _one(
     analysis: Analysis,
     options: Options,
@@ -238,71 +196,82 @@ def _one(
     with clock.stage("score"):
         groups, importance, _criterion = score(analysis, choose_groups(analysis, options), options)
     with clock.stage("select, rewrite and prove"):
-        plan, smaller, gone, proof, unproven = _proven(analysis, groups, importance, options, prover, worker)
-    warnings = [f"group {k} failed its proof and was left alone; this is our bug, please report it" for k in unproven]
+        proven = _proven(analysis, groups, importance, options, prover, worker)
     with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
         files = []
-        for name, model in (("dense", analysis.dense), ("pruned", smaller)):
+        for name, model in (("dense", analysis.dense), ("pruned", proven.model)):
             files.append(storage.dump(model, folder, name, external=analysis.source.external))
         size = sum(f.stat().st_size for f in Path(folder).glob("pruned*"))
-        dense_cost = cost_of(analysis.dense, analysis.given, analysis.source.bytes)
-        pruned_cost = cost_of(smaller, analysis.given, size)
         with clock.stage("quality"):
             found = _quality(files, prover, evaluation, options, worker, analysis)
-        times: list[dict[str, Any] | None] = [None, None]
-        faster = None
+        rows: list[latency.Latency] = []
         if options.measure and not options.dry_run:
             with clock.stage("measure"):
                 shapes = cost_shapes(analysis.dense, analysis.given)
                 feed = evaluation[0][0] if evaluation[0] and not analysis.given else None
                 feed = feed or feeds.random_feed(analysis.dense.graph, shapes, options.seed)
                 rows = latency.measure(files, feed, backend=options.backend, threads=options.threads)
-                times = [asdict(row) for row in rows]
-                faster = latency.faster(*rows)
-                if faster is False:
-                    warnings.append("the pruned model is slower than the dense one")
-    chosen = {g.id for g in groups}
-    built = reports.Report(
-        tool=f"onnxprune {version('onnxprune')}",
-        command=list(command),
-        recipe={k: v for k, v in asdict(options).items() if v not in (None, (), {})},
-        dense=reports.ModelRow(
-            path=str(analysis.source.path),
-            sha256=analysis.source.sha256,
-            params=dense_cost.params,
-            macs=dense_cost.macs,
-            bytes=dense_cost.bytes,
-            latency=times[0],
+    dense, pruned = _models(analysis, path, proven, size, rows)
+    return Result(
+        path,
+        proven.model,
+        proven.plan,
+        reports.Report(
+            tool=f"onnxprune {version('onnxprune')}",
+            command=list(command),
+            recipe={k: v for k, v in asdict(options).items() if v not in (None, (), {})},
+            quality=found,
+            timing={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
+            dense=dense,
+            pruned=pruned,
+            **_changes(analysis, options, groups, proven),
+            verification=reports.Verification(
+                method="zero-all",
+                proven=proven.differences is not None,
+                inputs=len(prover.feeds),
+                differences=[asdict(d) for d in proven.differences or ()],
+                unproven=[f"group {k}" for k in proven.unproven],
+            ),
+            warnings=_warnings(proven, rows),
         ),
-        pruned=reports.ModelRow(
-            path=str(path or ""),
-            sha256="",
-            params=pruned_cost.params,
-            macs=pruned_cost.macs,
-            bytes=pruned_cost.bytes,
-            latency=times[1],
-            faster=faster,
-        ),
-        groups=[_group_row(g, plan) for g in analysis.groups],
-        frozen=[
-            reports.FrozenRow(axis=str(f.axis), reason=f.reason, parameters=f.parameters)
-            for f in analysis.frozen([g for g in analysis.groups if g.id in chosen])
-        ],
-        removed=[reports.RemovedRow.model_validate(r.entry()) for r in gone],
-        rewrites=[f"folded {name}" for name in analysis.prepared.folded] if options.ratio != 0 else [],
-        kept=_kept(analysis, gone),
-        verification=reports.Verification(
-            method="zero-all",
-            proven=proof is not None,
-            inputs=len(prover.feeds),
-            differences=[asdict(d) for d in proof or ()],
-            unproven=[f"group {k}" for k in unproven],
-        ),
-        quality=found,
-        timing={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
-        warnings=warnings,
     )
-    return Result(path, smaller, plan, built)
+
+
+def _models(
+    analysis: Analysis, path: Path | None, proven: Proven, size: int, rows: Sequence[latency.Latency]
+) -> tuple[reports.ModelRow, reports.ModelRow]:
+    """Dense and pruned in the report, with what they cost."""
+    dense = cost_of(analysis.dense, analysis.given, analysis.source.bytes)
+    pruned = cost_of(proven.model, analysis.given, size)
+    times: list[dict[str, Any] | None] = [*map(asdict, rows)] or [None, None]
+    faster = latency.faster(*rows) if rows else None
+    source = analysis.source
+    return (
+        reports.ModelRow(path=str(source.path), sha256=source.sha256, latency=times[0], **asdict(dense)),
+        reports.ModelRow(path=str(path or ""), sha256="", latency=times[1], faster=faster, **asdict(pruned)),
+    )
+
+
+def _changes(analysis: Analysis, options: Options, groups: Sequence[Group], proven: Proven) -> dict[str, Any]:
+    """What went, what stayed and why, as the report lists it."""
+    return {
+        "groups": [_group_row(group, proven.plan) for group in analysis.groups],
+        "frozen": [
+            reports.FrozenRow(axis=str(f.axis), reason=f.reason, parameters=f.parameters)
+            for f in analysis.frozen(groups)
+        ],
+        "removed": [reports.RemovedRow.model_validate(removal.entry()) for removal in proven.gone],
+        "rewrites": [f"folded {name}" for name in analysis.prepared.folded] if options.ratio != 0 else [],
+        "kept": _kept(analysis, proven.gone),
+    }
+
+
+def _warnings(proven: Proven, rows: Sequence[latency.Latency]) -> list[str]:
+    found = [f"group {k} failed its proof and was left alone; this is our bug, please report it"
+             for k in proven.unproven]  # fmt: skip
+    if rows and latency.faster(*rows) is False:
+        found.append("the pruned model is slower than the dense one")
+    return found
 
 
 def _proven(
@@ -312,8 +281,8 @@ def _proven(
     options: Options,
     prover: Prover,
     worker: Worker,
-) -> tuple[Plan, Model, list[verify.Removal], list[verify.Difference] | None, list[int]]:
-    """A plan that is proven, after leaving alone the groups that are not; see DESIGN of the oracle in verify.py."""
+) -> Proven:
+    """A plan that is proven, after leaving alone the groups that are not."""
     unproven: list[int] = []
     runnable = True
     try:
@@ -328,7 +297,7 @@ def _proven(
             raise InternalError("no group could be proven", file=analysis.source.path.name)
         plan, smaller, gone = _planned(analysis, [g for g, _ in left], [s for _, s in left], options)
         if not runnable:
-            return plan, smaller, gone, None, unproven
+            return Proven(plan, smaller, gone, None, unproven)
 
         def attempt(ids: frozenset[int], plan: Plan = plan) -> list[verify.Difference] | None:
             part = Plan({k: keep for k, keep in plan.keep.items() if k in ids})
@@ -340,7 +309,7 @@ def _proven(
         touched = [k for k, keep in plan.keep.items() if not keep.all()]
         proof = attempt(frozenset(touched))
         if proof is not None and all(d.holds for d in proof):
-            return plan, smaller, gone, proof, unproven
+            return Proven(plan, smaller, gone, proof, unproven)
         unproven += sorted(
             verify.blame(touched, lambda ids: (rows := attempt(ids)) is not None and all(d.holds for d in rows))
         )

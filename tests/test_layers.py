@@ -22,10 +22,11 @@ PACKAGE = "onnxprune"
 LAYERS = (
     ("errors", "types"),
     ("ops", "ops.*", "plugin", "passes", "passes.*"),
+    ("relate",),
     ("dims", "groups", "select", "cost", "infer", "quality"),
     ("reading", "storage", "model", "rewrite", "report", "feeds"),
     ("worker", "runtime", "runtime.*", "measure"),
-    ("verify", "analysis", "prove"),
+    ("verify", "analysis", "prove", "recipe"),
     ("pipeline", "verbs", "audit"),
     ("cli", "__init__", "__main__"),
 )

@@ -118,7 +118,8 @@ for op in ("Div", "Pow"):
     binary(op, "Exp")
 for op in ("And", "Or", "Xor"):
     binary(op, "Cast<to = 9>", "Cast<to = 1>", hidden="Relu")
-for op in ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"):
+binary("Equal", "Round", "Cast<to = 1>")
+for op in ("Greater", "GreaterOrEqual", "Less", "LessOrEqual"):
     binary(op, after="Cast<to = 1>")
 for op in ("BitwiseAnd", "BitwiseOr", "BitwiseXor"):
     binary(op, "Cast<to = 6>", "Cast<to = 1>")

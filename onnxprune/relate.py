@@ -1,0 +1,228 @@
+"""Rules -> relations: every node's answer in axis notation, with axes numbered and their ties, takes and freezes."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from onnxprune import ops
+from onnxprune.types import Axis, Freeze, OpNode, Pattern, Positions, Shape, Take, View
+
+Token = str | tuple[str, ...]
+
+
+@lru_cache(maxsize=4096)
+def parse(text: str) -> tuple[tuple[tuple[Token, ...], ...], tuple[tuple[Token, ...], ...]]:
+    """Axis notation -> tokens of each input and of each output; a composite axis is a tuple of letters."""
+    left, right = text.split("->")
+    return _operands(left), _operands(right)
+
+
+def _operands(side: str) -> tuple[tuple[Token, ...], ...]:
+    found = []
+    for part in side.split(","):
+        tokens: list[Token] = []
+        for composite, single in re.findall(r"\(([^)]*)\)|(\S+)", part):
+            tokens.append(tuple(composite.split()) if composite else single)
+        found.append(tuple(tokens))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Composite:
+    """One axis that is an ordered product of atoms: (axis of the atom, its size, steps between its positions)."""
+
+    axis: int
+    atoms: tuple[tuple[int, int, int], ...]
+
+
+class Relations:
+    """Everything that the rules said, with axes numbered; axes of size one carry nothing and have no number."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.axes: list[Axis] = []
+        self.sizes: list[int] = []
+        self.number: dict[Axis, int] = {}
+        self.ties: list[tuple[int, int]] = []
+        self.composites: list[Composite] = []
+        self.takes: list[tuple[int, int, Positions]] = []
+        self.freezes: list[tuple[int, Positions | None, str]] = []
+        self.mixing: dict[int, list[str]] = defaultdict(list)
+        self.batch: dict[int, bool] = {}
+        self.avoid: set[int] = set()
+        self.edges: list[tuple[int, int, str]] = []
+        self.unknown: dict[str, str] = {}
+        for value, shape in view.shapes.items():
+            for index, size in enumerate(shape):
+                if size > 1:
+                    self.add(Axis(value, index), size)
+        for name in view.outputs:
+            self.freeze(name, None, "graph output")
+        for name in view.inputs:
+            self.freeze(name, None, "graph input")
+        for name in sorted(view.captured):
+            self.freeze(name, None, "read inside a subgraph")
+        for name, stored in view.stored.items():
+            if stored.role == "index" and "INT" in stored.dtype and stored.slot != "Gather.1":
+                self.freeze(name, None, "an integer table numbers these positions")
+        for node in view.nodes:
+            self.relate(node)
+
+    def add(self, axis: Axis, size: int) -> int:
+        """Number an axis."""
+        self.number[axis] = len(self.axes)
+        self.axes.append(axis)
+        self.sizes.append(size)
+        return self.number[axis]
+
+    def axes_of(self, value: str) -> list[int]:
+        """Numbers of the axes of a value that carry anything."""
+        rank = len(self.view.shapes.get(value, ()))
+        return [self.number[a] for k in range(rank) if (a := Axis(value, k)) in self.number]
+
+    def freeze(self, value: str, axis: int | None, reason: str, positions: Positions | None = None) -> None:
+        """Record that positions of a value's axis (None: of all axes) stay."""
+        for number in self.axes_of(value):
+            if axis is None or self.axes[number].index == axis:
+                self.freezes.append((number, positions, reason))
+
+    def relate(self, node: OpNode) -> None:
+        """Apply a node's rule; freeze what it does not mention."""
+        operands = [name for name in (*node.inputs, *node.outputs) if name]
+        unknown = [name for name in operands if name not in self.view.shapes]
+        answer = ops.relations(node)
+        if unknown and not isinstance(answer, str):
+            answer = f"{node.op_type}: the shape of '{unknown[0].split(chr(0))[0]}' is not known"
+        label = f"{node.op_type} {node.name}".strip()
+        if isinstance(answer, str):
+            self.unknown[node.name or node.outputs[0]] = answer
+            for name in operands:
+                self.freeze(name, None, answer)
+            return
+        mentioned: set[int] = set()
+        for relation in answer:
+            match relation:
+                case Pattern():
+                    mentioned |= self.pattern(node, relation, label)
+                case Take():
+                    mentioned |= self.take(relation, label)
+                case Freeze():
+                    self.freeze(relation.value, relation.axis, relation.reason, relation.positions)
+                    mentioned |= {
+                        n for n in self.axes_of(relation.value) if relation.axis in (None, self.axes[n].index)
+                    }
+        for name in operands:
+            for number in self.axes_of(name):
+                if number not in mentioned:
+                    self.freezes.append((number, None, f"{node.op_type} says nothing about this axis"))
+
+    def take(self, take: Take, label: str) -> set[int]:
+        """Link positions of a piece with those of the whole."""
+        piece = self.number.get(Axis(take.piece, take.piece_axis))
+        whole = self.number.get(Axis(take.whole, take.whole_axis))
+        if piece is None and whole is None:
+            return set()
+        if piece is None or whole is None:  # one position of an axis of size one: nothing of it can go
+            kept = piece if whole is None else whole
+            assert kept is not None
+            positions = np.zeros(1, np.int64) if whole is None else take.positions
+            self.freezes.append((kept, positions, f"{label}: the only position of an axis"))
+            return {kept}
+        self.takes.append((piece, whole, take.positions))
+        self.edges.append((piece, whole, label))
+        return {piece, whole}
+
+    def pattern(self, node: OpNode, pattern: Pattern, label: str) -> set[int]:
+        """Expand axis notation to ties, composites, freezes and mixing marks."""
+        left, right = parse(pattern.text)
+        pairs = [(name, tokens) for name, tokens in zip(node.inputs, left, strict=False) if name]
+        pairs += [(name, tokens) for name, tokens in zip(node.outputs, right, strict=False) if name]
+        mentioned: set[int] = set()
+        letters: dict[str, list[int]] = defaultdict(list)
+        products: dict[tuple[str, ...], list[int]] = defaultdict(list)
+        for name, tokens in pairs:
+            shape = self.view.shapes.get(name)
+            if shape is None:
+                continue
+            for index, token in _spread(tokens, shape):
+                number = self.number.get(Axis(name, index))
+                if number is None:
+                    continue
+                mentioned.add(number)
+                if isinstance(token, tuple):
+                    names = tuple(a for a in token if pattern.sizes[a] > 1)
+                    (letters[names[0]] if len(names) == 1 else products[names]).append(number)
+                elif token == "*":
+                    kernel = name in self.view.stored
+                    self.freezes.append((number, None, "" if kernel else f"kept whole by {node.op_type}"))
+                elif token == "!":
+                    self.freezes.append((number, None, f"fixed by {node.op_type}"))
+                elif token != "_":
+                    letters[token].append(number)
+        for letter, numbers in letters.items():
+            self.tie(numbers, label)
+            dots = letter.startswith("...")
+            if letter in pattern.mixes:
+                for number in numbers[:1]:
+                    self.mixing[number].append(f"{label} over {self.axes[number]}")
+            if letter in pattern.batch or (dots and "..." in pattern.batch):
+                stored = any(self.axes[number].value in self.view.stored for number in numbers)
+                self.batch[numbers[0]] = stored
+        for names, numbers in products.items():
+            self.tie(numbers, label)
+            self.compose(node, names, pattern, letters, numbers[0], label)
+        return mentioned
+
+    def compose(
+        self,
+        node: OpNode,
+        names: tuple[str, ...],
+        pattern: Pattern,
+        letters: dict[str, list[int]],
+        axis: int,
+        label: str,
+    ) -> None:
+        """Record a composite axis; atoms that no axis shows alone get an axis of their own."""
+        atoms: list[tuple[int, int, int]] = []
+        step = 1
+        for name in reversed(names):
+            size = pattern.sizes[name]
+            if not letters.get(name):
+                letters[name].append(self.add(Axis(f"{node.outputs[0]}#{name}", 0), size))
+            atom = letters[name][0]
+            if name in pattern.avoid:
+                self.avoid.add(atom)
+            atoms.insert(0, (atom, size, step))
+            self.edges.append((axis, atom, label))
+            step *= size
+        if step != self.sizes[axis]:
+            self.freezes.append((axis, None, f"{label}: sizes do not match"))
+            return
+        self.composites.append(Composite(axis, tuple(atoms)))
+
+    def tie(self, numbers: Sequence[int], label: str) -> None:
+        """The same dimension: position i with position i."""
+        for number in numbers[1:]:
+            if self.sizes[number] != self.sizes[numbers[0]]:
+                for k in (number, numbers[0]):
+                    self.freezes.append((k, None, f"{label}: sizes do not match"))
+            else:
+                self.ties.append((numbers[0], number))
+                self.edges.append((numbers[0], number, label))
+
+
+def _spread(tokens: tuple[Token, ...], shape: Shape) -> Iterable[tuple[int, Token]]:
+    """(axis, token), with `*` and `...` spread over the axes that are left; broadcast axes count from the right."""
+    rest = next((k for k, token in enumerate(tokens) if token in ("*", "...")), None)
+    if rest is None:
+        return enumerate(tokens[: len(shape)])
+    width = len(shape) - len(tokens) + 1
+    dots = tokens[rest] == "..."
+    middle: list[Token] = [f"...{width - k}" if dots else "*" for k in range(width)]
+    return enumerate([*tokens[:rest], *middle, *tokens[rest + 1 :]])
