@@ -19,32 +19,51 @@ BITS = {"FLOAT": 32, "DOUBLE": 64, "FLOAT16": 16, "BFLOAT16": 16, "INT8": 8, "UI
         "INT32": 32, "UINT32": 32, "INT64": 64, "UINT64": 64, "BOOL": 8, "INT4": 4, "UINT4": 4}  # fmt: skip
 
 
-def mac_axes(node: OpNode) -> list[Axis]:
-    """The axes whose lengths multiply to the MACs of a node; empty for operators that do not count."""
+def mac_terms(node: OpNode) -> list[list[Axis]]:
+    """For each product in a node, the axes whose lengths multiply to its MACs; none for operators that do not count."""
     x, y = node.inputs[0] if node.inputs else "", node.outputs[0]
-    if node.op_type in ("Conv", "ConvTranspose"):
-        side = y if node.op_type == "Conv" else x
-        weight = node.inputs[1]
-        return _all(node, side) + _all(node, weight)[1:]
-    if node.op_type == "Gemm":
-        return [*_all(node, y), Axis(x, 0 if node.attr("transA", 0) else 1)]
-    if node.op_type == "MatMul":
-        return [*_all(node, y), Axis(x, len(node.shape(0)) - 1)]
-    if node.op_type in ("LSTM", "GRU", "RNN"):
-        return []  # counted by _recurrent
+    kind = node.op_type
+    if kind in ("Conv", "ConvTranspose", "FusedConv", "ConvInteger", "QLinearConv"):
+        weight = node.inputs[3 if kind == "QLinearConv" else 1]
+        return [_all(node, x if kind == "ConvTranspose" else y) + _all(node, weight)[1:]]
+    if kind in ("Gemm", "FusedGemm", "QGemm"):
+        return [[*_all(node, y), Axis(x, 0 if node.attr("transA", 0) else 1)]]
+    if kind == "FusedMatMul":
+        return [[*_all(node, y), Axis(x, len(node.shape(0)) - (2 if node.attr("transA", 0) else 1))]]
+    if kind in PRODUCTS:
+        return [[*_all(node, y), Axis(x, len(node.shape(0)) - 1)]]
+    if kind in ("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM"):
+        return [[Axis(x, 0), Axis(x, 1), *_all(node, weight)] for weight in node.inputs[1:3]]
+    if kind == "Einsum":
+        return [_einsum(node)]
+    if kind == "Attention" and node.domain == "com.microsoft":
+        packed = [*_all(node, x)[:2], *_all(node, node.inputs[1])]
+        return [packed, *[[*_all(node, y), Axis(x, 1)]] * 2]
+    if kind in ("Attention", "MultiHeadAttention", "GroupQueryAttention"):
+        keys = node.inputs[1] or x
+        return [[*_all(node, y), Axis(keys, len(node.shapes[keys]) - 2)]] * 2
     return []
+
+
+PRODUCTS = frozenset(
+    "MatMul MatMulInteger QLinearMatMul MatMulIntegerToFloat DynamicQuantizeMatMul MatMulNBits".split()
+)
+
+
+def _einsum(node: OpNode) -> list[Axis]:
+    """One axis for each letter of the equation."""
+    terms = str(node.attrs["equation"]).replace(" ", "").partition("->")[0].split(",")
+    found: dict[str, Axis] = {}
+    for k, term in enumerate(terms):
+        if "." not in term:
+            for index, letter in enumerate(term):
+                if node.shape(k)[index] > 1:
+                    found.setdefault(letter, Axis(node.inputs[k], index))
+    return list(found.values())
 
 
 def _all(node: OpNode, value: str) -> list[Axis]:
     return [Axis(value, k) for k in range(len(node.shapes[value]))]
-
-
-def _recurrent(node: OpNode) -> float:
-    """MACs of an LSTM, GRU or RNN: steps x batch x directions x gates x hidden x (input + hidden)."""
-    if node.op_type not in ("LSTM", "GRU", "RNN") or node.domain not in ("", "ai.onnx"):
-        return 0.0
-    steps, batch = node.shape(0)[:2]
-    return float(steps * batch * (prod(node.shape(1)) + prod(node.shape(2))))
 
 
 @dataclass(frozen=True)
@@ -61,14 +80,11 @@ class Costs:
 
     def __init__(self, dims: DimGraph, view: View, shapes: Mapping[str, Shape]) -> None:
         self.dims = dims
-        self.fixed_macs = 0.0
         macs: list[tuple[float, list[int]]] = []
         for node in view.nodes:
             if any(name and name not in node.shapes for name in (*node.inputs, *node.outputs)):
                 continue
-            self.fixed_macs += _recurrent(node)
-            axes = mac_axes(node)
-            if axes:
+            for axes in mac_terms(node):
                 sizes = [shapes.get(a.value, view.shapes[a.value])[a.index] for a in axes]
                 macs.append((float(prod(sizes)), self._moving(axes)))
         self.macs_terms = self._pack(macs)
@@ -113,7 +129,7 @@ class Costs:
         """{macs, params, size} for these survivors; size is the weights' bytes alone."""
         shares = self.shares(alive)
         return {
-            "macs": self._total(self.macs_terms, shares) + self.fixed_macs,
+            "macs": self._total(self.macs_terms, shares),
             "params": self._total(self.params_terms, shares),
             "size": self._total(self.bytes_terms, shares),
         }

@@ -45,6 +45,11 @@ class Facts:
     small: dict[str, Array] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
+    def value(self, name: str) -> Array | None:
+        """The value itself, where it is small and fixed."""
+        found = self.values.get(name)
+        return self.small.get(name) if found is None else found
+
 
 def symbols(graph: ir.Graph) -> dict[str, list[tuple[str, int]]]:
     """{dynamic dimension: the (input, axis) places where it stands}, unnamed ones named `input:axis`."""
@@ -194,25 +199,18 @@ def _evaluate(proto: onnx.NodeProto, opset: int, values: Mapping[str, Array]) ->
 def _infer(facts: Facts, node: ir.Node, proto: onnx.NodeProto, opset: int) -> None:
     """Shapes of the outputs by the operator's own inference, else as the exporter declared them."""
     present = [name for name in names(node.inputs) if name]
+    found: dict[str, onnx.TypeProto] = {}
+    if (other := ops.stand_in_of(node.domain, node.op_type)) is not None:
+        proto, opset, present = _standing_in(proto, *other)
     try:
-        schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
+        schema = onnx.defs.get_schema(proto.op_type, opset, proto.domain)
         types = {n: onnx.helper.make_tensor_type_proto(facts.types[n], facts.shapes.get(n)) for n in present}
-        fixed = facts.small | facts.values
-        data = {n: onnx.numpy_helper.from_array(fixed[n], n) for n in present if n in fixed}
+        data = {n: onnx.numpy_helper.from_array(v, n) for n in present if (v := facts.value(n)) is not None}
         found = infer_node_outputs(schema, proto, types, data)
-    except KeyError:  # an input about which nothing is known
-        _declared(facts, node)
-        return
-    except onnx.defs.SchemaError:
-        shapes = ops.shapes_of(op_node(node, opset, facts, facts.small | facts.values, {}))
-        for name, shape in zip(names(node.outputs), shapes, strict=False):
-            facts.shapes[name], facts.types[name] = shape, facts.types[present[0]]
-        _declared(facts, node)
-        return
+    except (KeyError, onnx.defs.SchemaError):  # nothing is known about an input, or about the operator
+        pass
     except Exception as error:
         facts.problems.append(f"node '{node.name or node.outputs[0].name}': {str(error).strip().splitlines()[-1]}")
-        _declared(facts, node)
-        return
     for name in names(node.outputs):
         tensor = found[name].tensor_type if name in found else None
         if tensor is None or not tensor.elem_type:
@@ -221,11 +219,29 @@ def _infer(facts: Facts, node: ir.Node, proto: onnx.NodeProto, opset: int) -> No
         dims = tensor.shape.dim
         if tensor.HasField("shape") and all(d.HasField("dim_value") for d in dims):
             facts.shapes[name] = tuple(d.dim_value for d in dims)
+    if any(name and name not in facts.shapes for name in names(node.outputs)):
+        shapes, like = ops.shapes_of(op_node(node, opset, facts, {}, {}))
+        for name, shape in zip(names(node.outputs), shapes, strict=False):
+            facts.shapes.setdefault(name, shape)
+            if (known := facts.types.get(names(node.inputs)[like])) is not None:
+                facts.types.setdefault(name, known)
     _declared(facts, node)
     if node.op_type == "Reshape" and present[0] in facts.shapes:
         before, after = facts.shapes[present[0]], facts.shapes.get(str(node.outputs[0].name))
         if after is not None and prod(before) != prod(after):
             facts.problems.append(f"node '{node.name}': {list(before)} cannot become {list(after)}")
+
+
+STAND_IN_OPSET = 13
+
+
+def _standing_in(proto: onnx.NodeProto, op_type: str, inputs: tuple[int, ...]) -> tuple[onnx.NodeProto, int, list[str]]:
+    """An ONNX node whose outputs have the shapes of this one's, its opset and its inputs."""
+    schema = onnx.defs.get_schema(op_type, STAND_IN_OPSET)
+    node = onnx.NodeProto(op_type=op_type, output=proto.output)
+    node.input.extend(proto.input[k] for k in inputs)
+    node.attribute.extend(a for a in proto.attribute if a.name in schema.attributes)
+    return node, STAND_IN_OPSET, list(node.input)
 
 
 def _declared(facts: Facts, node: ir.Node) -> None:

@@ -231,9 +231,10 @@ def _stored(prepared: Prepared) -> tuple[dict[str, Stored], dict[ir.Node, dict[i
 def _role(node: ir.Node, k: int, dtype: str) -> str:
     """What an initializer is to the operator that finally uses it, seen through what only moves it."""
     for _ in range(16):
-        if node.op_type == "DequantizeLinear" and k == 0:
+        if k in ops.integers_of(node.domain, node.op_type):
             dtype = "FLOAT"
-        elif node.op_type not in PASSES or (node.op_type == "Gather" and k == 1):
+        carries = node.op_type in PASSES or node.op_type == "DequantizeLinear"
+        if not carries or (node.op_type in ("Gather", "DequantizeLinear") and k):
             break
         following = [use for value in node.outputs for use in value.uses()]
         if not following:

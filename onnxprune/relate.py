@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 from onnxprune import ops
-from onnxprune.types import Axis, Freeze, OpNode, Pattern, Positions, Shape, Take, View
+from onnxprune.types import Axis, Freeze, OpNode, Pattern, Positions, Shape, Take, View, Virtual
 
 Token = str | tuple[str, ...]
 
@@ -46,6 +46,7 @@ class Relations:
 
     def __init__(self, view: View) -> None:
         self.view = view
+        self.shapes: dict[str, Shape] = dict(view.shapes)
         self.axes: list[Axis] = []
         self.sizes: list[int] = []
         self.number: dict[Axis, int] = {}
@@ -58,7 +59,7 @@ class Relations:
         self.avoid: set[int] = set()
         self.edges: list[tuple[int, int, str]] = []
         self.unknown: dict[str, str] = {}
-        for value, shape in view.shapes.items():
+        for value, shape in self.shapes.items():
             for index, size in enumerate(shape):
                 if size > 1:
                     self.add(Axis(value, index), size)
@@ -83,7 +84,7 @@ class Relations:
 
     def axes_of(self, value: str) -> list[int]:
         """Numbers of the axes of a value that carry anything."""
-        rank = len(self.view.shapes.get(value, ()))
+        rank = len(self.shapes.get(value, ()))
         return [self.number[a] for k in range(rank) if (a := Axis(value, k)) in self.number]
 
     def freeze(self, value: str, axis: int | None, reason: str, positions: Positions | None = None) -> None:
@@ -95,7 +96,7 @@ class Relations:
     def relate(self, node: OpNode) -> None:
         """Apply a node's rule; freeze what it does not mention."""
         operands = [name for name in (*node.inputs, *node.outputs) if name]
-        unknown = [name for name in operands if name not in self.view.shapes]
+        unknown = [name for name in operands if name not in self.shapes]
         answer = ops.relations(node)
         if unknown and not isinstance(answer, str):
             answer = f"{node.op_type}: the shape of '{unknown[0].split(chr(0))[0]}' is not known"
@@ -108,6 +109,11 @@ class Relations:
         mentioned: set[int] = set()
         for relation in answer:
             match relation:
+                case Virtual():
+                    self.shapes[relation.name] = relation.shape
+                    for index, size in enumerate(relation.shape):
+                        if size > 1:
+                            self.add(Axis(relation.name, index), size)
                 case Pattern():
                     mentioned |= self.pattern(node, relation, label)
                 case Take():
@@ -141,13 +147,15 @@ class Relations:
     def pattern(self, node: OpNode, pattern: Pattern, label: str) -> set[int]:
         """Expand axis notation to ties, composites, freezes and mixing marks."""
         left, right = parse(pattern.text)
-        pairs = [(name, tokens) for name, tokens in zip(node.inputs, left, strict=False) if name]
-        pairs += [(name, tokens) for name, tokens in zip(node.outputs, right, strict=False) if name]
+        inputs = pattern.operands[: len(left)] if pattern.operands else node.inputs
+        outputs = pattern.operands[len(left) :] if pattern.operands else node.outputs
+        pairs = [(name, tokens) for name, tokens in zip(inputs, left, strict=False) if name]
+        pairs += [(name, tokens) for name, tokens in zip(outputs, right, strict=False) if name]
         mentioned: set[int] = set()
         letters: dict[str, list[int]] = defaultdict(list)
         products: dict[tuple[str, ...], list[int]] = defaultdict(list)
         for name, tokens in pairs:
-            shape = self.view.shapes.get(name)
+            shape = self.shapes.get(name)
             if shape is None:
                 continue
             for index, token in _spread(tokens, shape):
@@ -165,18 +173,22 @@ class Relations:
                     self.freezes.append((number, None, f"fixed by {node.op_type}"))
                 elif token != "_":
                     letters[token].append(number)
-        for letter, numbers in letters.items():
+        for numbers in letters.values():
             self.tie(numbers, label)
-            dots = letter.startswith("...")
-            if letter in pattern.mixes:
-                for number in numbers[:1]:
-                    self.mixing[number].append(f"{label} over {self.axes[number]}")
-            if letter in pattern.batch or (dots and "..." in pattern.batch):
-                stored = any(self.axes[number].value in self.view.stored for number in numbers)
-                self.batch[numbers[0]] = stored
         for names, numbers in products.items():
             self.tie(numbers, label)
             self.compose(node, names, pattern, letters, numbers[0], label)
+        for letter, numbers in letters.items():
+            dots = letter.startswith("...")
+            if letter in pattern.mixes:
+                self.mixing[numbers[0]].append(f"{label} over {self.axes[numbers[0]]}")
+            if letter in pattern.batch or (dots and "..." in pattern.batch):
+                stored = any(self.axes[number].value in self.view.stored for number in numbers)
+                self.batch[numbers[0]] = stored
+            if letter in pattern.avoid:
+                self.avoid.add(numbers[0])
+            if letter in pattern.fixed:
+                self.freezes.append((numbers[0], None, f"kept whole by {node.op_type}"))
         return mentioned
 
     def compose(
@@ -196,8 +208,6 @@ class Relations:
             if not letters.get(name):
                 letters[name].append(self.add(Axis(f"{node.outputs[0]}#{name}", 0), size))
             atom = letters[name][0]
-            if name in pattern.avoid:
-                self.avoid.add(atom)
             atoms.insert(0, (atom, size, step))
             self.edges.append((axis, atom, label))
             step *= size

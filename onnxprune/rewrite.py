@@ -6,7 +6,7 @@ wrong rule is caught here, with the name of the node, before anything runs.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import ChainMap, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -98,7 +98,7 @@ def _resize_nodes(model: ir.Model, prepared: Prepared, view: View, wanted: Mappi
         resize = ops.resize_of(node.domain, node.op_type)
         if resize is not None and all(name in dense.shapes for name in (*dense.inputs, *dense.outputs) if name):
             alias = {k: name for k, name in enumerate(dense.inputs) if "\0" in name}
-            now = op_node(node, opset, facts, facts.small | facts.values, alias)
+            now = op_node(node, opset, facts, ChainMap(facts.values, facts.small), alias)
             try:
                 edit = resize(ops.Resizing(_named(now, dense), dense, wanted, keep))
             except KeyError as missing:
@@ -168,6 +168,8 @@ def _edit(model: ir.Model, node: ir.Node, edit: ops.Edit, facts: Facts, static: 
     for key, value in edit.attrs.items():
         if value is None:
             node.attributes.pop(key, None)
+        elif isinstance(value, float):
+            node.attributes[key] = ir.AttrFloat32(key, value)
         elif isinstance(value, int):
             node.attributes[key] = ir.AttrInt64(key, value)
         else:

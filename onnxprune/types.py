@@ -79,7 +79,10 @@ class Pattern:
 
     The same letter is the same dimension; `(g o)` is a composite axis, outer atom first; `*` is every axis that is
     left, kept whole; `...` are broadcast axes; `_` is an axis of which nothing is said here, `!` one that is frozen.
-    A letter that is missing on the right is summed over. Parts for absent optional inputs are skipped.
+    A letter that is missing on the right is summed over. Parts for absent optional inputs are skipped. Positions of
+    letters in `mixes` see each other, `batch` letters count independent products (heads, experts), those in `avoid` are
+    cut only where nothing else is free, those in `fixed` never. `operands` are the values that the parts speak of, if
+    they are not the node's inputs and outputs.
     """
 
     text: str
@@ -87,6 +90,16 @@ class Pattern:
     mixes: tuple[str, ...] = ()
     batch: tuple[str, ...] = ()
     avoid: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
+    operands: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Virtual:
+    """A value that no file holds, of use to say what an operator does inside: one piece of a packed input."""
+
+    name: str
+    shape: Shape
 
 
 @dataclass(frozen=True)
@@ -110,7 +123,7 @@ class Freeze:
     positions: Positions | None = None
 
 
-Relation = Pattern | Take | Freeze
+Relation = Pattern | Take | Freeze | Virtual
 
 
 # What coupling gives -------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxprune import ops
 from onnxprune.errors import InternalError
 from onnxprune.model import free_name, lift_constants
 from onnxprune.storage import dump
@@ -87,7 +88,7 @@ def reference(dense: ir.Model, gone: Iterable[Removal]) -> ir.Model:
         array = np.array(value.const_value.numpy(), copy=True)
         for removal in entries:
             at = (slice(None),) * removal.axis + (list(removal.removed),)
-            array[at] = _zero(value, array, removal)[at] if array.dtype.kind in "iu" else 0
+            array[at] = _zero(value, array)[at] if array.dtype.kind in "iu" else 0
         tensor = ir.Tensor(array, dtype=value.const_value.dtype, name=name)
         if uses is None:
             value.const_value = tensor
@@ -105,19 +106,53 @@ def reference(dense: ir.Model, gone: Iterable[Removal]) -> ir.Model:
     return model
 
 
-def _zero(value: ir.Value, array: Array, removal: Removal) -> Array:
-    """What zero is for a quantised weight: the zero point of the DequantizeLinear that reads it."""
+def _zero(value: ir.Value, array: Array) -> Array:
+    """What zero is for a quantised weight: the zero point that its reader is given."""
     for node, k in value.uses():
-        if node.op_type == "DequantizeLinear" and k == 0 and len(node.inputs) > 2 and node.inputs[2] is not None:
-            tensor = node.inputs[2].const_value
-            if tensor is not None:
-                point = tensor.numpy()
-                axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
-                shape = [1] * array.ndim
-                if point.ndim == 1 and point.size > 1:
-                    shape[axis] = point.size
-                return np.broadcast_to(point.reshape(shape), array.shape)
+        place = ops.integers_of(node.domain, node.op_type).get(k)
+        if place is None:
+            continue
+        if node.op_type == "MatMulNBits":
+            return _packed_zero(node, array)
+        point, axis = place
+        if node.op_type == "DequantizeLinear" and "axis" in node.attributes:
+            axis = node.attributes["axis"].as_int()
+        if node.op_type == "QGemm" and "transB" in node.attributes and node.attributes["transB"].as_int():
+            axis = 0
+        return _aligned(node.inputs[point] if point < len(node.inputs) else None, array, axis)
     return np.zeros_like(array)
+
+
+def _aligned(point: ir.Value | None, array: Array, axis: int) -> Array:
+    """A zero point spread over an array of which it scales one axis, or the leading and the last one."""
+    if point is None or point.const_value is None:
+        return np.zeros_like(array)
+    found = point.const_value.numpy()
+    shape = [1] * array.ndim
+    if found.ndim == 2:
+        shape[0], shape[-1] = found.shape
+    elif found.size > 1:
+        shape[axis] = found.size
+    return np.broadcast_to(found.reshape(shape), array.shape)
+
+
+def _packed_zero(node: ir.Node, array: Array) -> Array:
+    """Bytes that stand for zero in MatMulNBits: each block's zero point, by default the middle of its range."""
+    bits = node.attributes["bits"].as_int() if "bits" in node.attributes else 4
+    per_byte = 8 // bits
+    given = node.inputs[3].const_value if len(node.inputs) > 3 and node.inputs[3] is not None else None
+    point: Array | None = None if given is None else given.numpy()
+    codes: Array
+    if point is None:
+        codes = np.full(array.shape[:2], 1 << (bits - 1), np.uint8)
+    elif point.dtype == np.uint8:
+        rows = point.reshape(array.shape[0], -1)
+        shifts = np.arange(per_byte, dtype=np.uint8) * bits
+        codes = ((rows[..., None] >> shifts) & ((1 << bits) - 1)).reshape(len(rows), -1)[:, : array.shape[1]]
+    else:
+        codes = np.rint(point.reshape(array.shape[:2])).astype(np.uint8)
+    filled = sum(codes.astype(np.uint8) << (bits * k) for k in range(per_byte))
+    return np.broadcast_to(np.asarray(filled, np.uint8)[..., None], array.shape)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ LAYERS = (
     ("dims", "groups", "select", "cost", "infer", "quality"),
     ("reading", "storage", "model", "rewrite", "report", "feeds"),
     ("worker", "runtime", "runtime.*", "measure"),
-    ("verify", "analysis", "prove", "recipe"),
+    ("verify", "analysis", "prove", "recipe", "calibrate"),
     ("pipeline", "verbs", "audit"),
     ("cli", "__init__", "__main__"),
 )
@@ -47,7 +47,7 @@ OUTSIDE = {
     "networkx": ("dims",),
     "google": ("reading",),  # protobuf
     "onnx": ("reading", "storage", "model", "rewrite", "verify", "infer"),
-    "onnx_ir": ("reading", "storage", "model", "rewrite", "verify", "infer", "feeds", "audit"),
+    "onnx_ir": ("reading", "storage", "model", "rewrite", "verify", "infer", "feeds", "audit", "calibrate"),
     "onnxruntime": ("runtime.ort",),
     "pydantic": ("report",),
     "click": ("cli",),

@@ -26,6 +26,11 @@ def f32(*values: float) -> np.ndarray:
     return np.array(values, np.float32)
 
 
+def i8(*shape: int) -> np.ndarray:
+    """Seven bits: with eight, pairs of products saturate in some kernels, and which are paired changes with removal."""
+    return (np.arange(np.prod(shape)) * 37 % 101 - 50).astype(np.int8).reshape(shape)
+
+
 def entry(name: str, inputs: str, outputs: str, weights: Weights, body: str, opset: int = 18, ir: int = 8) -> None:
     """A model in ONNX text; a weight is a shape to fill with random numbers, or an array. Variances are positive."""
 
@@ -472,20 +477,258 @@ entry(
 )  # fmt: skip
 for name, node, channels in (
     ("DepthToSpace", "DepthToSpace<blocksize = 2>(b)", 2),
+    ("DepthToSpace in columns", 'DepthToSpace<blocksize = 2, mode = "CRD">(b)', 2),
     ("SpaceToDepth", "SpaceToDepth<blocksize = 2>(b)", 32),
     ("LRN", "LRN<size = 3>(b)", 8),
-    ("Tile", "Tile(b, twice)", 8),
+    ("Tile", "Tile(b, twice)", 16),
+    ("Trilu", "Trilu(b)", 8),
+    ("CumSum", "CumSum(b, axis)", 8),
+    ("CumSum over space", "CumSum(b, last)", 8),
     ("GroupNormalization", "GroupNormalization<num_groups = 2>(b, g, s)", 8),
 ):
     entry(
         f"convolutions around {name}",
         "float[n,3,4,4] x",
         "float[n,2,h,w] y",
-        {"w0": (7, 3, 1, 1), "w1": (8, 7, 1, 1), "b1": (8,), "g": (8,), "s": (8,), "twice": i64(1, 1, 2, 1),
+        {"w0": (7, 3, 1, 1), "w1": (8, 7, 1, 1), "b1": (8,), "g": (8,), "s": (8,), "twice": i64(1, 2, 2, 1), "axis": np.array(1), "last": np.array(-1),
          "w2": (2, channels, 1, 1)},
         f"a0 = Conv(x, w0)\na = Relu(a0)\nb = Conv(a, w1, b1)\nc = {node}\ny = Conv(c, w2)",
         opset=21,
     )  # fmt: skip
+entry(
+    "GroupNorm as InstanceNorm",
+    "float[n,3,h,w] x",
+    "float[n,2,h,w] y",
+    {"w0": (12, 3, 1, 1), "to": i64(0, 3, -1), "ones": (3,), "zeros": (3,), "gain": (12, 1, 1), "shift": (12, 1, 1),
+     "w1": (2, 12, 1, 1)},
+    "a = Conv(x, w0)\nb = Reshape(a, to)\nc = InstanceNormalization(b, ones, zeros)\ns = Shape(a)\nd = Reshape(c, s)\n"
+    "e = Mul(d, gain)\nf = Add(e, shift)\ny = Conv(f, w1)",
+)  # fmt: skip
+entry(
+    "positions by number",
+    "float[n,5,3] x, int64[n,2] which",
+    "float[n,2,2] y, float[n,5,2] z, int64[n,5,1] best",
+    {"w1": (3, 7), "b1": (7,), "w2": (7, 2), "w3": (7, 2), "axes": i64(2), "many": i64(1, 1, 7), "k": i64(1), "start": i64(0),
+     "idx": i64(0, 2).reshape(2, 1), "perm": i64(1, 0, 2), "w4": (7, 2), "seven": np.array(7), "onoff": f32(0.5, 2), "w5": (7, 2)},
+    "a = MatMul(x, w1)\nh = Add(a, b1)\nw = Unsqueeze(which, axes)\nwide = Expand(w, many)\n"
+    "b = GatherElements<axis = 1>(h, wide)\nc = MatMul(b, w2)\nt = Transpose<perm = [1,0,2]>(h)\n"
+    "d = GatherND(t, idx)\ne = Transpose<perm = [1,0,2]>(d)\nf = MatMul(e, w3)\ny = Add(c, f)\n"
+    "u = Neg(d)\ng = ScatterND(t, idx, u)\ni = Transpose<perm = [1,0,2]>(g)\nm = ScatterElements<axis = 1>(i, wide, b)\n"
+    "z0 = MatMul(m, w4)\nv, best = TopK(h, k)\nhot = OneHot(best, seven, onoff)\nhot2 = ReduceMax<keepdims = 0>(hot, axes)\n"
+    "z1 = MatMul(hot2, w5)\nz = Add(z0, z1)",
+)  # fmt: skip
+
+# Recurrent ---------------------------------------------------------------------------------------------------------
+
+for op, gates in (("LSTM", 4), ("GRU", 3), ("RNN", 1)):
+    entry(
+        f"stacked {op}",
+        "float[t,n,3] x",
+        "float[t,n,2] y",
+        {"w1": (1, gates * 7, 3), "r1": (1, gates * 7, 7), "b1": (1, gates * 14), "w2": (1, gates * 5, 7),
+         "r2": (1, gates * 5, 5), "w3": (5, 2), "axis": i64(1)},
+        f"a = {op}<hidden_size = 7>(x, w1, r1, b1)\nb = Squeeze(a, axis)\nc = {op}<hidden_size = 5>(b, w2, r2)\n"
+        "d = Squeeze(c, axis)\ny = MatMul(d, w3)",
+    )  # fmt: skip
+    entry(
+        f"{op} in both directions, with a state",
+        "float[4,2,3] x",
+        "float[4,2,2] y, float[2,2] z",
+        {"w1": (2, gates * 7, 3), "r1": (2, gates * 7, 7), "b1": (2, gates * 14), "start": (2, 2, 7), "w2": (14, 2),
+         "join": i64(0, 0, -1), "w3": (14, 2), "flat": i64(0, -1)},
+        f'a, last = {op}<hidden_size = 7, direction = "bidirectional">(x, w1, r1, b1, , start)\n'
+        "b = Transpose<perm = [0,2,1,3]>(a)\nc = Reshape(b, join)\ny = MatMul(c, w2)\nd = Transpose<perm = [1,0,2]>(last)\n"
+        "e = Reshape(d, flat)\nz = MatMul(e, w3)",
+    )  # fmt: skip
+entry(
+    "LSTM with peepholes and computed states",
+    "float[t,n,3] x",
+    "float[n,2] y",
+    {
+        "w1": (1, 28, 3),
+        "r1": (1, 28, 7),
+        "b1": (1, 56),
+        "p1": (1, 21),
+        "one": i64(1),
+        "seven": i64(7),
+        "zero": i64(0),
+        "two": i64(2),
+        "w2": (7, 2),
+        "axis": i64(0),
+    },
+    "s = Shape(x)\nn = Slice(s, one, two, zero)\nto = Concat<axis = 0>(one, n, seven)\nh0 = ConstantOfShape(to)\n"
+    "a, h, c = LSTM<hidden_size = 7>(x, w1, r1, b1, , h0, h0, p1)\nb = Add(h, c)\nd = Squeeze(b, axis)\ny = MatMul(d, w2)",
+)
+entry(
+    "quantised LSTM",
+    "float[t,n,3] x",
+    "float[t,n,2] y",
+    {"w1": i8(1, 3, 28), "r1": i8(1, 7, 28),
+     "b1": (1, 56), "ws": np.array([0.02], np.float32), "wz": np.array([3], np.int8), "rs": np.array([0.01], np.float32),
+     "rz": np.array([-2], np.int8), "w2": (7, 2), "axis": i64(1)},
+    "a = com.microsoft.DynamicQuantizeLSTM<hidden_size = 7>(x, w1, r1, b1, , , , , ws, wz, rs, rz)\nb = Squeeze(a, axis)\n"
+    "y = MatMul(b, w2)",
+)  # fmt: skip
+
+# Whole blocks as one operator --------------------------------------------------------------------------------------
+
+entry(
+    "Attention, grouped queries, flat",
+    "float[n,t,6] x",
+    "float[n,t,2] y",
+    {"wq": (6, 24), "wk": (6, 12), "wv": (6, 15), "bv": (15,), "wo": (30, 2), "mask": (1, 6, 1, 1)},
+    "q = MatMul(x, wq)\nk = MatMul(x, wk)\nv0 = MatMul(x, wv)\nv = Add(v0, bv)\n"
+    "a = Attention<q_num_heads = 6, kv_num_heads = 3>(q, k, v)\ny = MatMul(a, wo)",
+    opset=23,
+)
+entry(
+    "Attention, heads apart, rotary",
+    "float[n,5,6] x",
+    "float[n,5,2] y",
+    {"wq": (6, 12), "wk": (6, 12), "wv": (6, 12), "wo": (12, 2), "split": i64(0, 0, 3, 4), "join": i64(0, 0, 12),
+     "cos": (5, 2), "sin": (5, 2), "ids": i64(0, 1, 2, 3, 4).reshape(1, 5), "to": i64(-1, 5), "mask": (3, 5, 5), "zero": i64(0),
+     "one": i64(1), "five": i64(5)},
+    "q0 = MatMul(x, wq)\nk0 = MatMul(x, wk)\nv0 = MatMul(x, wv)\nq1 = Reshape(q0, split)\nk1 = Reshape(k0, split)\n"
+    "v1 = Reshape(v0, split)\nq2 = Transpose<perm = [0,2,1,3]>(q1)\nk2 = Transpose<perm = [0,2,1,3]>(k1)\n"
+    "v = Transpose<perm = [0,2,1,3]>(v1)\ns = Shape(x)\nn = Slice(s, zero, one)\nbs = Concat<axis = 0>(n, five)\n"
+    "pos = Expand(ids, bs)\nq = RotaryEmbedding(q2, cos, sin, pos)\nk = RotaryEmbedding(k2, cos, sin, pos)\n"
+    "a = Attention(q, k, v, mask)\nb = Transpose<perm = [0,2,1,3]>(a)\nc = Reshape(b, join)\ny = MatMul(c, wo)",
+    opset=23,
+)  # fmt: skip
+entry(
+    "fused encoder block",
+    "int32[n,t] ids, int32[n,t] kinds",
+    "float[n,t,2] y",
+    {"words": (13, 6), "places": (40, 6), "types": (2, 6), "g0": (6,), "s0": (6,), "w": (6, 45), "b": (45,), "wo": (15, 6),
+     "bo": (6,), "g1": (6,), "s1": (6,), "w1": (6, 7), "b1": (7,), "w2": (7, 6), "b2": (6,), "g2": (6,), "s2": (6,), "w3": (6, 2)},
+    "e, m = com.microsoft.EmbedLayerNormalization(ids, kinds, words, places, types, g0, s0)\n"
+    "a = com.microsoft.Attention<num_heads = 3>(e, w, b)\nc = MatMul(a, wo)\n"
+    "d = com.microsoft.SkipLayerNormalization(c, e, g1, s1, bo)\nf = MatMul(d, w1)\nh = com.microsoft.BiasGelu(f, b1)\n"
+    "i = MatMul(h, w2)\nj, , , sum = com.microsoft.SkipLayerNormalization(i, d, g2, s2, b2)\nk = Add(j, sum)\ny = MatMul(k, w3)",
+)  # fmt: skip
+entry(
+    "fused attention, three projections",
+    "float[n,t,6] x",
+    "float[n,t,2] y",
+    {
+        "wq": (6, 12),
+        "wk": (6, 12),
+        "wv": (6, 15),
+        "b": (39,),
+        "wo": (15, 6),
+        "g": (6,),
+        "w1": (6, 7),
+        "b1": (7,),
+        "w2": (7, 2),
+    },
+    "q = MatMul(x, wq)\nk = MatMul(x, wk)\nv = MatMul(x, wv)\n"
+    "a = com.microsoft.MultiHeadAttention<num_heads = 3>(q, k, v, b)\nc = MatMul(a, wo)\n"
+    "d, , , e = com.microsoft.SkipSimplifiedLayerNormalization(c, x, g)\nf = MatMul(d, w1)\nh = com.microsoft.FastGelu(f, b1)\n"
+    "y = MatMul(h, w2)",
+)
+for packed in (False, True):
+    entry(
+        f"grouped queries in one operator{', packed' if packed else ''}",
+        "float[n,t,6] x",
+        "float[n,t,2] y",
+        {"wq": (6, 96), "wk": (6, 48), "wv": (6, 48), "w": (6, 192), "wo": (96, 2), "cos": (64, 8), "sin": (64, 8),
+         "zero": i64(0), "i1": np.array(1), "one": i64(1), "onenp": np.array(1)},
+        "s = Shape(x)\nn = Slice(s, zero, one)\nt0 = Gather(s, i1)\nt1 = Sub(t0, onenp)\nt2 = Expand(t1, n)\n"
+        "ends = Cast<to = 6>(t2)\nlen = Cast<to = 6>(t0)\n"
+        + ("q = MatMul(x, w)\n" if packed else "q = MatMul(x, wq)\nk = MatMul(x, wk)\nv = MatMul(x, wv)\n")
+        + "a, pk, pv = com.microsoft.GroupQueryAttention<num_heads = 6, kv_num_heads = 3, do_rotary = 1>"
+        + f"(q, {', ' if packed else 'k, v'}, , , ends, len, cos, sin)\ny = MatMul(a, wo)",
+    )  # fmt: skip
+entry(
+    "rotary by ONNX Runtime",
+    "float[n,5,6] x",
+    "float[n,5,2] y",
+    {"wq": (6, 24), "wk": (6, 24), "wv": (6, 24), "wo": (24, 2), "cos": (5, 4), "sin": (5, 4), "first": i64(0)},
+    "q0 = MatMul(x, wq)\nk0 = MatMul(x, wk)\nv = MatMul(x, wv)\n"
+    "q = com.microsoft.RotaryEmbedding(q0, first, cos, sin)\nk = com.microsoft.RotaryEmbedding(k0, first, cos, sin)\n"
+    "a = com.microsoft.MultiHeadAttention<num_heads = 3>(q, k, v)\ny = MatMul(a, wo)",
+)
+entry(
+    "fused linear operators",
+    "float[n,3,5,4] x, float[n,6] z",
+    "float[n,2] y",
+    {"w0": (7, 3, 3, 3), "b0": (7,), "w1": (7, 3, 3, 3), "w2": (2, 7), "w3": (11, 6), "b3": (11,), "w4": (11, 2)},
+    'c = Conv<pads = [1,1,1,1]>(x, w1)\na = com.microsoft.FusedConv<activation = "Relu", pads = [1,1,1,1]>(x, w0, b0, c)\n'
+    "b = GlobalAveragePool(a)\nd = Flatten(b)\ne = com.microsoft.FusedMatMul<transB = 1, alpha = 0.5>(d, w2)\n"
+    'f = com.microsoft.FusedGemm<transB = 1, activation = "Relu">(z, w3, b3)\ng = MatMul(f, w4)\ny = Add(e, g)',
+)
+entry(
+    "Einsum: heads, experts in a stack",
+    "float[n,t,6] x",
+    "float[n,t,2] y",
+    {
+        "wq": (6, 3, 5),
+        "wk": (6, 3, 5),
+        "wv": (6, 3, 7),
+        "wo": (3, 7, 6),
+        "router": (6, 4),
+        "up": (4, 6, 11),
+        "down": (4, 11, 2),
+    },
+    'q = Einsum<equation = "btd,dhk->bthk">(x, wq)\nk = Einsum<equation = "btd,dhk->bthk">(x, wk)\n'
+    'v = Einsum<equation = "btd,dhk->bthk">(x, wv)\ns = Einsum<equation = "bqhd,bkhd->bhqk">(q, k)\np = Softmax(s)\n'
+    'o = Einsum<equation = "bhqk,bkhd->bqhd">(p, v)\nr = Einsum<equation = "bqhd,hdm->bqm">(o, wo)\nl = MatMul(r, router)\n'
+    'g = Softmax(l)\nu = Einsum<equation = "...d,edf->...ef">(r, up)\nh = Relu(u)\ni = Einsum<equation = "btef,efd->bted">(h, down)\n'
+    'y = Einsum<equation = "bte,bted->btd">(g, i)',
+)
+
+# Quantised ---------------------------------------------------------------------------------------------------------
+
+SCALES = {"s": np.array(0.05, np.float32), "z": np.array(120, np.uint8), "zi": np.array(2, np.int8)}
+entry(
+    "QLinear convolutions",
+    "float[n,3,4,4] x",
+    "float[n,2,1,1] y",
+    {**SCALES, "w0": i8(8, 3, 3, 3), "s0": np.full(8, 0.02, np.float32), "z0": np.full(8, 3, np.int8),
+     "b0": np.arange(8, dtype=np.int32) * 40, "w1": i8(8, 2, 1, 1), "w2": i8(2, 8, 1, 1)},
+    "a = QuantizeLinear(x, s, z)\nb = QLinearConv<pads = [1,1,1,1]>(a, s, z, w0, s0, z0, s, z, b0)\n"
+    "c = QLinearConv<group = 4>(b, s, z, w1, s, zi, s, z)\nd = com.microsoft.QLinearAdd(b, s, z, c, s, z, s, z)\n"
+    "e = com.microsoft.QLinearLeakyRelu(d, s, z, s, z)\nf = com.microsoft.QLinearSigmoid(e, s, z, s, z)\n"
+    "g = com.microsoft.QLinearMul(e, s, z, f, s, z, s, z)\n"
+    "h = com.microsoft.QLinearAveragePool<kernel_shape = [2,2]>(g, s, z, s, z)\n"
+    "i = com.microsoft.QLinearGlobalAveragePool(g, s, z, s, z)\nj = QLinearConv(i, s, z, w2, s, zi, s, z)\ny = DequantizeLinear(j, s, z)",
+)  # fmt: skip
+entry(
+    "quantised matrix products",
+    "float[n,6] x",
+    "float[n,2] y",
+    {**SCALES, "w0": i8(6, 7), "s0": np.full(7, 0.02, np.float32), "z0": np.full(7, 3, np.int8), "w1": i8(7, 11),
+     "w2": i8(2, 11), "b2": np.arange(2, dtype=np.int32), "w3": i8(6, 5), "s3": np.full(5, 0.03, np.float32),
+     "z3": np.full(5, -2, np.int8), "w4": i8(5, 3), "b4": (3,), "w5": i8(3, 2), "b5": (2,)},
+    "a = QuantizeLinear(x, s, z)\nb = QLinearMatMul(a, s, z, w0, s0, z0, s, z)\nc = QLinearMatMul(b, s, z, w1, s, zi, s, z)\n"
+    "d = com.microsoft.QGemm<transB = 1>(c, s, z, w2, s, zi, b2, s, z)\ne = DequantizeLinear(d, s, z)\n"
+    "f, fs, fz = DynamicQuantizeLinear(x)\ng = MatMulInteger(f, w3, fz, z3)\nh = Cast<to = 1>(g)\ni = Mul(h, s3)\nj = Mul(i, fs)\n"
+    "k = com.microsoft.DynamicQuantizeMatMul(j, w4, s, zi, b4)\nl, ls, lz = DynamicQuantizeLinear(k)\n"
+    "m = com.microsoft.MatMulIntegerToFloat(l, w5, ls, s, lz, zi, b5)\ny = Add(e, m)",
+)  # fmt: skip
+entry(
+    "convolution in integers",
+    "float[n,3,4,4] x",
+    "float[n,2,4,4] y",
+    {"w0": i8(7, 3, 1, 1), "z0": np.array(2, np.int8), "w1": i8(2, 7, 1, 1), "s0": np.array(0.02, np.float32)},
+    "f, fs, fz = DynamicQuantizeLinear(x)\na = ConvInteger(f, w0, fz, z0)\nb = Cast<to = 1>(a)\nc = Mul(b, s0)\nd = Relu(c)\n"
+    "g, gs, gz = DynamicQuantizeLinear(d)\nh = ConvInteger(g, w1, gz, z0)\ni = Cast<to = 1>(h)\ny = Mul(i, s0)",
+)
+for zero, extra in (
+    ("", {}),
+    (", z0", {"z0": np.full((48, 1), 0x79, np.uint8), "z1": np.full((2, 2), 0x68, np.uint8)}),
+):
+    entry(
+        f"four bits{' with zero points' if zero else ''}",
+        "float[n,32] x",
+        "float[n,2] y",
+        {"q0": i8(48, 2, 8).view(np.uint8), "s0": (48, 2), "q1": i8(2, 3, 8).view(np.uint8), "s1": (2, 3), **extra},
+        f"a = com.microsoft.MatMulNBits<K = 32, N = 48, bits = 4, block_size = 16>(x, q0, s0{zero})\nb = Relu(a)\n"
+        f"y = com.microsoft.MatMulNBits<K = 48, N = 2, bits = 4, block_size = 16>(b, q1, s1{zero.replace('0', '1')})",
+    )
+
+# Forms -------------------------------------------------------------------------------------------------------------
+
 entry(
     "read inside a branch",
     "float[n,3] x, bool flag",

@@ -37,13 +37,15 @@ class Resizing:
 ResizeFunction = Callable[[Resizing], Edit | None]
 ShapeFunction = Callable[[OpNode], Sequence[Shape]]
 
-FAMILIES = ("elementwise", "linear", "movement", "index", "mixing", "quant")
+FAMILIES = ("elementwise", "linear", "movement", "index", "mixing", "recurrent", "fused", "quant")
 RULES: dict[tuple[str, str], RuleFunction] = {}
 RESIZES: dict[tuple[str, str], ResizeFunction] = {}
 ROLES: dict[tuple[str, str], Mapping[int, str]] = {}
+INTEGERS: dict[tuple[str, str], Mapping[int, tuple[int, int] | None]] = {}
 SLOTS: dict[tuple[str, str], frozenset[int]] = {}
 REASONS: dict[tuple[str, str], str] = {}
-SHAPES: dict[tuple[str, str], ShapeFunction] = {}
+SHAPES: dict[tuple[str, str], tuple[ShapeFunction, int]] = {}
+STAND_INS: dict[tuple[str, str], tuple[str, tuple[int, ...]]] = {}
 
 
 def _key(name: str) -> tuple[str, str]:
@@ -51,13 +53,22 @@ def _key(name: str) -> tuple[str, str]:
     return domain, op_type
 
 
-def rule(*names: str, roles: Mapping[int, str] | None = None) -> Callable[[RuleFunction], RuleFunction]:
-    """Register a rule; `roles` says what an initializer at input k is (default: weight)."""
+def rule(
+    *names: str,
+    roles: Mapping[int, str] | None = None,
+    integers: Mapping[int, tuple[int, int] | None] | None = None,
+) -> Callable[[RuleFunction], RuleFunction]:
+    """Register a rule; `roles` says what an initializer at input k is (default: weight).
+
+    `integers` are the inputs that hold quantised weights: {input: (its zero point's input, the axis of the weight
+    that this lies along), or None where zero is zero}. Integers elsewhere are numbers and indices.
+    """
 
     def register(function: RuleFunction) -> RuleFunction:
         for name in names:
             RULES[_key(name)] = function
             ROLES[_key(name)] = roles or {}
+            INTEGERS[_key(name)] = integers or {}
         return function
 
     return register
@@ -75,14 +86,19 @@ def resize(*names: str, slots: Iterable[int] = ()) -> Callable[[ResizeFunction],
     return register
 
 
-def shape(*names: str) -> Callable[[ShapeFunction], ShapeFunction]:
-    """Register output shapes of an operator that has no ONNX schema; every output has the type of input 0."""
+def shape(*names: str, like: int = 0) -> Callable[[ShapeFunction], ShapeFunction]:
+    """Register output shapes of an operator that has no ONNX schema; outputs have the type of input `like`."""
 
     def register(function: ShapeFunction) -> ShapeFunction:
-        SHAPES.update((_key(name), function) for name in names)
+        SHAPES.update((_key(name), (function, like)) for name in names)
         return function
 
     return register
+
+
+def stand_in(name: str, op_type: str, inputs: tuple[int, ...]) -> None:
+    """Say that an operator without an ONNX schema gives what an ONNX operator gives for these of its inputs."""
+    STAND_INS[_key(name)] = op_type, inputs
 
 
 def frozen(name: str, reason: str) -> None:
@@ -113,14 +129,20 @@ def relations(node: OpNode) -> list[Relation] | str:
         return f"{node.op_type}: the shape or value of '{str(missing.args[0]).split(chr(0))[0]}' is not known"
 
 
-def shapes_of(node: OpNode) -> Sequence[Shape]:
-    """Output shapes of an operator without an ONNX schema, as far as they are known."""
+def shapes_of(node: OpNode) -> tuple[Sequence[Shape], int]:
+    """Output shapes of an operator without an ONNX schema, as far as they are known, and which input has their type."""
     _load()
-    function = SHAPES.get((_normal(node.domain), node.op_type))
+    function, like = SHAPES.get((_normal(node.domain), node.op_type), (None, 0))
     try:
-        return function(node) if function is not None else ()
+        return (function(node) if function is not None else ()), like
     except KeyError:  # the shape of an input is not known
-        return ()
+        return (), like
+
+
+def stand_in_of(domain: str, op_type: str) -> tuple[str, tuple[int, ...]] | None:
+    """(ONNX operator with the same output shapes, the inputs that it takes) of one that has no schema."""
+    _load()
+    return STAND_INS.get((_normal(domain), op_type))
 
 
 def resize_of(domain: str, op_type: str) -> ResizeFunction | None:
@@ -139,6 +161,12 @@ def role_of(domain: str, op_type: str, k: int) -> str:
     """What an initializer is at input `k`: weight, bias, norm, divisor, quant or index."""
     _load()
     return ROLES.get((_normal(domain), op_type), {}).get(k, "weight")
+
+
+def integers_of(domain: str, op_type: str) -> Mapping[int, tuple[int, int] | None]:
+    """{input that holds quantised weights: (its zero point's input, the axis that this lies along)}."""
+    _load()
+    return INTEGERS.get((_normal(domain), op_type), {})
 
 
 def known() -> list[tuple[str, str]]:

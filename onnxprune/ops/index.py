@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune.ops import Edit, Resizing, frozen, resize, rule
+from onnxprune.ops import Edit, Resizing, resize, rule
 from onnxprune.types import Axis, Freeze, Mask, OpNode, Pattern, Positions, Relation, Take
 
 
@@ -230,6 +230,73 @@ def pad_amounts(this: Resizing) -> Edit | None:
     return Edit(inputs={1: np.where(follows, this.node.consts[this.node.inputs[1]], flat)})
 
 
-frozen("DepthToSpace", "DepthToSpace weaves blocks of channels into space")
-frozen("SpaceToDepth", "SpaceToDepth weaves space into blocks of channels")
-frozen("Tile", "Tile repeats whole axes")
+@rule("DepthToSpace")
+def depth_to_space(node: OpNode) -> Iterable[Relation]:
+    """X (n, p c, h, w) (mode CRD: c p) -> Y (n, c, h b, w b): all p = b x b channels behind one output channel go."""
+    sizes = {"p": node.attrs["blocksize"] ** 2, "c": node.out_shape(0)[1]}
+    channels = "(p c)" if node.attr("mode", "DCR") == "DCR" else "(c p)"
+    yield Pattern(f"n {channels} ! ! -> n c ! !", sizes, fixed=("p",))
+
+
+@rule("SpaceToDepth")
+def space_to_depth(node: OpNode) -> Iterable[Relation]:
+    """X (n, c, h b, w b) -> Y (n, p c, h, w)."""
+    sizes = {"p": node.attrs["blocksize"] ** 2, "c": node.shape(0)[1]}
+    yield Pattern("n c ! ! -> n (p c) ! !", sizes, fixed=("p",))
+
+
+@rule("TopK")
+def top_k(node: OpNode) -> Iterable[Relation]:
+    """X -> values, indices: the chosen axis is numbered, so it stays; the others pass through."""
+    rank = len(node.shape(0))
+    axis = node.attr("axis", -1) % rank
+    part = " ".join("!" if k == axis else f"a{k}" for k in range(rank))
+    yield Pattern(f"{part}, -> {part}, {part}")
+
+
+@rule("GatherElements", "ScatterElements", roles={1: "index"})
+def elements(node: OpNode) -> Iterable[Relation]:
+    """Data, indices (and updates) -> Y: the indexed axis stays; axes of equal size pass through, others stay."""
+    data, indices = node.shape(0), node.shape(1)
+    axis = node.attr("axis", 0) % len(data)
+    same = [k != axis and data[k] == indices[k] for k in range(len(data))]
+    part = " ".join(f"a{k}" if free else "!" for k, free in enumerate(same))
+    yield Pattern(", ".join([part] * len(node.inputs)) + f" -> {part}")
+
+
+@rule("GatherND", roles={1: "index"})
+def gather_nd(node: OpNode) -> Iterable[Relation]:
+    """Data (b, indexed, rest), indices (b, i, m) -> Y (b, i, rest): the first m axes after the batch are numbered."""
+    data, indices, batch = node.shape(0), node.shape(1), node.attr("batch_dims", 0)
+    depth = batch + indices[-1]
+    shared = [f"b{k}" for k in range(batch)]
+    middle = [f"i{k}" for k in range(batch, len(indices) - 1)]
+    rest = [f"a{k}" for k in range(depth, len(data))]
+    left = " ".join([*shared, *("!" * indices[-1]), *rest])
+    yield Pattern(f"{left}, {' '.join([*shared, *middle, '!'])} -> {' '.join([*shared, *middle, *rest])}")
+
+
+@rule("ScatterND", roles={1: "index"})
+def scatter_nd(node: OpNode) -> Iterable[Relation]:
+    """Data (indexed, rest), indices (i, m), updates (i, rest) -> Y: the first m axes are numbered."""
+    data, indices = node.shape(0), node.shape(1)
+    middle = [f"i{k}" for k in range(len(indices) - 1)]
+    rest = [f"a{k}" for k in range(indices[-1], len(data))]
+    whole = " ".join([*("!" * indices[-1]), *rest])
+    yield Pattern(f"{whole}, {' '.join([*middle, '!'])}, {' '.join([*middle, *rest])} -> {whole}")
+
+
+@rule("OneHot")
+def one_hot(node: OpNode) -> Iterable[Relation]:
+    """Indices, depth, values -> Y with a new axis, whose positions are numbered and stay."""
+    rank = len(node.out_shape(0))
+    axis = node.attr("axis", -1) % rank
+    names = [f"a{k}" for k in range(rank - 1)]
+    yield Pattern(f"{' '.join(names)}, _, ! -> {' '.join([*names[:axis], '!', *names[axis:]])}")
+
+
+@rule("Trilu")
+def trilu(node: OpNode) -> Iterable[Relation]:
+    """X -> Y: rows and columns are numbered and stay; leading axes pass through."""
+    names = [*(f"a{k}" for k in range(len(node.shape(0)) - 2)), "!", "!"]
+    yield Pattern(f"{' '.join(names)}, -> {' '.join(names)}")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from onnxprune.ops import Edit, Resizing, frozen, resize, rule, shape
-from onnxprune.types import Freeze, OpNode, Pattern, Relation, Shape
+from onnxprune.types import Axis, Freeze, OpNode, Pattern, Relation, Shape
 
 
 def _letters(rank: int) -> list[str]:
@@ -42,8 +42,8 @@ def layer_norm(node: OpNode) -> Iterable[Relation]:
     yield Pattern(f"{text}, {gain}{shift.replace('...', gain)} -> {text}", mixes=tuple(names[axis:]))
 
 
-@shape("SimplifiedLayerNormalization")
-def simplified_layer_norm(node: OpNode) -> tuple[Shape, ...]:
+@shape("SimplifiedLayerNormalization", "GroupNormalization")
+def same(node: OpNode) -> tuple[Shape, ...]:
     """Y has the shape of X."""
     return (node.shape(0),)
 
@@ -140,4 +140,30 @@ def resize_sizes(this: Resizing) -> Edit | None:
 
 
 frozen("LRN", "LRN reads neighbouring channels")
-frozen("GroupNormalization", "GroupNormalization has no rule yet")
+
+
+@rule("GroupNormalization", roles={1: "norm", 2: "norm"})
+def group_norm(node: OpNode) -> Iterable[Relation]:
+    """X (n, g c, *s), gain and shift (g c), once (g) -> Y: averaged over c and space; whole groups may go."""
+    channels, groups = node.shape(0)[1], node.attrs["num_groups"]
+    vector = "(g c)" if node.shape(1)[0] == channels else "g"
+    sizes = {"g": groups, "c": channels // groups}
+    yield Pattern(f"n (g c) *, {vector}, {vector} -> n (g c) *", sizes, mixes=("c",))
+
+
+@resize("GroupNormalization")
+def num_groups(this: Resizing) -> Edit | None:
+    """Groups of which something is left."""
+    groups = this.dense.attrs["num_groups"]
+    left = int(this.keep(Axis(this.dense.inputs[0], 1)).reshape(groups, -1).any(axis=1).sum())
+    return None if left == groups else Edit(attrs={"num_groups": left})
+
+
+@rule("CumSum")
+def cumsum(node: OpNode) -> Iterable[Relation]:
+    """X -> Y of the same axes; along `axis` later positions see earlier ones, which mixes."""
+    names = _letters(len(node.shape(0)))
+    axis = node.const(1)
+    if axis is not None:
+        text = " ".join(names)
+        yield Pattern(f"{text}, -> {text}", mixes=(names[int(axis.reshape(-1)[0]) % len(names)],))

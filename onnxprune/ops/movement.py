@@ -138,6 +138,29 @@ def expand_target(this: Resizing) -> Edit | None:
     return None if np.array_equal(fresh, target) else Edit(inputs={1: fresh})
 
 
+@rule("Tile")
+def tile(node: OpNode) -> Iterable[Relation]:
+    """Axes repeated r times become (r a); a repeated axis of size one is new on the right."""
+    before, after = node.shape(0), node.out_shape(0)
+    left, right = [], []
+    sizes: dict[str, int] = {}
+    for k, (size, tiled) in enumerate(zip(before, after, strict=True)):
+        left.append(f"a{k}" if size > 1 else "_")
+        right.append(f"a{k}" if size == tiled else f"(r{k} a{k})" if size > 1 else f"r{k}")
+        sizes |= {f"a{k}": size, f"r{k}": tiled // size if size else 1}
+    yield Pattern(f"{' '.join(left)}, ! -> {' '.join(right)}", sizes)
+
+
+@resize("Tile", slots=(1,))
+def tile_repeats(this: Resizing) -> Edit | None:
+    """Repeats follow where copies of an axis went."""
+    before, after = this.wanted[this.node.inputs[0]], this.wanted[this.node.outputs[0]]
+    dense = [y // x for x, y in zip(this.dense.shape(0), this.dense.out_shape(0), strict=True)]
+    fresh = [y // x for x, y in zip(before, after, strict=True)]
+    now = this.node.consts[this.node.inputs[1]]
+    return None if fresh == dense else Edit(inputs={1: np.array(fresh, now.dtype)})
+
+
 @rule("ConstantOfShape")
 def constant_of_shape(node: OpNode) -> Iterable[Relation]:
     """Every position of the output is alike: its axes are free."""
