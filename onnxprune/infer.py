@@ -200,11 +200,13 @@ def _infer(facts: Facts, node: ir.Node, proto: onnx.NodeProto, opset: int) -> No
     """Shapes of the outputs by the operator's own inference, else as the exporter declared them."""
     present = [name for name in names(node.inputs) if name]
     found: dict[str, onnx.TypeProto] = {}
+    kinds: Mapping[str, int] = facts.types
     if (other := ops.stand_in_of(node.domain, node.op_type)) is not None:
         proto, opset, present = _standing_in(proto, *other)
+        kinds = dict.fromkeys(present, int(ir.DataType.FLOAT))  # ONNX has most of these for floats only
     try:
         schema = onnx.defs.get_schema(proto.op_type, opset, proto.domain)
-        types = {n: onnx.helper.make_tensor_type_proto(facts.types[n], facts.shapes.get(n)) for n in present}
+        types = {n: onnx.helper.make_tensor_type_proto(kinds[n], facts.shapes.get(n)) for n in present}
         data = {n: onnx.numpy_helper.from_array(v, n) for n in present if (v := facts.value(n)) is not None}
         found = infer_node_outputs(schema, proto, types, data)
     except (KeyError, onnx.defs.SchemaError):  # nothing is known about an input, or about the operator
@@ -215,7 +217,7 @@ def _infer(facts: Facts, node: ir.Node, proto: onnx.NodeProto, opset: int) -> No
         tensor = found[name].tensor_type if name in found else None
         if tensor is None or not tensor.elem_type:
             continue
-        facts.types[name] = tensor.elem_type
+        facts.types[name] = tensor.elem_type if other is None else facts.types.get(present[0], tensor.elem_type)
         dims = tensor.shape.dim
         if tensor.HasField("shape") and all(d.HasField("dim_value") for d in dims):
             facts.shapes[name] = tuple(d.dim_value for d in dims)
