@@ -1,6 +1,6 @@
 """How much of what coupling allows is removed: python tools/deep_removal.py FOLDER [NAME...].
 
-Exports the architectures of export_architectures.py, prunes each at --ratio 0.5, and compares the parameters that are
+Exports the architectures of exports/standard.py, prunes each at --ratio 0.5, and compares the parameters that are
 left with the same network built at exactly half of every free width and exported alike. Prints Markdown.
 """
 
@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import onnx
-from export_architectures import ARCHITECTURES, export, halved
+from exports.standard import ARCHITECTURES, export, halved
 from onnx import numpy_helper
 
 import onnxprune

@@ -1,4 +1,4 @@
-"""Export standard architectures with random weights: python tools/export_architectures.py FOLDER [NAME...].
+"""Standard architectures at full and at half of every width, for deep_removal.py.
 
 Needs torch==2.13.0, transformers, onnxscript. Both exporters of PyTorch write each network, so that coupling can be
 checked on exports that no rule was written for.
@@ -6,7 +6,6 @@ checked on exports that no rule was written for.
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
@@ -192,19 +191,3 @@ def export(name: str, folder: Path, dynamo: bool, half: bool = False) -> Path:
             dynamic_axes={n: {0: "batch"} for n in (*names, "out")},
         )
     return path
-
-
-def main() -> None:
-    """Export the named architectures, or all."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("names", nargs="*", default=sorted(ARCHITECTURES))
-    given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
-    for name in given.names:
-        for dynamo in (False, True):
-            print(export(name, given.folder, dynamo))
-
-
-if __name__ == "__main__":
-    main()

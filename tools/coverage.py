@@ -1,0 +1,150 @@
+"""How much of many exports can be pruned, and whether it is right: python tools/coverage.py FOLDER [--ratio 0.3].
+
+Prunes every model of a folder with all exact kinds, as a user would, and checks each result with an oracle of its own:
+the removed slices of the report are zeroed in the dense file with nothing but `onnx`, and both are run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+from onnx import numpy_helper
+
+from onnxprune import feeds
+from onnxprune.analysis import Analysis
+
+ZEROED = ("weight", "bias", "norm")
+TOLERANCE = 1e-3
+
+ort.set_default_logger_severity(4)
+
+
+def zeroed(model: onnx.ModelProto, removed: list[dict]) -> onnx.ModelProto:
+    """The dense model with the removed slices of weights, biases and norms at zero; float tensors of the main graph."""
+    graph = model.graph
+    tensors = {t.name: t for t in graph.initializer}
+    tensors |= {n.output[0]: a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.HasField("t")}
+    nodes = {node.output[0]: node for node in graph.node}
+    for entry in removed:
+        if entry["role"] not in ZEROED or entry["removed"] == "all":
+            continue
+        tensor = tensors[entry["initializer"]]
+        targets = [tensor]
+        if "uses" in entry:
+            targets = []
+            for use in entry["uses"]:
+                own = f"{entry['initializer']}/{use['node']}/{use['input']}"
+                node = nodes[use["node"]]
+                if node.input[use["input"]] != own:
+                    fresh = graph.initializer.add()
+                    fresh.CopyFrom(tensors.get(node.input[use["input"]], tensor))
+                    fresh.name = own
+                    node.input[use["input"]] = own
+                    tensors[own] = fresh
+                targets.append(tensors[own])
+        for target in targets:
+            array = numpy_helper.to_array(target).copy()
+            array[(slice(None),) * entry["axis"] + (entry["removed"],)] = 0
+            name = target.name
+            target.CopyFrom(numpy_helper.from_array(array, name))
+    return model
+
+
+def run(model: onnx.ModelProto, samples: list[dict[str, np.ndarray]]) -> list[list[np.ndarray]]:
+    """Outputs for each feed."""
+    session = ort.InferenceSession(model.SerializeToString())
+    return [session.run(None, feed) for feed in samples]
+
+
+def difference(dense: Path, pruned: Path, removed: list[dict]) -> float:
+    """Largest difference over all outputs, relative to each output's largest value."""
+    analysis = Analysis(dense)
+    graph = ir.load(dense).graph
+    samples = [feeds.random_feed(graph, analysis.prepared.facts.shapes, 7)]
+    wanted, found = (run(m, samples) for m in (zeroed(onnx.load(dense), removed), onnx.load(pruned)))
+    worst = 0.0
+    for a, b in zip(wanted[0], found[0], strict=True):
+        if a.shape != b.shape:
+            return float("inf")
+        finite = np.isfinite(a)
+        if a.dtype.kind == "f" and a.size:
+            worst = max(
+                worst, float(np.abs(a - b)[finite].max(initial=0) / max(np.abs(a[finite]).max(initial=0), 1e-6))
+            )
+    return worst
+
+
+def reach(dense: Path) -> tuple[float, str]:
+    """(share of the weights' parameters that some exact group can shrink, what holds back most of the rest)."""
+    analysis = Analysis(dense)
+    total = {
+        s.initializer: np.prod(s.shape) for s in analysis.view.stored.values() if s.role != "index" and len(s.shape) > 1
+    }
+    within = {m.initializer for g in analysis.groups if g.exact and len(g.units) > 1 for m in g.members}
+    lost: dict[str, float] = {}
+    for row in analysis.frozen([g for g in analysis.groups if g.exact]):
+        if row.axis.value in total and row.axis.value not in within:
+            lost[row.reason] = lost.get(row.reason, 0.0) + row.parameters
+    share = sum(v for k, v in total.items() if k in within) / max(sum(total.values()), 1)
+    return float(share), max(lost, key=lambda reason: lost[reason]) if lost else ""
+
+
+def row(path: Path, ratio: float, kinds: str) -> str:
+    """One line of the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        small, report = Path(folder) / "small.onnx", Path(folder) / "report.json"
+        command = f"--ratio {ratio} --remove {kinds} --round-to 1 --no-measure --quiet".split()
+        command += ["-o", str(small), "--report", str(report)]
+        done = subprocess.run(
+            [sys.executable, "-m", "onnxprune", "prune", str(path), *command],
+            capture_output=True,
+            text=True,
+            timeout=1800,
+            check=False,
+        )
+        if done.returncode:
+            return f"| {path.stem} | exit {done.returncode}: {done.stderr.strip().splitlines()[-1][:160]} | | | | | |"
+        data = json.loads(report.read_text())
+        gap = difference(path, small, data["removed"])
+        share, reason = reach(path)
+        unproven = data["verification"]["unproven"]
+        cells = [
+            path.stem,
+            "proven" if not unproven else f"{len(unproven)} unproven",
+            f"{gap:.0e}" if gap <= TOLERANCE else f"**{gap:.0e}**",
+            f"{data['pruned']['params'] / data['dense']['params']:.3f}",
+            f"{data['pruned']['macs'] / max(data['dense']['macs'], 1):.3f}",
+            f"{share:.1%}",
+            reason[:80],
+        ]
+        return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--ratio", type=float, default=0.3)
+    parser.add_argument("--remove", default="channels,heads")
+    given = parser.parse_args()
+    print("| model | proof | oracle | params | MACs | reach | largest reason for the rest |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | --- |")
+    for path in sorted(given.folder.glob("*.onnx")):
+        print(path, file=sys.stderr)
+        try:
+            print(row(path, given.ratio, given.remove), flush=True)
+        except Exception as error:
+            print(f"| {path.stem} | {type(error).__name__}: {str(error)[:160]} | | | | | |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
