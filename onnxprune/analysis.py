@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune import feeds, plugin, storage
+from onnxprune import feeds, plugin, storage, verify
 from onnxprune import select as selection
 from onnxprune.cost import Cost, Costs
 from onnxprune.dims import DimGraph, couple
 from onnxprune.errors import InputError, PruneError
 from onnxprune.groups import find_frozen, find_groups
 from onnxprune.infer import cost_sizes, infer
+from onnxprune.masked import narrowed
 from onnxprune.model import Graph, Model, Prepared, input_sizes, prepare, view
 from onnxprune.rewrite import apply
-from onnxprune.types import Array, Frozen, Group, Plan, Shape, View
+from onnxprune.types import Array, Frozen, Group, Mask, Plan, Shape, View
 
 
 class Analysis:
@@ -58,9 +59,18 @@ class Analysis:
         """What stays and why, if only these groups may shrink."""
         return find_frozen(self.dims, self.view, self.groups, frozenset(g.id for g in groups))
 
+    def alive(self, plan: Plan) -> Mask:
+        """bool[labels]: what survives a plan."""
+        return selection.alive_labels(self.groups, plan, self.labels)
+
     def rewrite(self, plan: Plan) -> Model:
         """The smaller model of a plan, not yet proven."""
-        return apply(self.prepared, self.dims, self.view, selection.alive_labels(self.groups, plan, self.labels))
+        return apply(self.prepared, self.dims, self.view, self.alive(plan))
+
+    def reference(self, gone: Sequence[verify.Removal], alive: Mask) -> Model:
+        """The dense model without the units that are not alive, their slices being `gone`."""
+        mixed = narrowed(self.dims, self.view, alive)
+        return verify.reference(self.dense, gone, mixed, self.prepared.facts.types)
 
 
 def named(path: str | Path, call: Callable[[], Any]) -> Any:

@@ -46,7 +46,7 @@ def verify(dense: str, pruned: str, plan: str, input_shape: Mapping[str, Shape],
     with Worker() as worker:
         prover = Prover(analysis, [], seed)
         prover.check_dense(worker)
-        differences = prover.prove(worker, rebuilt, removals)
+        differences = prover.prove(worker, rebuilt, removals, alive)
     for row in differences:
         if not row.holds:
             raise ImpossibleError(f"differs from the dense model without the removed units by {row.relative:.2e}",

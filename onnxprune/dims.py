@@ -65,8 +65,8 @@ class DimGraph:
     def mixing(self) -> dict[int, tuple[str, ...]]:
         """{class: the ops and axes where its positions see each other}."""
         found: dict[int, list[str]] = defaultdict(list)
-        for number, texts in self.relations.mixing.items():
-            found[int(self.classes[number])] += texts
+        for mark in self.relations.mixing:
+            found[int(self.classes[mark.axis])].append(mark.text)
         return {c: tuple(texts) for c, texts in found.items()}
 
     @cached_property
@@ -170,7 +170,7 @@ def _classes(relations: Relations) -> tuple[Positions, list[Product]]:
 def _cuts(relations: Relations, classes: Positions, products: list[Product]) -> tuple[list[Cut], list[tuple[int, str]]]:
     """For each composite class the one atom that stays free; the other atoms are frozen with their reason."""
     blocked = {int(classes[number]) for number, positions, _ in relations.freezes if positions is None}
-    poor = {int(classes[number]) for number in relations.mixing}
+    poor = {int(classes[mark.axis]) for mark in relations.mixing}
     poor |= {int(classes[number]) for number, positions, _ in relations.freezes if positions is not None}
     avoid = {int(classes[number]) for number in relations.avoid}
     freezes: list[tuple[int, str]] = []

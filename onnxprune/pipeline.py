@@ -49,11 +49,12 @@ def choose_groups(analysis: Analysis, options: Options) -> tuple[Group, ...]:
     for group in analysis.groups:
         touched = {*group.nodes, *(m.initializer for m in group.members)}
         ignored = any(fnmatch.filter(touched, pattern) for pattern in options.ignore)
-        if group.exact and group.kind in wanted and len(group.units) > 1 and not ignored:
+        agreed = group.exact or options.approximate
+        if agreed and group.kind in wanted and len(group.units) > 1 and not ignored:
             chosen.append(group)
     if not chosen and options.ratio != 0:
-        mixing = sum(not g.exact for g in analysis.groups)
-        why = f"; {mixing} groups mix their positions and are left alone" if mixing else ""
+        mixing = 0 if options.approximate else sum(not g.exact and g.kind in wanted for g in analysis.groups)
+        why = f"; {mixing} groups mix their positions, which needs --approximate" if mixing else ""
         unknown_ops = sorted(set(analysis.dims.relations.unknown.values()))
         why += f"; {'; '.join(unknown_ops[:3])}" if unknown_ops else ""
         raise ImpossibleError(f"nothing can be removed{why}; see 'onnxprune inspect'", file=analysis.source.path.name)
@@ -212,6 +213,7 @@ def _one(
                 feed = feed or feeds.random_feed(analysis.dense.graph, shapes, options.seed)
                 rows = latency.measure(files, feed, backend=options.backend, threads=options.threads)
     dense, pruned = _models(analysis, path, proven, size, rows)
+    touched = [g for g in analysis.groups if not proven.plan.keep.get(g.id, np.ones(1, np.bool_)).all()]
     return Result(
         path,
         proven.model,
@@ -226,7 +228,7 @@ def _one(
             pruned=pruned,
             **_changes(analysis, options, groups, proven),
             verification=reports.Verification(
-                method="zero-all",
+                method="masked" if any(not g.exact for g in touched) else "zero-all",
                 proven=proven.differences is not None,
                 inputs=len(prover.feeds),
                 differences=[asdict(d) for d in proven.differences or ()],
@@ -302,7 +304,8 @@ def _proven(
         def attempt(ids: frozenset[int], plan: Plan = plan) -> list[verify.Difference] | None:
             part = Plan({k: keep for k, keep in plan.keep.items() if k in ids})
             try:
-                return prover.prove(worker, analysis.rewrite(part), verify.removals(analysis.groups, part))
+                gone = verify.removals(analysis.groups, part)
+                return prover.prove(worker, analysis.rewrite(part), gone, analysis.alive(part))
             except (InternalError, InputError):
                 return None
 
@@ -328,8 +331,7 @@ def _planned(
         with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
             storage.dump(smaller, folder, "pruned", external=analysis.source.external)
             size = sum(file.stat().st_size for file in Path(folder).iterdir())
-        alive = selection.alive_labels(analysis.groups, plan, analysis.labels)
-        real = size - analysis.costs.of(alive)["size"]
+        real = size - analysis.costs.of(analysis.alive(plan))["size"]
         if real <= overhead:
             break
         overhead = real

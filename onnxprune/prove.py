@@ -10,7 +10,7 @@ from onnxprune.analysis import Analysis, cost_shapes
 from onnxprune.errors import ImpossibleError, InputError
 from onnxprune.model import Model
 from onnxprune.runtime import ort
-from onnxprune.types import Array
+from onnxprune.types import Array, Mask
 from onnxprune.worker import Worker
 
 RANDOM = 2  # random feeds that a proof runs on, of those that the dense model accepts
@@ -37,14 +37,16 @@ class Prover:
             if not self.samples:
                 raise
 
-    def prove(self, worker: Worker, candidate: Model, gone: Sequence[verify.Removal]) -> list[verify.Difference]:
-        """Differences between a candidate and the dense model with these slices at zero."""
+    def prove(
+        self, worker: Worker, candidate: Model, gone: Sequence[verify.Removal], alive: Mask
+    ) -> list[verify.Difference]:
+        """Differences between a candidate and the dense model without the units that are not alive."""
 
         def run(path: str, samples: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
             found: list[dict[str, Array]] = worker.call(ort.run, path, list(samples), threads=self.threads)
             return found
 
-        return verify.compare(verify.reference(self.analysis.dense, gone), candidate, self.feeds, run)
+        return verify.compare(self.analysis.reference(gone, alive), candidate, self.feeds, run)
 
     def check_dense(self, worker: Worker) -> None:
         """Keep the feeds that the dense model accepts. Raises InputError if it accepts none."""

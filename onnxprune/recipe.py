@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from onnxprune import plugin, quality, select
-from onnxprune.errors import ImpossibleError, InputError
+from onnxprune.errors import InputError
 from onnxprune.types import Shape
 
 KINDS = ("channels", "heads", "head-dim", "width", "experts", "layers")
@@ -61,5 +61,3 @@ def check(options: Options) -> None:
         plugin.build("allocators", options.allocate)
     if options.metric:
         quality.metric(options.metric)
-    if options.approximate:
-        raise ImpossibleError("mixing groups cannot be proven by this version yet", object="--approximate")

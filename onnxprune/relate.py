@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,6 +42,14 @@ class Composite:
     atoms: tuple[tuple[int, int, int], ...]
 
 
+class Mixing(NamedTuple):
+    """An axis along which a node, by its first output, lets positions see each other; and how to say so."""
+
+    axis: int
+    node: str
+    text: str
+
+
 class Relations:
     """Everything that the rules said, with axes numbered; axes of size one carry nothing and have no number."""
 
@@ -54,7 +63,7 @@ class Relations:
         self.composites: list[Composite] = []
         self.takes: list[tuple[int, int, Positions]] = []
         self.freezes: list[tuple[int, Positions | None, str]] = []
-        self.mixing: dict[int, list[str]] = defaultdict(list)
+        self.mixing: list[Mixing] = []
         self.batch: dict[int, bool] = {}
         self.avoid: set[int] = set()
         self.edges: list[tuple[int, int, str]] = []
@@ -181,7 +190,8 @@ class Relations:
         for letter, numbers in letters.items():
             dots = letter.startswith("...")
             if letter in pattern.mixes:
-                self.mixing[numbers[0]].append(f"{label} over {self.axes[numbers[0]]}")
+                text = f"{label} over {self.axes[numbers[0]]}"
+                self.mixing.append(Mixing(numbers[0], node.outputs[0], text))
             if letter in pattern.batch or (dots and "..." in pattern.batch):
                 stored = any(self.axes[number].value in self.view.stored for number in numbers)
                 self.batch[numbers[0]] = stored

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from onnxprune import ops
 from onnxprune.errors import InternalError
+from onnxprune.masked import Narrowed, narrow
 from onnxprune.model import free_name, lift_constants
 from onnxprune.storage import dump
 from onnxprune.types import Array, Group, Member, Plan
@@ -68,8 +69,13 @@ def removals(groups: Iterable[Group], plan: Plan) -> list[Removal]:
     return sorted(found, key=lambda r: (r.group, r.initializer, r.axis, r.uses or ()))
 
 
-def reference(dense: ir.Model, gone: Iterable[Removal]) -> ir.Model:
-    """A copy of the dense model, as it was read, with the removed slices at zero (the zero point, for integers)."""
+def reference(
+    dense: ir.Model, gone: Iterable[Removal], mixed: Iterable[Narrowed] = (), types: Mapping[str, int] | None = None
+) -> ir.Model:
+    """A copy of the dense model, as it was read, with the removed slices at zero (the zero point, for integers).
+
+    Nodes of `mixed` are computed over the survivors alone; `types` are element types of their outputs.
+    """
     model = dense.clone()
     graph = model.graph
     graph.meta.pop("names", None)
@@ -103,6 +109,7 @@ def reference(dense: ir.Model, gone: Iterable[Removal]) -> ir.Model:
             )
             graph.register_initializer(copy)
             nodes[reader].replace_input_with(k, copy)
+    narrow(model, mixed, types or {})
     return model
 
 

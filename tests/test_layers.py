@@ -26,7 +26,9 @@ LAYERS = (
     ("dims", "groups", "select", "cost", "infer", "quality"),
     ("reading", "storage", "model", "rewrite", "report", "feeds"),
     ("worker", "runtime", "runtime.*", "measure"),
-    ("verify", "analysis", "prove", "recipe", "calibrate"),
+    ("masked",),
+    ("verify",),
+    ("analysis", "prove", "recipe", "calibrate"),
     ("pipeline", "verbs", "audit"),
     ("cli", "__init__", "__main__"),
 )
@@ -47,7 +49,7 @@ OUTSIDE = {
     "networkx": ("dims",),
     "google": ("reading",),  # protobuf
     "onnx": ("reading", "storage", "model", "rewrite", "verify", "infer"),
-    "onnx_ir": ("reading", "storage", "model", "rewrite", "verify", "infer", "feeds", "audit", "calibrate"),
+    "onnx_ir": ("reading", "storage", "model", "rewrite", "verify", "infer", "feeds", "audit", "calibrate", "masked"),
     "onnxruntime": ("runtime.ort",),
     "pydantic": ("report",),
     "click": ("cli",),
