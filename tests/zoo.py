@@ -362,6 +362,34 @@ for kind in "L1 L2 LogSum LogSumExp Max Mean Min Prod Sum SumSquare".split():
         f"e = ArgMin<axis = 3>(a)\nf = Cast<to = 1>(e)\ng = ReduceMean(f, hw)\nh = Flatten(g)\ni = MatMul(h, w2)\ny = Add(d, i)",
     )
 
+entry(
+    "norms spelt out",
+    "float[n,5,3] x",
+    "float[n,5,2] y",
+    {"w0": (3, 8), "b0": (8,), "last": i64(-1), "two": f32(2), "eps": f32(1e-5), "g": (8,), "s": (8,), "w1": (8, 11), "w2": (11, 2),
+     "h": (11,), "k": (11,)},
+    "a0 = MatMul(x, w0)\na = Add(a0, b0)\nm = ReduceMean(a, last)\nc = Sub(a, m)\nq = Pow(c, two)\nv = ReduceMean(q, last)\n"
+    "e = Add(v, eps)\nd = Sqrt(e)\nf = Div(c, d)\ni = Mul(g, f)\nj = Add(i, s)\nl = MatMul(j, w1)\no = Mul(l, l)\n"
+    "p = ReduceMean(o, last)\nr = Add(p, eps)\nt = Sqrt(r)\nu = Reciprocal(t)\nz = Mul(l, u)\nb = Mul(h, z)\nbb = Add(b, k)\ny = MatMul(bb, w2)",
+)  # fmt: skip
+entry(
+    "softmax, L2 norm and means spelt out",
+    "float[n,5,3] x",
+    "float[n,5,2] y",
+    {"w0": (3, 8), "b0": (8,), "last": i64(-1), "eps": f32(1e-6), "w1": (8, 7), "w2": (7, 2), "w3": (8, 2), "gain": (8,)},
+    "a0 = MatMul(x, w0)\na = Add(a0, b0)\nm = ReduceMax(a, last)\nc = Sub(a, m)\ne = Exp(c)\ns = ReduceSum(e, last)\np = Div(e, s)\n"
+    "b = MatMul(p, w1)\nn2 = ReduceL2(b, last)\nn3 = Max(n2, eps)\nd = Div(b, n3)\nt = MatMul(d, w2)\nq = ReduceLogSumExp(a, last)\n"
+    "r = Sub(a, q)\nu = MatMul(r, w3)\ny0 = Add(t, u)\ng = Mul(a, gain)\nh = ReduceMin(g, last)\ny = Add(y0, h)",
+)  # fmt: skip
+entry(
+    "norm over channels and space",
+    "float[n,3,5,4] x",
+    "float[n,2,5,4] y",
+    {"w0": (7, 3, 1, 1), "g": (7, 5, 4), "s": (7, 5, 4), "w1": (2, 7, 1, 1), "one": i64(1), "w2": (7, 7, 1, 1)},
+    "a = Conv(x, w0)\nb = LayerNormalization<axis = 1>(a, g, s)\nc = ReduceMean(b, one)\nd = ReduceMax(b, one)\ne = Sub(d, c)\n"
+    "f = Conv(b, w2)\nh = Mul(f, e)\ny = Conv(h, w1)",
+)  # fmt: skip
+
 # Attention ---------------------------------------------------------------------------------------------------------
 
 ATTENTION = """q1 = Reshape(q0, split)
