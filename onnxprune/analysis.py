@@ -23,14 +23,21 @@ from onnxprune.types import Array, Frozen, Group, Mask, Plan, Shape, View
 
 
 class Analysis:
-    """A model that was read, with everything that coupling says about it; computed once, used for any plan."""
+    """A model that was read, with everything that coupling says about it; computed once, used for any plan.
 
-    def __init__(self, path: str | Path, input_shape: Mapping[str, Shape] | None = None) -> None:
+    An axis of heads is cut by heads, or inside every head where `remove` names `head-dim` and not `heads`.
+    """
+
+    def __init__(
+        self, path: str | Path, input_shape: Mapping[str, Shape] | None = None, *, remove: Sequence[str] = ()
+    ) -> None:
         self.dense, self.source = storage.read_model(path)
         self.given = named(path, lambda: input_sizes(self.dense, input_shape or {}))
         self.prepared: Prepared = prepare(self.dense.clone(), self.given)
         self.view: View = view(self.prepared)
-        self.dims: DimGraph = couple(self.view)
+        self.dims: DimGraph = couple(
+            self.view, inside_heads="head-dim" in remove and not {"heads", "all"} & set(remove)
+        )
         self.groups: tuple[Group, ...] = find_groups(self.dims, self.view)
 
     @cached_property

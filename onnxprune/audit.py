@@ -28,7 +28,7 @@ def verify(dense: str, pruned: str, plan: str, input_shape: Mapping[str, Shape],
     Raises ImpossibleError (a gate that fails) with the object at fault.
     """
     report = reports.read(storage.read_bytes(plan), Path(plan).name)
-    analysis = Analysis(dense, input_shape)
+    analysis = Analysis(dense, input_shape, remove=report.recipe.get("remove", ()))
     small, _ = storage.read_model(pruned)
     removals = [
         proof.Removal(

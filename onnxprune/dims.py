@@ -71,16 +71,16 @@ class DimGraph:
 
     @cached_property
     def batch(self) -> dict[int, bool]:
-        """{class that is a batch axis of a product of activations: whether a weight is stacked along it}."""
+        """{class that is a batch axis of products: whether all of them are with weights stacked along it}."""
         found: dict[int, bool] = {}
         for number, stored in self.relations.batch.items():
             c = int(self.classes[number])
-            found[c] = found.get(c, False) or stored
+            found[c] = found.get(c, True) and stored
         return found
 
 
-def couple(view: View) -> DimGraph:
-    """Relate every node, decide the cuts, label all positions."""
+def couple(view: View, inside_heads: bool = False) -> DimGraph:
+    """Relate every node, decide the cuts, label all positions; an axis of heads is cut inside each head on request."""
     relations = Relations(view)
     sizes = np.array(relations.sizes, np.int64)
     classes, products = _classes(relations)
@@ -89,7 +89,8 @@ def couple(view: View) -> DimGraph:
         number = relations.number.get(axis)
         if number is not None and int(classes[number]) not in composed:
             relations.freezes.append((number, None, "dynamic size"))
-    cuts, cut_freezes = _cuts(relations, classes, products)
+    heads = _heads(relations, classes, products)
+    cuts, cut_freezes = _cuts(relations, classes, products, heads if inside_heads else frozenset())
     count = int(classes.max()) + 1 if len(classes) else 0
     class_sizes = np.zeros(count, np.int64)
     class_sizes[classes] = sizes
@@ -112,17 +113,20 @@ def couple(view: View) -> DimGraph:
         at = np.arange(class_sizes[c]) if positions_or_none is None else positions_or_none
         np.minimum.at(frozen, labels[offsets[c] + at], number)
     frozen[frozen == np.iinfo(np.int64).max] = -1
-    return DimGraph(
-        relations, classes, offsets, labels, frozen, tuple(reasons), _inner(relations, classes, products, cuts)
-    )
+    return DimGraph(relations, classes, offsets, labels, frozen, tuple(reasons), _inner(products, cuts, heads))
 
 
-def _inner(relations: Relations, classes: Positions, products: list[Product], cuts: list[Cut]) -> frozenset[int]:
-    """Classes that are cut inside every head: the free atom stands beside one that attention runs along in a batch."""
+def _heads(relations: Relations, classes: Positions, products: list[Product]) -> frozenset[int]:
+    """Classes that count independent products of activations, alone or inside a composite axis."""
     batch = {int(classes[number]) for number in relations.batch}
     for merged, atoms in products:
         if merged in batch:
             batch.update(atom for atom, _, _ in atoms)
+    return frozenset(batch)
+
+
+def _inner(products: list[Product], cuts: list[Cut], batch: frozenset[int]) -> frozenset[int]:
+    """Classes that are cut inside every head: the free atom stands beside one that attention runs along in a batch."""
     atoms_of: dict[int, set[int]] = defaultdict(set)
     for merged, atoms in products:
         atoms_of[merged].update(atom for atom, _, _ in atoms)
@@ -167,8 +171,10 @@ def _classes(relations: Relations) -> tuple[Positions, list[Product]]:
     return classes, sorted(products)
 
 
-def _cuts(relations: Relations, classes: Positions, products: list[Product]) -> tuple[list[Cut], list[tuple[int, str]]]:
-    """For each composite class the one atom that stays free; the other atoms are frozen with their reason."""
+def _cuts(
+    relations: Relations, classes: Positions, products: list[Product], last: frozenset[int]
+) -> tuple[list[Cut], list[tuple[int, str]]]:
+    """For each composite class the one atom that stays free, `last` ones where no other can; reasons for the others."""
     blocked = {int(classes[number]) for number, positions, _ in relations.freezes if positions is None}
     poor = {int(classes[mark.axis]) for mark in relations.mixing}
     poor |= {int(classes[number]) for number, positions, _ in relations.freezes if positions is not None}
@@ -202,13 +208,13 @@ def _cuts(relations: Relations, classes: Positions, products: list[Product]) -> 
     spread()
     sizes = {atom: size for _, atoms in products for atom, size, _ in atoms}
 
-    def preference(atom: int) -> tuple[bool, bool, bool, int, int]:
+    def preference(atom: int) -> tuple[bool, bool, bool, bool, int, int]:
         """What mixes or stays in part comes last, then whole conv groups; what leads every composite (heads) first."""
         leads = all(
             next((a for a, _, _ in products[k][1] if a not in blocked and a not in poor), atom) == atom
             for k in holders[atom]
         )
-        return (atom not in poor, atom not in avoid, leads, sizes[atom], -atom)
+        return (atom not in last, atom not in poor, atom not in avoid, leads, sizes[atom], -atom)
 
     open_atoms = [atom for atom in sizes if atom not in blocked]
     while open_atoms:

@@ -151,7 +151,7 @@ def family(
     clock = Clock(progress)
     first = variants[0]
     with clock.stage("read and analyse"):
-        analysis = Analysis(model, first.input_shape)
+        analysis = Analysis(model, first.input_shape, remove=first.remove)
         paths = [
             storage.check_output(path, analysis.source, force=first.force) if path is not None else None
             for path in outputs

@@ -193,8 +193,8 @@ class Relations:
                 text = f"{label} over {self.axes[numbers[0]]}"
                 self.mixing.append(Mixing(numbers[0], node.outputs[0], text))
             if letter in pattern.batch or (dots and "..." in pattern.batch):
-                stored = any(self.axes[number].value in self.view.stored for number in numbers)
-                self.batch[numbers[0]] = stored
+                stored = [self.view.stored.get(self.axes[number].value) for number in numbers]
+                self.batch[numbers[0]] = any(item is not None and item.role == "weight" for item in stored)
             if letter in pattern.avoid:
                 self.avoid.add(numbers[0])
             if letter in pattern.fixed:

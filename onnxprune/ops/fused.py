@@ -22,7 +22,7 @@ def _lined_up(given: Shape, tokens: tuple[str, ...], sizes: Shape) -> str:
 
 def _pattern(node: OpNode, inputs: list[str], outputs: list[str], sizes: dict[str, int], fixed: str) -> Pattern:
     text = ", ".join(inputs[: len(node.inputs)]) + " -> " + ", ".join(outputs[: len(node.outputs)])
-    return Pattern(text, sizes, batch=("k",), fixed=tuple(fixed.split()))
+    return Pattern(text, sizes, batch=("k", "r"), fixed=tuple(fixed.split()))
 
 
 def _pieces(node: OpNode, whole: str, axis: int, widths: dict[str, int]) -> Iterable[Relation]:
@@ -49,7 +49,7 @@ def _scale(this: Resizing, before: int, after: int) -> dict[str, float]:
 # ONNX ---------------------------------------------------------------------------------------------------------------
 
 
-@rule("Attention")
+@rule("Attention", roles={3: "bias"})
 def attention(node: OpNode) -> Iterable[Relation]:
     """Q (b, k r, s, d), K (b, k, t, d), V (b, k, t, e) -> Y (b, k r, s, e); in 3-D heads are packed into the last."""
     q, k, v = (node.shape(i) for i in range(3))
@@ -120,17 +120,18 @@ def ms_rotary(node: OpNode) -> Iterable[Relation]:
     yield _rotary(node, heads, [])
 
 
-@rule(MS + "Attention", roles={1: "weight", 2: "bias"})
+@rule(MS + "Attention", roles={2: "bias", 5: "bias"})
 def packed_attention(node: OpNode) -> Iterable[Relation]:
     """X (b, s, i), W (i, q k v), bias (q k v) -> Y (b, s, h e): q, k and v side by side, heads first in each."""
     heads = node.attrs["num_heads"]
     widths = _packed_widths(node)
     sizes = {"k": heads, "r": 1, "d": widths["q"] // heads, "e": widths["v"] // heads}
-    for whole, axis in ((node.inputs[1], 1), *(((node.inputs[2], 0),) if node.has(2) else ())):
+    packed = ((node.inputs[1], 1), *(((node.inputs[2], 0),) if node.has(2) else ()))
+    for whole, axis in packed:
         yield from _pieces(node, whole, axis, widths)
-        names = tuple(f"{node.outputs[0]}#{whole}#{name}" for name in widths)
-        operands = (*names, node.outputs[0])
-        yield Pattern("(k d), (k d), (k e) -> _ _ (k e)", sizes, batch=("k",), operands=operands)
+    operands = (*(f"{node.outputs[0]}#{whole}#{name}" for whole, _ in packed for name in widths), node.outputs[0])
+    pieces = ", ".join(["(k d), (k d), (k e)"] * len(packed))
+    yield Pattern(f"{pieces} -> _ _ (k e)", sizes, batch=("k", "r"), operands=operands)
     bias = ""
     if node.has(5):
         x = node.shape(0)
@@ -170,7 +171,7 @@ def packed_attention_shape(node: OpNode) -> tuple[Shape, ...]:
     return ((*node.shape(0)[:2], _packed_widths(node)["v"]),)
 
 
-@rule(MS + "MultiHeadAttention", roles={3: "bias"})
+@rule(MS + "MultiHeadAttention", roles={3: "bias", 5: "bias"})
 def multi_head_attention(node: OpNode) -> Iterable[Relation]:
     """Q (b, s, h d), K (b, t, h d), V (b, t, h e), bias over all three -> Y (b, s, h e)."""
     heads, q = node.attrs["num_heads"], node.shape(0)
@@ -182,7 +183,9 @@ def multi_head_attention(node: OpNode) -> Iterable[Relation]:
         whole = node.inputs[3]
         yield from _pieces(node, whole, 0, widths)
         operands = (*(f"{node.outputs[0]}#{whole}#{name}" for name in widths), *node.inputs[:3])
-        yield Pattern("(k d), (k d), (k e) -> _ _ (k d), _ _ (k d), _ _ (k e)", sizes, batch=("k",), operands=operands)
+        yield Pattern(
+            "(k d), (k d), (k e) -> _ _ (k d), _ _ (k d), _ _ (k e)", sizes, batch=("k", "r"), operands=operands
+        )
     bias = _lined_up(node.shape(5), SCORES, (q[0], heads, q[1], node.shape(5)[-1])) if node.has(5) else ""
     mask = " ".join("!" for _ in node.shape(4)) if node.has(4) else ""
     inputs = ["b s (k d)", "b t (k d)", "b t (k e)", "_", mask, bias, "b k p d", "b k p e"]
@@ -210,7 +213,7 @@ def multi_head_attention_shape(node: OpNode) -> tuple[Shape, ...]:
     return ((*q[:2], v[2]), *cache)
 
 
-@rule(MS + "GroupQueryAttention", roles={7: "index", 8: "index"})
+@rule(MS + "GroupQueryAttention", roles={7: "index", 8: "index", 10: "bias", 11: "bias"})
 def group_query_attention(node: OpNode) -> Iterable[Relation]:
     """Q (b, s, k r d), K and V (b, t, k d), or all three side by side in Q; caches (b, k, p, d) -> Y (b, s, k r d)."""
     heads, groups, d = _group_query_sizes(node)
@@ -221,7 +224,7 @@ def group_query_attention(node: OpNode) -> Iterable[Relation]:
         whole = node.inputs[0]
         yield from _pieces(node, whole, 2, {"q": heads * d, "k": groups * d, "v": groups * d})
         operands = (*(f"{node.outputs[0]}#{whole}#{name}" for name in "qkv"), node.outputs[0])
-        yield Pattern("(k r d), (k d), (k d) -> _ _ (k r d)", sizes, batch=("k",), operands=operands)
+        yield Pattern("(k r d), (k d), (k d) -> _ _ (k r d)", sizes, batch=("k", "r"), operands=operands)
     others = [" ".join("!" for _ in node.shape(k)) if node.has(k) else "" for k in range(5, len(node.inputs))]
     if node.has(10):
         others[5] = _lined_up(node.shape(10), SCORES, (*node.shape(0)[:1], heads, *node.shape(10)[-2:]))
