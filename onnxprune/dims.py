@@ -70,6 +70,15 @@ class DimGraph:
         return {c: tuple(texts) for c, texts in found.items()}
 
     @cached_property
+    def least(self) -> dict[int, int]:
+        """{class: positions that stay}, as many as an operator takes of it."""
+        found: dict[int, int] = {}
+        for number, count in self.relations.least.items():
+            c = int(self.classes[number])
+            found[c] = max(found.get(c, 0), count)
+        return found
+
+    @cached_property
     def batch(self) -> dict[int, bool]:
         """{class that is a batch axis of products: whether all of them are with weights stacked along it}."""
         found: dict[int, bool] = {}

@@ -31,6 +31,10 @@ def find_groups(dims: DimGraph, view: View) -> tuple[Group, ...]:
     homed = _members(homes, group_of, unit_of)
     kinds = _kinds(dims, group_of, len(units))
     nodes = _nodes(view)
+    least = [1] * len(units)
+    for c, count in dims.least.items():
+        for k in _groups_of_class(dims, group_of, c):
+            least[k] = max(least[k], min(count, len(units[k])))
     return tuple(
         Group(
             id=k,
@@ -40,6 +44,7 @@ def find_groups(dims: DimGraph, view: View) -> tuple[Group, ...]:
             mixing=kinds[k][1],
             unit_positions=tuple(sorted({len(m.positions) // len(units[k]) for m in homed[k]})),
             nodes=tuple(sorted({nodes[use] for m in homed[k] for use in m.readers if use in nodes})),
+            least=least[k],
         )
         for k in range(len(units))
     )

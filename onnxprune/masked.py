@@ -22,11 +22,13 @@ from onnxprune.types import Axis, Mask, OpNode, Positions, View
 class Narrowed:
     """A node, by its first output, that mixes removed positions: {(input or output, axis): True survives}.
 
-    A mask is bool[n, 1, ...], with as many axes as follow its own, so that it broadcasts against the operand.
+    A mask is bool[n, 1, ...], with as many axes as follow its own, so that it broadcasts against the operand. `numbers`
+    are outputs that hold positions by number, with the mask of the axis that these are of.
     """
 
     node: str
     inputs: Mapping[tuple[int, int], Mask]
+    numbers: Mapping[int, Mask]
     outputs: Mapping[tuple[int, int], Mask]
 
 
@@ -42,8 +44,13 @@ def narrowed(dims: DimGraph, view: View, alive: Mask) -> list[Narrowed]:
     for node in view.nodes:
         if node.outputs[0] in gone:
             labels = np.array(sorted(gone[node.outputs[0]]), np.int64)
-            sides = (dict(_survivors(dims, node, names, labels)) for names in (node.inputs, node.outputs))
-            found.append(Narrowed(node.outputs[0], *sides))
+            inputs, outputs = (dict(_survivors(dims, node, names, labels)) for names in (node.inputs, node.outputs))
+            numbers = {
+                node.outputs.index(said.value): inputs[node.inputs.index(said.whole), said.axis]
+                for speaker, said in dims.relations.numbers
+                if speaker is node and said.value in node.outputs
+            }
+            found.append(Narrowed(node.outputs[0], inputs, numbers, outputs))
     return found
 
 
@@ -72,8 +79,20 @@ def narrow(model: ir.Model, nodes: Iterable[Narrowed], types: Mapping[str, int])
             )
             graph.insert_before(node, picked)
             node.replace_input_with(k, picked.outputs[0])
+        for k, keep in item.numbers.items():
+            _renumber(graph, node, k, keep)
         for (k, axis), keep in item.outputs.items():
             _put_back(graph, node, k, axis, keep, types)
+
+
+def _renumber(graph: ir.Graph, node: ir.Node, k: int, keep: Mask) -> None:
+    """Numbers among the survivors become those that they have in the dense model, for all readers of an output."""
+    value = node.outputs[k]
+    uses = list(value.uses())
+    numbers = _node(graph, "Gather", [register(graph, "numbers", np.flatnonzero(keep.reshape(-1))), value], axis=0)
+    graph.insert_after(node, numbers)
+    for reader, place in uses:
+        reader.replace_input_with(place, numbers.outputs[0])
 
 
 def _put_back(graph: ir.Graph, node: ir.Node, k: int, axis: int, keep: Mask, types: Mapping[str, int]) -> None:

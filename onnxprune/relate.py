@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from onnxprune import ops
-from onnxprune.types import Axis, Freeze, OpNode, Pattern, Positions, Shape, Take, View, Virtual
+from onnxprune.indexing import numbered
+from onnxprune.types import Axis, Freeze, Numbers, OpNode, Pattern, Positions, Shape, Take, View, Virtual
 
 Token = str | tuple[str, ...]
 
@@ -66,6 +67,8 @@ class Relations:
         self.mixing: list[Mixing] = []
         self.batch: dict[int, bool] = {}
         self.avoid: set[int] = set()
+        self.least: dict[int, int] = {}
+        self.numbers: list[tuple[OpNode, Numbers]] = []
         self.edges: list[tuple[int, int, str]] = []
         self.unknown: dict[str, str] = {}
         for value, shape in self.shapes.items():
@@ -83,6 +86,7 @@ class Relations:
                 self.freeze(name, None, "an integer table numbers these positions")
         for node in view.nodes:
             self.relate(node)
+        self.follow_numbers()
 
     def add(self, axis: Axis, size: int) -> int:
         """Number an axis."""
@@ -127,6 +131,10 @@ class Relations:
                     mentioned |= self.pattern(node, relation, label)
                 case Take():
                     mentioned |= self.take(relation, label)
+                case Numbers():
+                    self.numbers.append((node, relation))
+                    if (picked := self.number.get(Axis(relation.whole, relation.axis))) is not None:
+                        mentioned.add(picked)
                 case Freeze():
                     self.freeze(relation.value, relation.axis, relation.reason, relation.positions)
                     mentioned |= {
@@ -136,6 +144,20 @@ class Relations:
             for number in self.axes_of(name):
                 if number not in mentioned:
                     self.freezes.append((number, None, f"{node.op_type} says nothing about this axis"))
+
+    def follow_numbers(self) -> None:
+        """Tie the axes that the same numbers speak of, or freeze them where the numbers may not change."""
+        for found in numbered(self.view, self.numbers):
+            axes = [number for axis in found.axes if (number := self.number.get(axis)) is not None]
+            if found.reasons:
+                reason = f"its positions are picked by number, {found.reasons[0]}"
+                self.freezes += [(number, None, reason) for number in axes]
+                continue
+            self.tie(axes, "positions by number")
+            for number in axes:  # a table of weights from which rows are fetched by choice holds experts
+                stored = self.view.stored.get(self.axes[number].value)
+                if found.chosen and stored is not None and len(stored.shape) > 2:
+                    self.batch[number] = True
 
     def take(self, take: Take, label: str) -> set[int]:
         """Link positions of a piece with those of the whole."""
@@ -197,6 +219,8 @@ class Relations:
                 self.batch[numbers[0]] = any(item is not None and item.role == "weight" for item in stored)
             if letter in pattern.avoid:
                 self.avoid.add(numbers[0])
+            if letter in pattern.least:
+                self.least[numbers[0]] = pattern.least[letter]
             if letter in pattern.fixed:
                 self.freezes.append((numbers[0], None, f"kept whole by {node.op_type}"))
         return mentioned

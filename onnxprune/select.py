@@ -27,7 +27,7 @@ class Rounding:
     def table(self, group: Group, floor: float) -> Positions:
         """int64[units + 1]: how many units really go when r are to go; rises with r and never exceeds it."""
         count = len(group.units)
-        least = min(count, max(self.min_keep, 1, int(np.ceil(floor * count))))
+        least = min(count, max(self.min_keep, group.least, int(np.ceil(floor * count))))
         kept = np.maximum(count - np.arange(count + 1), least)
         width = gcd(*(w for w in group.unit_positions)) or 1
         chosen = np.full(count + 1, count)

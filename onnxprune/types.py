@@ -81,8 +81,8 @@ class Pattern:
     left, kept whole; `...` are broadcast axes; `_` is an axis of which nothing is said here, `!` one that is frozen.
     A letter that is missing on the right is summed over. Parts for absent optional inputs are skipped. Positions of
     letters in `mixes` see each other, `batch` letters count independent products (heads, experts), those in `avoid` are
-    cut only where nothing else is free, those in `fixed` never. `operands` are the values that the parts speak of, if
-    they are not the node's inputs and outputs.
+    cut only where nothing else is free, those in `fixed` never; of those in `least` so many stay. `operands` are the
+    values that the parts speak of, if they are not the node's inputs and outputs.
     """
 
     text: str
@@ -92,6 +92,7 @@ class Pattern:
     avoid: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
     operands: tuple[str, ...] = ()
+    least: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,16 @@ class Freeze:
     positions: Positions | None = None
 
 
-Relation = Pattern | Take | Freeze | Virtual
+@dataclass(frozen=True)
+class Numbers:
+    """The elements of `value` are positions of `axis` of `whole`, by number."""
+
+    value: str
+    whole: str
+    axis: int
+
+
+Relation = Pattern | Take | Freeze | Virtual | Numbers
 
 
 # What coupling gives -------------------------------------------------------------------------------------------
@@ -153,7 +163,8 @@ class Member:
 class Group:
     """Units that touch the same axes; `units` are their labels.
 
-    `unit_positions` is how many positions one unit has on each axis that it touches (distinct counts, ascending).
+    `unit_positions` is how many positions one unit has on each axis that it touches (distinct counts, ascending);
+    at least `least` units stay.
     """
 
     id: int
@@ -163,6 +174,7 @@ class Group:
     mixing: tuple[str, ...]
     unit_positions: tuple[int, ...]
     nodes: tuple[str, ...]
+    least: int = 1
 
     @property
     def exact(self) -> bool:

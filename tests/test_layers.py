@@ -22,6 +22,7 @@ PACKAGE = "onnxprune"
 LAYERS = (
     ("errors", "types"),
     ("ops", "ops.*", "plugin", "passes", "passes.*"),
+    ("indexing",),
     ("relate",),
     ("dims", "groups", "select", "cost", "infer", "quality"),
     ("reading", "storage", "model", "rewrite", "report", "feeds"),

@@ -60,12 +60,12 @@ def test_groups_are_the_expected_ones(name: str, update_golden: bool) -> None:
 def test_any_plan_is_removal(name: str) -> None:
     dense, prepared, seen, dims, groups = analysed(name)
     rng = np.random.default_rng(len(name))
-    several = [group for group in groups if len(group.units) > 1]
+    several = [group for group in groups if len(group.units) > group.least]
 
     def draw(group: Group) -> np.ndarray:
-        """Between one unit and all but one of them stay."""
+        """Between the fewest units and all but one of them stay."""
         keep = np.zeros(len(group.units), np.bool_)
-        keep[rng.permutation(len(keep))[: rng.integers(1, len(keep))]] = True
+        keep[rng.permutation(len(keep))[: rng.integers(group.least, len(keep))]] = True
         return keep
 
     plans = [Plan({group.id: draw(group)}) for group in several]

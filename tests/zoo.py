@@ -705,6 +705,45 @@ entry(
     'y = Einsum<equation = "bte,bted->btd">(g, i)',
 )
 
+# Mixtures of experts -----------------------------------------------------------------------------------------------
+
+ROUTER = "l = MatMul(x, router)\np = Softmax(l)\nv, chosen = TopK(p, k)\nsum = ReduceSum(v, last)\ngate = Div(v, sum)\n"
+EXPERTS = {"router": (6, 7), "k": i64(2), "last": i64(-1), "up": (7, 6, 11), "down": (7, 11, 2)}
+entry(
+    "experts fetched for each token",
+    "float[n,6] x",
+    "float[n,2] y",
+    {**EXPERTS, "flat": i64(-1), "one": i64(1), "two": i64(2), "back": i64(-1, 2, 2), "many": i64(1, 2, 1), "rows": i64(-1, 1, 6)},
+    f"{ROUTER}a = Reshape(chosen, flat)\nb = Unsqueeze(a, last)\nw1 = GatherND(up, b)\nw2 = Gather<axis = 0>(down, a)\nc = Unsqueeze(x, one)\n"
+    "d = Tile(c, many)\ne = Reshape(d, rows)\nf = MatMul(e, w1)\ng = Relu(f)\nh = MatMul(g, w2)\ni = Squeeze(h, one)\nj = Reshape(i, back)\n"
+    "m = Unsqueeze(gate, two)\no = Mul(j, m)\ny = ReduceSum<keepdims = 0>(o, one)",
+)  # fmt: skip
+entry(
+    "experts by a scattered gate",
+    "float[n,6] x",
+    "float[n,2] y",
+    {**EXPERTS, "zero": f32(0)},
+    f"{ROUTER}s = Shape(p)\nnone = ConstantOfShape(s)\ndense = ScatterElements<axis = 1>(none, chosen, gate)\n"
+    'a = Einsum<equation = "td,edf->tef">(x, up)\nb = Relu(a)\nc = Einsum<equation = "tef,efd->ted">(b, down)\n'
+    'y = Einsum<equation = "te,ted->td">(dense, c)',
+)  # fmt: skip
+entry(
+    "experts by one-hot masks",
+    "float[n,6] x",
+    "float[n,2] y",
+    {**EXPERTS, "depth": i64(7), "onoff": f32(0, 1), "two": i64(2), "one": i64(1)},
+    f"{ROUTER}hot = OneHot(chosen, depth, onoff)\ng = Unsqueeze(gate, two)\nh = Mul(hot, g)\ndense = ReduceSum<keepdims = 0>(h, one)\n"
+    "t = Unsqueeze(x, one)\nu = Transpose<perm = [1,0,2]>(t)\na = MatMul(u, up)\nb = Relu(a)\nc = MatMul(b, down)\n"
+    'y = Einsum<equation = "te,etd->td">(dense, c)',
+)  # fmt: skip
+entry(
+    "the chosen numbers are shown",
+    "float[n,6] x",
+    "float[n,2] y, int64[n,2] chosen",
+    {**EXPERTS, "w": (2, 2)},
+    f"{ROUTER}y = MatMul(gate, w)",
+)
+
 # Quantised ---------------------------------------------------------------------------------------------------------
 
 SCALES = {"s": np.array(0.05, np.float32), "z": np.array(120, np.uint8), "zi": np.array(2, np.int8)}

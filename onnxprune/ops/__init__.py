@@ -6,7 +6,7 @@ the new inputs or attributes of a node whose sizes are written down in it (Resha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -45,6 +45,7 @@ INTEGERS: dict[tuple[str, str], Mapping[int, tuple[int, int] | None]] = {}
 SLOTS: dict[tuple[str, str], frozenset[int]] = {}
 REASONS: dict[tuple[str, str], str] = {}
 SHAPES: dict[tuple[str, str], tuple[ShapeFunction, int]] = {}
+CARRIES: dict[tuple[str, str], Container[int]] = {}
 STAND_INS: dict[tuple[str, str], tuple[str, tuple[int, ...]]] = {}
 
 
@@ -57,11 +58,13 @@ def rule(
     *names: str,
     roles: Mapping[int, str] | None = None,
     integers: Mapping[int, tuple[int, int] | None] | None = None,
+    carries: Container[int] = (),
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register a rule; `roles` says what an initializer at input k is (default: weight).
 
     `integers` are the inputs that hold quantised weights: {input: (its zero point's input, the axis of the weight
     that this lies along), or None where zero is zero}. Integers elsewhere are numbers and indices.
+    `carries` are the inputs whose elements the outputs hold again, in some order.
     """
 
     def register(function: RuleFunction) -> RuleFunction:
@@ -69,6 +72,7 @@ def rule(
             RULES[_key(name)] = function
             ROLES[_key(name)] = roles or {}
             INTEGERS[_key(name)] = integers or {}
+            CARRIES[_key(name)] = carries
         return function
 
     return register
@@ -161,6 +165,12 @@ def role_of(domain: str, op_type: str, k: int) -> str:
     """What an initializer is at input `k`: weight, bias, norm, divisor, quant or index."""
     _load()
     return ROLES.get((_normal(domain), op_type), {}).get(k, "weight")
+
+
+def carries(node: OpNode, k: int) -> bool:
+    """Whether the outputs of a node hold the elements of input `k`."""
+    _load()
+    return k in CARRIES.get((_normal(node.domain), node.op_type), ())
 
 
 def integers_of(domain: str, op_type: str) -> Mapping[int, tuple[int, int] | None]:

@@ -15,7 +15,13 @@ BROADCAST = """And BitwiseAnd BitwiseOr BitwiseXor Equal Greater GreaterOrEqual 
 PRelu Sum Where Xor""".split()
 
 
-@rule(*(name for name in UNARY if name not in ("Reciprocal", "Log", "Sqrt")))
+@rule("Cast", "Identity", carries=(0,))
+def same_elements(node: OpNode) -> Iterable[Relation]:
+    """X -> Y with the same elements."""
+    return unary(node)
+
+
+@rule(*(name for name in UNARY if name not in ("Cast", "Identity", "Reciprocal", "Log", "Sqrt")))
 def unary(node: OpNode) -> Iterable[Relation]:
     """X -> Y, and Dropout's mask; further inputs are scalars."""
     yield Pattern("... -> " + ", ".join("..." for _ in node.outputs))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from onnxprune.ops import Edit, Resizing, resize, rule
-from onnxprune.types import Axis, Freeze, Mask, OpNode, Pattern, Positions, Relation, Take
+from onnxprune.types import Axis, Freeze, Mask, Numbers, OpNode, Pattern, Positions, Relation, Take
 
 
 def _others(rank: int, axis: int, inputs: int, outputs: int) -> Pattern:
@@ -17,7 +17,7 @@ def _others(rank: int, axis: int, inputs: int, outputs: int) -> Pattern:
     return Pattern(", ".join([part] * inputs) + " -> " + ", ".join([part] * outputs))
 
 
-@rule("Concat")
+@rule("Concat", carries=range(1 << 16))
 def concat(node: OpNode) -> Iterable[Relation]:
     """Each input is a run of positions of the output."""
     rank = len(node.out_shape(0))
@@ -30,7 +30,7 @@ def concat(node: OpNode) -> Iterable[Relation]:
         start += size
 
 
-@rule("Split")
+@rule("Split", carries=(0,))
 def split(node: OpNode) -> Iterable[Relation]:
     """Each output is a run of positions of the input."""
     rank = len(node.shape(0))
@@ -84,7 +84,7 @@ def _slices(node: OpNode) -> dict[int, slice | None] | None:
     return found
 
 
-@rule("Slice")
+@rule("Slice", carries=(0,))
 def slice_(node: OpNode) -> Iterable[Relation]:
     """The output is a run of positions of the input along each sliced axis; the others pass through."""
     before, after = node.shape(0), node.out_shape(0)
@@ -138,7 +138,7 @@ def slice_bounds(this: Resizing) -> Edit | None:
     return Edit(inputs={1: starts, 2: ends})
 
 
-@rule("Gather", roles={1: "index"})
+@rule("Gather", roles={1: "index"}, carries=(0,))
 def gather(node: OpNode) -> Iterable[Relation]:
     """Data axes pass through around the indices' axes; constant indices pick positions, others freeze the axis."""
     data, indices = node.shape(0), node.shape(1)
@@ -149,7 +149,7 @@ def gather(node: OpNode) -> Iterable[Relation]:
     yield Pattern(f"{' '.join(left)}, {' '.join(middle)} -> {' '.join(out)}")
     constant = node.const(1)
     if constant is None or constant.ndim > 1:
-        yield Freeze(node.inputs[0], axis, "Gather with indices known only at run time")
+        yield Numbers(node.inputs[1], node.inputs[0], axis)
         return
     positions = constant.astype(np.int64) % data[axis]
     if constant.ndim == 0:
@@ -247,24 +247,46 @@ def space_to_depth(node: OpNode) -> Iterable[Relation]:
 
 @rule("TopK")
 def top_k(node: OpNode) -> Iterable[Relation]:
-    """X -> values, indices: the chosen axis is numbered, so it stays; the others pass through."""
+    """X -> values, indices: the k largest along an axis, which mixes; the indices are its positions by number."""
     rank = len(node.shape(0))
     axis = node.attr("axis", -1) % rank
-    part = " ".join("!" if k == axis else f"a{k}" for k in range(rank))
-    yield Pattern(f"{part}, -> {part}, {part}")
+    k = node.attr("k") or node.const(1)
+    left = [f"a{n}" for n in range(rank)]
+    right = " ".join("!" if n == axis else name for n, name in enumerate(left))
+    if k is None:  # as many as a feed says
+        yield Freeze(node.inputs[0], axis, "TopK of a number that is known only at run time")
+    else:
+        chosen = {left[axis]: int(np.max(k))}
+        yield Pattern(f"{' '.join(left)}, -> {right}, {right}", mixes=(left[axis],), least=chosen)
+    yield Numbers(node.outputs[1], node.inputs[0], axis)
 
 
-@rule("GatherElements", "ScatterElements", roles={1: "index"})
-def elements(node: OpNode) -> Iterable[Relation]:
-    """Data, indices (and updates) -> Y: the indexed axis stays; axes of equal size pass through, others stay."""
+@rule("GatherElements", roles={1: "index"}, carries=(0,))
+def gather_elements(node: OpNode) -> Iterable[Relation]:
+    """Data, indices -> Y, shaped as the indices, which number `axis` of the data; axes of equal size pass through."""
+    part, axis = _elements(node)
+    data = " ".join("_" if k == axis else name for k, name in enumerate(part))
+    yield Pattern(f"{data}, {' '.join(part)} -> {' '.join(part)}")
+    yield Numbers(node.inputs[1], node.inputs[0], axis)
+
+
+@rule("ScatterElements", roles={1: "index"})
+def scatter_elements(node: OpNode) -> Iterable[Relation]:
+    """Data, indices, updates -> Y, shaped as the data, whose `axis` is numbered; axes of equal size pass through."""
+    part, axis = _elements(node)
+    data = " ".join("d" if k == axis else name for k, name in enumerate(part))
+    yield Pattern(f"{data}, {' '.join(part)}, {' '.join(part)} -> {data}")
+    yield Numbers(node.inputs[1], node.inputs[0], axis)
+
+
+def _elements(node: OpNode) -> tuple[list[str], int]:
+    """Letters of the axes of the indices, `!` where the data is longer along another axis than the numbered one."""
     data, indices = node.shape(0), node.shape(1)
     axis = node.attr("axis", 0) % len(data)
-    same = [k != axis and data[k] == indices[k] for k in range(len(data))]
-    part = " ".join(f"a{k}" if free else "!" for k, free in enumerate(same))
-    yield Pattern(", ".join([part] * len(node.inputs)) + f" -> {part}")
+    return [f"a{k}" if k == axis or data[k] == indices[k] else "!" for k in range(len(data))], axis
 
 
-@rule("GatherND", roles={1: "index"})
+@rule("GatherND", roles={1: "index"}, carries=(0,))
 def gather_nd(node: OpNode) -> Iterable[Relation]:
     """Data (b, indexed, rest), indices (b, i, m) -> Y (b, i, rest): the first m axes after the batch are numbered."""
     data, indices, batch = node.shape(0), node.shape(1), node.attr("batch_dims", 0)
@@ -272,8 +294,11 @@ def gather_nd(node: OpNode) -> Iterable[Relation]:
     shared = [f"b{k}" for k in range(batch)]
     middle = [f"i{k}" for k in range(batch, len(indices) - 1)]
     rest = [f"a{k}" for k in range(depth, len(data))]
-    left = " ".join([*shared, *("!" * indices[-1]), *rest])
+    single = indices[-1] == 1
+    left = " ".join([*shared, *("_" if single else "!" for _ in range(indices[-1])), *rest])
     yield Pattern(f"{left}, {' '.join([*shared, *middle, '!'])} -> {' '.join([*shared, *middle, *rest])}")
+    if single:
+        yield Numbers(node.inputs[1], node.inputs[0], batch)
 
 
 @rule("ScatterND", roles={1: "index"})
@@ -288,11 +313,21 @@ def scatter_nd(node: OpNode) -> Iterable[Relation]:
 
 @rule("OneHot")
 def one_hot(node: OpNode) -> Iterable[Relation]:
-    """Indices, depth, values -> Y with a new axis, whose positions are numbered and stay."""
+    """Indices, depth, values -> Y with a new axis, of which the indices are positions by number."""
     rank = len(node.out_shape(0))
     axis = node.attr("axis", -1) % rank
     names = [f"a{k}" for k in range(rank - 1)]
-    yield Pattern(f"{' '.join(names)}, _, ! -> {' '.join([*names[:axis], '!', *names[axis:]])}")
+    yield Pattern(f"{' '.join(names)}, _, ! -> {' '.join([*names[:axis], 'd', *names[axis:]])}")
+    yield Numbers(node.inputs[0], node.outputs[0], axis)
+
+
+@resize("OneHot", slots=(1,))
+def one_hot_depth(this: Resizing) -> Edit | None:
+    """As many numbers as positions are left."""
+    axis = this.dense.attr("axis", -1) % len(this.dense.out_shape(0))
+    depth = this.node.consts[this.node.inputs[1]]
+    after = this.wanted[this.node.outputs[0]][axis]
+    return None if after == this.dense.out_shape(0)[axis] else Edit(inputs={1: np.full_like(depth, after)})
 
 
 @rule("Trilu")

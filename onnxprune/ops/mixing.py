@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from onnxprune.ops import Edit, Resizing, frozen, resize, rule, shape
-from onnxprune.types import Axis, Freeze, OpNode, Pattern, Relation, Shape
+from onnxprune.types import Axis, Freeze, Numbers, OpNode, Pattern, Relation, Shape
 
 
 def _letters(rank: int) -> list[str]:
@@ -85,13 +85,13 @@ def reduce(node: OpNode) -> Iterable[Relation]:
 
 @rule("ArgMax", "ArgMin")
 def arg_reduce(node: OpNode) -> Iterable[Relation]:
-    """X -> indices: the positions of the reduced axis are numbered, so they stay; the others pass through."""
+    """X -> indices: positions of the reduced axis, which mixes, by number; the others pass through."""
     rank = len(node.shape(0))
     axis = node.attr("axis", 0) % rank
     names = _letters(rank)
-    left = ["!" if k == axis else name for k, name in enumerate(names)]
     out = [("_" if k == axis else name) for k, name in enumerate(names) if node.attr("keepdims", 1) or k != axis]
-    yield Pattern(" ".join(left) + " -> " + " ".join(out))
+    yield Pattern(f"{' '.join(names)} -> {' '.join(out)}", mixes=(names[axis],))
+    yield Numbers(node.outputs[0], node.inputs[0], axis)
 
 
 @rule("MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")

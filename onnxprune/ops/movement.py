@@ -50,7 +50,7 @@ def _blocks(before: Shape, after: Shape) -> Iterable[tuple[list[int], list[int]]
         yield a, b
 
 
-@rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+@rule("Reshape", "Flatten", "Squeeze", "Unsqueeze", carries=(0,))
 def reshape(node: OpNode) -> Iterable[Relation]:
     """Row-major axes in, row-major axes out: runs of axes with equal products share their atoms."""
     before, after = node.shape(0), node.out_shape(0)
@@ -107,7 +107,7 @@ def _resolved(target: Array, before: Shape, zero_copies: bool) -> Shape | None:
     return tuple(sizes) if prod(sizes) == prod(before) else None
 
 
-@rule("Transpose")
+@rule("Transpose", carries=(0,))
 def transpose(node: OpNode) -> Iterable[Relation]:
     """Axes in, the same axes in another order out."""
     rank = len(node.shape(0))
@@ -115,7 +115,7 @@ def transpose(node: OpNode) -> Iterable[Relation]:
     yield Pattern(" ".join(f"a{k}" for k in range(rank)) + " -> " + " ".join(f"a{k}" for k in order))
 
 
-@rule("Expand")
+@rule("Expand", carries=(0,))
 def expand(node: OpNode) -> Iterable[Relation]:
     """Axes of equal size pass through; a stretched one is new on the right."""
     before, after = node.shape(0), node.out_shape(0)
@@ -138,7 +138,7 @@ def expand_target(this: Resizing) -> Edit | None:
     return None if np.array_equal(fresh, target) else Edit(inputs={1: fresh})
 
 
-@rule("Tile")
+@rule("Tile", carries=(0,))
 def tile(node: OpNode) -> Iterable[Relation]:
     """Axes repeated r times become (r a); a repeated axis of size one is new on the right."""
     before, after = node.shape(0), node.out_shape(0)
