@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from onnxprune.errors import ImpossibleError, InputError, InternalError, MachineError, PruneError, shown
+from onnxprune.errors import ImpossibleError, InputError, InternalError, MachineError, PruneError, printable, shown
 
 if TYPE_CHECKING:
     from onnxprune.analysis import Analysis
+    from onnxprune.recipe import Options
 
 Command = Callable[..., Any]
 
@@ -30,16 +35,14 @@ def say(text: str = "") -> None:
 
 def warn(text: str) -> None:
     """A warning on stderr."""
-    click.echo(f"warning: {text}", err=True)
+    click.echo(f"warning: {printable(text)}", err=True)
 
 
 def fail(error: PruneError, as_json: bool) -> None:
     """One line on stderr; with --json the error object is all of stdout."""
     if as_json:
         click.echo(json.dumps(error.fields()))
-    parts = (shown(p) if p is error.object else str(p) for p in (error.file, error.object, error.message) if p)
-    line = " ".join("onnxprune: error: {}".format(": ".join(parts)).split())
-    click.echo(line[:2000], err=True)
+    click.echo(f"onnxprune: error: {error.line()}", err=True)
 
 
 class Verbs(click.Group):
@@ -61,6 +64,9 @@ class Verbs(click.Group):
         except KeyboardInterrupt:
             click.echo("onnxprune: interrupted", err=True)
             raise SystemExit(130) from None
+        except click.exceptions.NoArgsIsHelpError:
+            fail(InputError("give a verb; 'onnxprune --help' lists them"), as_json)
+            raise SystemExit(2) from None
         except click.ClickException as error:
             fail(InputError(error.format_message().replace("\n", " ")), as_json)
             raise SystemExit(2) from None
@@ -83,9 +89,13 @@ def _terminated(signum: int, frame: object) -> None:
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="onnxprune")
+@click.version_option(package_name="onnxprune", prog_name="onnxprune")
 def main() -> None:
     """Make exported neural networks smaller and really faster, and prove what was removed."""
+    logging.getLogger().addHandler(logging.NullHandler())  # libraries talk to nobody
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _terminated)
 
 
@@ -117,8 +127,10 @@ def parse_shapes(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
     for text in texts:
         name, colon, sizes = text.rpartition(":")
         parts = re.split(r"[x,]", sizes.strip().strip("[]()"))
-        if not colon or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        if not colon or not all(re.fullmatch(r" *0*[1-9][0-9]{0,8} *", part) for part in parts):
             raise InputError("expected NAME:1x3x224x224", object=f"--input-shape {text}")
+        if name in found:
+            raise InputError("this input has a shape already", object=f"--input-shape {text}")
         found[name] = tuple(int(part) for part in parts)
     return found
 
@@ -180,6 +192,7 @@ def table(title: str, columns: list[str], rows: list[tuple[object, ...]]) -> Non
 @click.option("--approximate", is_flag=True, help="Consent to touch groups whose positions mix.")
 @click.option("--criterion", default="mag", show_default=True, metavar="NAME[,key=value]", help="Importance.")
 @click.option("--allocate", metavar="NAME[,key=value]", help="How the budget is spread.  [default: global-rank]")
+@click.option("--reconstruct", metavar="NAME|none", help="How what stays is repaired; 'none' is all there is yet.")
 @click.option("--calibration", metavar="PATH", help=".npz, .npy or a folder: unlabelled inputs.")
 @click.option("--evaluation", metavar="PATH", help=".npz with held-out inputs, and labels.")
 @click.option("--metric", help="accuracy, agreement, cosine or relative-error.")
@@ -189,7 +202,9 @@ def table(title: str, columns: list[str], rows: list[tuple[object, ...]]) -> Non
 @shapes_option
 @click.option("--backend", default="cpu", show_default=True, help="Where latency is measured.")
 @click.option("--no-measure", is_flag=True, help="Do not measure latency.")
-@click.option("--report", "reports_", multiple=True, metavar="PATH", help="Report as .json or .md.")
+@click.option("--report", "reports_", multiple=True, metavar="PATH", help="Report as .json, .md or .html.")
+@click.option("--recipe", metavar="FILE", help="These options as YAML; the command line wins.")
+@click.option("--save-recipe", metavar="FILE", help="Write the options of this run as YAML.")
 @click.option("--strict", is_flag=True, help="Fail if an operator has no rule.")
 @click.option("--unproven", is_flag=True, help="Write even what ONNX Runtime cannot run.")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -200,67 +215,38 @@ def table(title: str, columns: list[str], rows: list[tuple[object, ...]]) -> Non
 @common
 def prune(model: str, **given: Any) -> None:
     """Score, select, remove, prove, measure and write."""
-    from onnxprune import pipeline
+    from onnxprune import pipeline, recipe
     from onnxprune import report as reports
-    from onnxprune.recipe import Options
     from onnxprune.storage import check_output, write_text
 
     if given["output"] is None:
         raise InputError("say where to write with -o", object="prune")
-    variants = [
-        Options(
-            ratio=given["ratio"],
-            target=target,
-            remove=tuple(kind.strip() for kind in given["remove"].split(",")),
-            measure=not given["no_measure"],
-            input_shape=parse_shapes(given["input_shape"]),
-            seconds=given["timeout"],
-            **{
-                k: given[k]
-                for k in (
-                    "approximate",
-                    "criterion",
-                    "allocate",
-                    "calibration",
-                    "evaluation",
-                    "metric",
-                    "round_to",
-                    "ignore",
-                    "min_keep",
-                    "backend",
-                    "strict",
-                    "unproven",
-                    "seed",
-                    "threads",
-                    "dry_run",
-                    "force",
-                )
-            },
-        )
-        for target in parse_targets(given["target"])
-    ]
-    outputs = _outputs(given["output"], variants)
-    for path in given["reports_"]:
-        if Path(path).suffix not in (".json", ".md"):
-            raise InputError("a report ends in .json or .md", object=f"--report {path}")
-        check_output(path, None, force=True)
+    variants = _variants(given)
+    names = [recipe.label(variant) for variant in variants]
+    if len(variants) > 1:
+        for path in (given["output"], *given["reports_"]):
+            if "{target}" not in path:
+                raise InputError("several targets need {target} in the file's name", object=path)
+    outputs = [given["output"].replace("{target}", name) for name in names]
+    beside = [[path.replace("{target}", name) for path in given["reports_"]] for name in names]
+    saved = given["save_recipe"]
+    if saved is not None:
+        check_output(saved, None, force=variants[0].force)
     with stages(given["quiet"]) as progress:
-        results = pipeline.family(model, outputs, variants, progress=progress, command=sys.argv[1:])
-    for result, variant in zip(results, variants, strict=True):
-        for path in given["reports_"]:
-            name = Path(path.replace("{target}", _label(variant)))
-            text = reports.to_json(result.report) if name.suffix == ".json" else reports.to_markdown(result.report)
-            write_text(name, text)
-        for text in result.report.warnings:
-            warn(text)
+        results = pipeline.family(model, outputs, variants, beside, progress=progress, command=sys.argv[1:])
+    if saved is not None and not variants[0].dry_run:
+        whole = {k: ",".join(dict.fromkeys(str(v.target[k]) for v in variants)) for k in variants[0].target}
+        write_text(Path(saved), recipe.dump(replace(variants[0], target=whole)), force=variants[0].force)
+    for text in dict.fromkeys(text for result in results for text in result.report.warnings):
+        warn(text)
     if given["as_json"]:
         data = [result.report.data() for result in results]
         say(json.dumps(data[0] if len(data) == 1 else {"family": data}))
         return
     for result, output in zip(results, outputs, strict=True):
-        what = "would write" if given["dry_run"] else "wrote"
+        what = "would write" if variants[0].dry_run else "wrote"
         table(f"{what} {shown(output)}", ["", "dense", "pruned", "ratio"], [*reports.table(result.report)])
-        if given["dry_run"] or given["verbose"]:
+        if variants[0].dry_run or given["verbose"]:
             _print_groups([(g.id, g.kind, g.before, g.after) for g in result.report.groups], result.report.frozen)
         proof = result.report.verification
         worst = max((d["relative"] for d in proof.differences), default=0.0)
@@ -286,14 +272,29 @@ def _print_frozen(rows: list[tuple[str, str, int]]) -> None:
     )
 
 
-def _label(variant: Any) -> str:
-    return "_".join(f"{k}-{v}" for k, v in variant.target.items()) or f"ratio-{variant.ratio}"
+def _variants(given: dict[str, Any]) -> list[Options]:
+    """The options of each target: defaults, then the recipe, then what the command line says."""
+    from onnxprune import recipe
+    from onnxprune.storage import read_bytes
 
-
-def _outputs(text: str, variants: list[Any]) -> list[str]:
-    if len(variants) > 1 and "{target}" not in text:
-        raise InputError("several targets need {target} in the output's name", object=f"-o {text}")
-    return [text.replace("{target}", _label(variant)) for variant in variants]
+    context = click.get_current_context()
+    path = given["recipe"]
+    values = recipe.read(read_bytes(path, recipe.SIZE_LIMIT), path) if path is not None else {}
+    said = {k for k in given if context.get_parameter_source(k) is ParameterSource.COMMANDLINE}
+    if said & {"ratio", "target"}:  # they exclude each other
+        values = {k: v for k, v in values.items() if k not in ("ratio", "target")}
+    for field in fields(recipe.Options):
+        if field.name in said:
+            values[field.name] = given[field.name]
+    if "no_measure" in said:
+        values["measure"] = False
+    if "remove" in said:
+        values["remove"] = tuple(kind.strip() for kind in given["remove"].split(","))
+    if "input_shape" in said:
+        values["input_shape"] = parse_shapes(given["input_shape"])
+    target = values.pop("target", ())
+    texts = target if isinstance(target, tuple) else tuple(f"{metric}={value}" for metric, value in target.items())
+    return [recipe.Options(**values, target=target) for target in parse_targets(texts)]
 
 
 @main.command()
@@ -387,9 +388,10 @@ def compare(dense: str, pruned: str, as_json: bool, verbose: bool, quiet: bool, 
     limit = given["max_relative_error"]
     if limit is not None and not limit >= 0:
         raise InputError("a number of at least 0", object="--max-relative-error")
-    if as_json:
+    failed = limit is not None and not found["relative-error"] <= limit
+    if as_json and not failed:
         say(json.dumps(found))
-    else:
+    elif not as_json:
         rows = []
         for name, value in found.items():
             if isinstance(value, dict):
@@ -397,12 +399,13 @@ def compare(dense: str, pruned: str, as_json: bool, verbose: bool, quiet: bool, 
             else:
                 rows.append((name, "", f"{value:.6g}" if isinstance(value, float) else str(value)))
         table("", ["", "dense", "pruned"], [*rows])
-    if limit is not None and found["relative-error"] > limit:
-        message = f"relative error {found['relative-error']:.4g} is above {limit:g}"
-        if as_json:
-            click.echo(f"onnxprune: error: {shown(pruned)}: {message}", err=True)
-            raise SystemExit(ImpossibleError.code)
-        raise ImpossibleError(message, file=pruned)
+    if failed:
+        error = ImpossibleError(f"relative error {found['relative-error']:.4g} is above {limit:g}", file=pruned)
+        if not as_json:
+            raise error
+        say(json.dumps(found | error.fields()))
+        click.echo(f"onnxprune: error: {error.line()}", err=True)
+        raise SystemExit(error.code)
 
 
 @main.command()

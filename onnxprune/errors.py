@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 NAME_LIMIT = 80
+LINE_LIMIT = 500  # characters of a message
+
+
+def printable(text: object) -> str:
+    """Text with what a terminal would act upon escaped."""
+    found = str(text)
+    return found if found.isprintable() else found.encode("unicode_escape").decode("ascii")
 
 
 def shown(name: object) -> str:
     """A name from a model as it may be printed: control characters escaped, cut at 80 characters."""
-    text = str(name).encode("unicode_escape").decode("ascii") if not str(name).isprintable() else str(name)
+    text = printable(str(name)[: NAME_LIMIT + 1])
     return text if len(text) <= NAME_LIMIT else text[: NAME_LIMIT - 3] + "..."
+
+
+def shown_path(path: object) -> str:
+    """A path likewise, cut at the front: its end is what tells files apart."""
+    text = printable(str(path)[-NAME_LIMIT - 1 :])
+    return text if len(text) <= NAME_LIMIT else "..." + text[3 - NAME_LIMIT :]
 
 
 class PruneError(Exception):
@@ -17,14 +30,19 @@ class PruneError(Exception):
     code = 5
 
     def __init__(self, message: str, *, file: object = "", object: str = "") -> None:
-        self.message = message
-        self.file = shown(file) if file else ""
+        text = printable(" ".join(message.split()))
+        self.message = text if len(text) <= LINE_LIMIT else text[: LINE_LIMIT - 3] + "..."
+        self.file = shown_path(file) if file else ""
         self.object = object
-        super().__init__(": ".join(part for part in (self.file, object, message) if part))
+        super().__init__(self.line())
+
+    def line(self) -> str:
+        """`<file>: <object>: <message>`, safe to print."""
+        return ": ".join(part for part in (self.file, shown(self.object), self.message) if part)
 
     def fields(self) -> dict[str, object]:
         """The error object of `--json`."""
-        return {"code": self.code, "file": self.file, "object": self.object, "message": self.message}
+        return {"code": self.code, "file": self.file, "object": shown(self.object), "message": self.message}
 
 
 class InputError(PruneError):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxprune.errors import ImpossibleError, InputError
+from onnxprune.errors import ImpossibleError, InputError, MachineError, shown
 from onnxprune.infer import true_inputs
 from onnxprune.types import Array, Shape
 
+LIMIT = 2**31  # bytes that one random input may take
 CARRIERS = frozenset("Cast Identity Reshape Unsqueeze Squeeze Flatten Transpose Concat Slice Expand Clip".split())
 
 
@@ -51,6 +53,8 @@ def random_feed(graph: ir.Graph, shapes: Mapping[str, Shape], seed: int) -> dict
             raise ImpossibleError("no random value can stand for this input; pass --calibration", object=name)
         kind = dtype.numpy()
         shape = shapes[name]
+        if (needed := prod(shape) * kind.itemsize) > LIMIT:
+            raise MachineError(f"shape {list(shape)} needs {needed:,} bytes; try --input-shape", object=name)
         if name in bounds:
             drawn: Array = rng.integers(0, bounds[name], shape)
         elif np.issubdtype(kind, np.integer) or kind == np.bool_:
@@ -79,7 +83,8 @@ def batches(graph: ir.Graph, arrays: Mapping[str, Array], file: str, batch: int 
     stacked: dict[str, Array] = {}
     for name, value in inputs.items():
         if name not in arrays:
-            raise InputError(f"no array for graph input '{name}'; it has {', '.join(arrays) or 'none'}", file=file)
+            there = ", ".join(map(shown, list(arrays)[:5])) or "none"
+            raise InputError(f"no array for this graph input; it has {there}", file=file, object=name)
         array = _typed(arrays[name], value, file)
         dims = [int(d) if isinstance(d, int) and d > 0 else None for d in value.shape or ()]
         if array.ndim != len(dims) or any(d not in (None, s) for d, s in zip(dims[1:], array.shape[1:], strict=True)):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from onnxprune import feeds, plugin, quality, storage, verify
 from onnxprune import measure as latency
 from onnxprune import report as reports
 from onnxprune import select as selection
-from onnxprune.analysis import Analysis, cost_of, cost_shapes, samples_of
+from onnxprune.analysis import Analysis, cost_of, cost_shapes, named, samples_of
+from onnxprune.cost import Cost
 from onnxprune.errors import ImpossibleError, InputError, InternalError
 from onnxprune.model import Model
 from onnxprune.prove import Prover
-from onnxprune.recipe import KINDS, Options, check
+from onnxprune.recipe import KINDS, Options, check, recorded
 from onnxprune.runtime import ort
 from onnxprune.types import Array, Group, Mask, Plan
 from onnxprune.worker import Worker
@@ -81,8 +83,9 @@ def select(
     importance: Sequence[Array],
     options: Options,
     limits: Mapping[str, float],
+    overhead: float = 0.0,
 ) -> Plan:
-    """Keep masks for the ratio, or for targets in absolute numbers."""
+    """Keep masks for the ratio, or for targets in absolute numbers; `overhead` is a file's bytes beyond its weights."""
     rounding = selection.Rounding(None if options.round_to == "auto" else int(options.round_to), options.min_keep)
     if options.ratio is not None:
         return selection.by_ratio(groups, importance, options.ratio, rounding)
@@ -90,18 +93,53 @@ def select(
     main = next(iter(limits))
     cost = analysis.costs.of_units(tuple(groups), main)
     priority = allocator.priority(importance, cost)
-    return selection.by_target(groups, priority, allocator.floor, rounding, limits, analysis.costs.of, analysis.labels)
+
+    def of(alive: Mask) -> Mapping[str, float]:
+        found = analysis.costs.of(alive)
+        return {**found, "size": found["size"] + overhead}
+
+    def chosen() -> Plan:
+        return selection.by_target(groups, priority, allocator.floor, rounding, limits, of, analysis.labels)
+
+    plan: Plan = named(analysis.source.path, chosen)
+    return plan
 
 
-def _limits(analysis: Analysis, options: Options, overhead: float) -> dict[str, float]:
-    """Targets in absolute numbers; the file's own bytes beyond its weights are taken off `size`."""
+def _limits(analysis: Analysis, options: Options) -> dict[str, float]:
+    """Targets in absolute numbers."""
     dense = analysis.costs.of(np.ones(analysis.labels, np.bool_))
     limits = {}
     for metric, value in options.target.items():
         number, share = selection.parse_target(metric, value)
         whole = float(analysis.source.bytes) if metric == "size" else dense[metric]
-        limits[metric] = (number * whole if share else number) - (overhead if metric == "size" else 0.0)
+        limits[metric] = number * whole if share else number
     return limits
+
+
+def _met(analysis: Analysis, options: Options) -> bool:
+    """Whether the dense model already is what is asked for."""
+    dense = analysis.costs.of(np.ones(analysis.labels, np.bool_)) | {"size": float(analysis.source.bytes)}
+    limits = _limits(analysis, options)
+    return options.ratio == 0 or (bool(limits) and all(dense[metric] <= most for metric, most in limits.items()))
+
+
+def _nothing(
+    analysis: Analysis, groups: Sequence[Group], importance: Sequence[Array], options: Options
+) -> ImpossibleError:
+    """Nothing goes although groups are free: why, and how far the options let it go."""
+    rounding = selection.Rounding(None if options.round_to == "auto" else int(options.round_to), options.min_keep)
+    dense = analysis.costs.of(np.ones(analysis.labels, np.bool_))
+    least = analysis.costs.of(analysis.alive(selection.by_ratio(groups, importance, 1 - 1e-9, rounding)))
+    told = f"--round-to {options.round_to} and --min-keep {options.min_keep}"
+    if least["params"] < dense["params"]:
+        reach = ", ".join(
+            f"{metric}={least[metric] / dense[metric]:.3f}" for metric in ("params", "macs") if dense[metric]
+        )
+        why = f"too little is asked for one unit to go at {told}; as far as {reach} can be reached"
+    else:
+        most = max(len(group.units) for group in groups)
+        why = f"{told} leave nothing to remove from groups of at most {most} units; lower them"
+    return ImpossibleError(why, file=analysis.source.path)
 
 
 @dataclass
@@ -126,28 +164,40 @@ def prune(
     model: str | Path,
     output: str | Path | None = None,
     *,
+    report: str | Path | Sequence[str | Path] = (),
     progress: Progress = lambda stage: None,
     command: Sequence[str] = (),
     **options: Any,
 ) -> Result:
     """Prune one model for one target; see `Options` for the keywords.
 
-    Without `output` nothing is written. Raises InputError, ImpossibleError, MachineError, InternalError.
+    Without `output` no model is written. Raises InputError, ImpossibleError, MachineError, InternalError.
     """
-    return family(model, [output], [Options(**options)], progress=progress, command=command)[0]
+    beside = [report] if isinstance(report, str | Path) else report
+    return family(model, [output], [Options(**options)], [beside], progress=progress, command=command)[0]
 
 
 def family(
     model: str | Path,
     outputs: Sequence[str | Path | None],
     variants: Sequence[Options],
+    beside: Sequence[Sequence[str | Path]] = (),
     *,
     progress: Progress = lambda stage: None,
     command: Sequence[str] = (),
 ) -> list[Result]:
-    """Several targets from one analysis; nothing is written before all of them are reached and proven."""
+    """Several targets from one analysis; nothing is written before all of them are reached and proven.
+
+    `beside` has the reports of each target, in the format that their suffix names.
+    """
     for options in variants:
         check(options)
+    beside = beside or [()] * len(variants)
+    for report in chain(*beside):
+        reports.check_format(report)
+    written = [Path(path) for path in (*outputs, *chain(*beside)) if path is not None]
+    if twice := [path for k, path in enumerate(written) if path in written[:k]]:
+        raise InputError("would be written twice; put {target} in its name", file=twice[0])
     clock = Clock(progress)
     first = variants[0]
     with clock.stage("read and analyse"):
@@ -156,20 +206,34 @@ def family(
             storage.check_output(path, analysis.source, force=first.force) if path is not None else None
             for path in outputs
         ]
+        for report in chain(*beside):
+            storage.check_output(report, analysis.source, force=first.force)
         calibration, _ = samples_of(analysis.dense.graph, first.calibration)
         evaluation = samples_of(analysis.dense.graph, first.evaluation)
         if first.strict and analysis.dims.relations.unknown:
             node, reason = next(iter(analysis.dims.relations.unknown.items()))
             raise ImpossibleError(f"{reason} (--strict)", file=analysis.source.path.name, object=node)
     results = []
-    with Worker(seconds=first.seconds) as worker:
+    with Worker(seconds=first.timeout) as worker:
         prover = Prover(analysis, calibration, first.seed, first.threads)
+        with clock.stage("run the dense model"):
+            _check_dense(prover, worker, first)
         for options, path in zip(variants, paths, strict=True):
             results.append(_one(analysis, options, path, prover, worker, evaluation, clock, command))
     if not first.dry_run:
         with clock.stage("write"):
-            results = [_written(result, path, analysis, first) for result, path in zip(results, paths, strict=True)]
+            results = _write(results, paths, beside, analysis, first)
     return results
+
+
+def _check_dense(prover: Prover, worker: Worker, options: Options) -> None:
+    """Find inputs that the dense model accepts: what does not run is not analysed further, and cannot be proven."""
+    try:
+        prover.check_dense(worker)
+    except (InputError, ImpossibleError) as error:
+        if not options.unproven:
+            message = f"{error.message}; --unproven writes without proof"
+            raise type(error)(message, file=prover.analysis.source.path, object=error.object) from None
 
 
 @dataclass(frozen=True)
@@ -203,15 +267,15 @@ def _one(
         for name, model in (("dense", analysis.dense), ("pruned", proven.model)):
             files.append(storage.dump(model, folder, name, external=analysis.source.external))
         size = sum(f.stat().st_size for f in Path(folder).glob("pruned*"))
-        with clock.stage("quality"):
-            found = _quality(files, prover, evaluation, options, worker, analysis)
+        found: dict[str, Any] = {}
         rows: list[latency.Latency] = []
-        if options.measure and not options.dry_run:
-            with clock.stage("measure"):
-                shapes = cost_shapes(analysis.dense, analysis.given)
-                feed = evaluation[0][0] if evaluation[0] and not analysis.given else None
-                feed = feed or feeds.random_feed(analysis.dense.graph, shapes, options.seed)
-                rows = latency.measure(files, feed, backend=options.backend, threads=options.threads)
+        if prover.feeds:
+            with clock.stage("quality"):
+                found = _quality(files, prover, evaluation, options, worker, analysis)
+            if options.measure and not options.dry_run:
+                with clock.stage("measure"):
+                    feed = _usual_feed(analysis, evaluation[0], prover, options)
+                    rows = latency.measure(files, feed, backend=options.backend, threads=options.threads)
     dense, pruned = _models(analysis, path, proven, size, rows)
     touched = [g for g in analysis.groups if not proven.plan.keep.get(g.id, np.ones(1, np.bool_)).all()]
     return Result(
@@ -221,7 +285,7 @@ def _one(
         reports.Report(
             tool=f"onnxprune {version('onnxprune')}",
             command=list(command),
-            recipe={k: v for k, v in asdict(options).items() if v not in (None, (), {})},
+            recipe=recorded(options),
             quality=found,
             timing={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
             dense=dense,
@@ -234,16 +298,30 @@ def _one(
                 differences=[asdict(d) for d in proven.differences or ()],
                 unproven=[f"group {k}" for k in proven.unproven],
             ),
-            warnings=_warnings(proven, rows),
+            warnings=_warnings(proven, options, rows),
         ),
     )
+
+
+def _usual_feed(
+    analysis: Analysis, evaluation: Sequence[Mapping[str, Array]], prover: Prover, options: Options
+) -> Mapping[str, Array]:
+    """What latency is measured on: a batch of the user's, else random values at the sizes that cost is counted at."""
+    if evaluation and not analysis.given:
+        return evaluation[0]
+    try:
+        shapes = cost_shapes(analysis.dense, analysis.given)
+        return feeds.random_feed(analysis.dense.graph, shapes, options.seed)
+    except ImpossibleError:
+        return prover.feeds[0]
 
 
 def _models(
     analysis: Analysis, path: Path | None, proven: Proven, size: int, rows: Sequence[latency.Latency]
 ) -> tuple[reports.ModelRow, reports.ModelRow]:
     """Dense and pruned in the report, with what they cost."""
-    dense = cost_of(analysis.dense, analysis.given, analysis.source.bytes)
+    whole = analysis.costs.of(np.ones(analysis.labels, np.bool_))
+    dense = Cost(round(whole["params"]), analysis.source.bytes, round(whole["macs"]))
     pruned = cost_of(proven.model, analysis.given, size)
     times: list[dict[str, Any] | None] = [*map(asdict, rows)] or [None, None]
     faster = latency.faster(*rows) if rows else None
@@ -263,14 +341,16 @@ def _changes(analysis: Analysis, options: Options, groups: Sequence[Group], prov
             for f in analysis.frozen(groups)
         ],
         "removed": [reports.RemovedRow.model_validate(removal.entry()) for removal in proven.gone],
-        "rewrites": [f"folded {name}" for name in analysis.prepared.folded] if options.ratio != 0 else [],
+        "rewrites": [f"folded {name}" for name in analysis.prepared.folded] if proven.gone else [],
         "kept": _kept(analysis, proven.gone),
     }
 
 
-def _warnings(proven: Proven, rows: Sequence[latency.Latency]) -> list[str]:
+def _warnings(proven: Proven, options: Options, rows: Sequence[latency.Latency]) -> list[str]:
     found = [f"group {k} failed its proof and was left alone; this is our bug, please report it"
              for k in proven.unproven]  # fmt: skip
+    if not proven.gone and options.ratio != 0:
+        found.append("the dense model meets the target already; nothing was removed")
     if rows and latency.faster(*rows) is False:
         found.append("the pruned model is slower than the dense one")
     return found
@@ -286,19 +366,14 @@ def _proven(
 ) -> Proven:
     """A plan that is proven, after leaving alone the groups that are not."""
     unproven: list[int] = []
-    runnable = True
-    try:
-        prover.check_dense(worker)
-    except InputError:
-        if not options.unproven:
-            raise
-        runnable = False
     while True:
         left = [(g, s) for g, s in zip(groups, importance, strict=True) if g.id not in unproven]
         if groups and not left:
             raise InternalError("no group could be proven", file=analysis.source.path.name)
         plan, smaller, gone = _planned(analysis, [g for g, _ in left], [s for _, s in left], options)
-        if not runnable:
+        if unproven and not gone:
+            raise InternalError("nothing that could be proven can be removed", file=analysis.source.path.name)
+        if not prover.feeds:
             return Proven(plan, smaller, gone, None, unproven)
 
         def attempt(ids: frozenset[int], plan: Plan = plan) -> list[verify.Difference] | None:
@@ -322,10 +397,11 @@ def _planned(
     analysis: Analysis, groups: Sequence[Group], importance: Sequence[Array], options: Options
 ) -> tuple[Plan, Model, list[verify.Removal]]:
     """Select and rewrite; where `size` is a target, once more with the smaller file's real overhead."""
+    copies = _met(analysis, options)
     overhead = analysis.source.bytes - analysis.costs.of(np.ones(analysis.labels, np.bool_))["size"]
     for _ in range(4):
-        plan = select(analysis, groups, importance, options, _limits(analysis, options, overhead))
-        smaller = analysis.rewrite(plan) if options.ratio != 0 else analysis.dense.clone()
+        plan = select(analysis, groups, importance, options, _limits(analysis, options), overhead)
+        smaller = analysis.dense.clone() if copies else analysis.rewrite(plan)
         if "size" not in options.target:
             break
         with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
@@ -336,10 +412,8 @@ def _planned(
             break
         overhead = real
     gone = verify.removals(analysis.groups, plan)
-    rounding = options.round_to
-    if not gone and options.ratio != 0:
-        raise ImpossibleError(f"rounding leaves nothing to remove (--round-to {rounding}); lower it, or remove more",
-                              file=analysis.source.path.name)  # fmt: skip
+    if not gone and not copies:
+        raise _nothing(analysis, groups, importance, options)
     return plan, smaller, gone
 
 
@@ -393,13 +467,40 @@ def _kept(analysis: Analysis, gone: Sequence[verify.Removal]) -> dict[str, dict[
     return {name: {axis: sorted(kept) for axis, kept in axes.items()} for name, axes in sorted(found.items())}
 
 
-def _written(result: Result, path: Path | None, analysis: Analysis, options: Options) -> Result:
-    """The result with its model in the file, checked there before it gets its name."""
-    if path is None:
-        return result
+def _write(
+    results: Sequence[Result],
+    paths: Sequence[Path | None],
+    beside: Sequence[Sequence[str | Path]],
+    analysis: Analysis,
+    options: Options,
+) -> list[Result]:
+    """Write models and reports; where one of them cannot be written, none that is new stays."""
+    folders = {Path(path).parent for path in (*paths, *chain(*beside)) if path is not None}
+    before = {file for folder in folders for file in folder.iterdir()}
+    done: list[Path] = []
+    found = []
+    try:
+        for result, path, names in zip(results, paths, beside, strict=True):
+            if path is not None:
+                result, files = _written(result, path, analysis, options)
+                done += files
+            for name in map(Path, names):
+                storage.write_text(name, reports.rendered(result.report, name.suffix), force=options.force)
+                done.append(name)
+            found.append(result)
+    except BaseException:
+        for file in done:
+            if file not in before:
+                file.unlink(missing_ok=True)
+        raise
+    return found
+
+
+def _written(result: Result, path: Path, analysis: Analysis, options: Options) -> tuple[Result, tuple[Path, ...]]:
+    """The result with its model in the file, checked there before it gets its name, and the files."""
 
     def loads(candidate: Path) -> None:
-        with Worker(seconds=options.seconds) as worker:
+        with Worker(seconds=options.timeout) as worker:
             interfaces = [worker.call(ort.interface, str(p)) for p in (candidate,)]
         names = [str(value.name) for value in analysis.dense.graph.outputs]
         if [o.name for o in interfaces[0].outputs] != names:
@@ -415,4 +516,4 @@ def _written(result: Result, path: Path | None, analysis: Analysis, options: Opt
     pruned = result.report.pruned.model_copy(
         update={"sha256": storage.digest(files), "bytes": sum(f.stat().st_size for f in files), "path": str(path)}
     )
-    return Result(path, result.model, result.plan, result.report.model_copy(update={"pruned": pruned}))
+    return Result(path, result.model, result.plan, result.report.model_copy(update={"pruned": pruned})), files

@@ -5,9 +5,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from onnxprune import feeds, storage, verify
 from onnxprune.analysis import Analysis, cost_shapes
-from onnxprune.errors import ImpossibleError, InputError
+from onnxprune.errors import ImpossibleError, InputError, PruneError
 from onnxprune.model import Model
 from onnxprune.runtime import ort
 from onnxprune.types import Array, Mask
@@ -27,15 +29,13 @@ class Prover:
         graph = analysis.dense.graph
         self.samples = list(samples[:SAMPLES])
         self.feeds: list[Mapping[str, Array]] = []
-        self.problem = ""
+        self.problem: PruneError | None = None
         try:
             usual = cost_shapes(analysis.dense, analysis.given)
             for k, shapes in enumerate((analysis.prepared.facts.shapes, analysis.prepared.other.shapes, usual)):
                 self.feeds.append(feeds.random_feed(graph, shapes, seed + k))
         except ImpossibleError as error:
-            self.problem = str(error)
-            if not self.samples:
-                raise
+            self.problem = error
 
     def prove(
         self, worker: Worker, candidate: Model, gone: Sequence[verify.Removal], alive: Mask
@@ -49,7 +49,7 @@ class Prover:
         return verify.compare(self.analysis.reference(gone, alive), candidate, self.feeds, run)
 
     def check_dense(self, worker: Worker) -> None:
-        """Keep the feeds that the dense model accepts. Raises InputError if it accepts none."""
+        """Keep the feeds that the dense model accepts. Raises InputError or ImpossibleError if there are none."""
         with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
             path = str(storage.dump(self.analysis.dense, folder, "dense"))
             for sample in self.samples:
@@ -59,11 +59,21 @@ class Prover:
                 if len(accepted) == RANDOM:
                     break
                 try:
-                    worker.call(ort.run, path, [feed], threads=self.threads)
-                    accepted.append(feed)
+                    outputs = worker.call(ort.run, path, [feed], threads=self.threads)
+                    if _says_something(outputs[0]):
+                        accepted.append(feed)
+                    else:
+                        self.problem = InputError("no output is finite on random inputs; pass --calibration")
                 except InputError as error:
-                    self.problem = error.message
+                    self.problem = error
         self.feeds = [*self.samples, *accepted]
         self.samples = []  # they are among the feeds now, also when this is asked again
         if not self.feeds:
-            raise InputError(self.problem, file=self.analysis.source.path.name)
+            problem = self.problem or InputError("it accepts no input")
+            raise type(problem)(problem.message, file=self.analysis.source.path, object=problem.object)
+
+
+def _says_something(outputs: Mapping[str, Array]) -> bool:
+    """Whether any number among the outputs is finite; a model of NaN equals every other."""
+    floats = [a for a in outputs.values() if a.size and (a.dtype.kind == "f" or a.dtype.name == "bfloat16")]
+    return not floats or any(np.isfinite(array.astype(np.float64)).any() for array in floats)

@@ -42,7 +42,7 @@ def relative_error(outputs: Outputs, dense: Outputs, labels: Array | None) -> fl
                 continue
             x, y = array.astype(np.float64), found[name].astype(np.float64)
             finite = np.isfinite(x) & np.isfinite(y)
-            gap += float(((x - y)[finite] ** 2).sum())
+            gap += float(((x[finite] - y[finite]) ** 2).sum())
             size += float((x[finite] ** 2).sum())
     return float(np.sqrt(gap / size)) if size else float(gap > 0)
 
@@ -51,8 +51,9 @@ def cosine(outputs: Outputs, dense: Outputs, labels: Array | None) -> float:
     """Mean cosine between both models' first outputs, sample by sample."""
     x, y = (_first(o).astype(np.float64) for o in (outputs, dense))
     x, y = x.reshape(len(x), -1), y.reshape(len(y), -1)
-    norms = np.maximum(np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1), 1e-30)
-    return float(np.mean((x * y).sum(axis=1) / norms))
+    with np.errstate(all="ignore"):  # outputs that are not finite have no angle
+        norms = np.maximum(np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1), 1e-30)
+        return float(np.mean((x * y).sum(axis=1) / norms))
 
 
 METRICS: Mapping[str, Callable[[Outputs, Outputs, Array | None], float]] = {

@@ -6,11 +6,12 @@ ever handed to a library.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -20,7 +21,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
-from onnxprune.errors import InputError, MachineError, shown
+from onnxprune.errors import InputError, MachineError, shown, shown_path
 from onnxprune.types import Array
 
 LIMIT = 2**31 - 1  # bytes that protobuf can parse
@@ -62,8 +63,8 @@ def open_regular(path: str | Path, *, follow: bool = False) -> int:
     except PermissionError:
         raise MachineError("no permission to read it", file=path) from None
     except OSError as error:
-        if path.is_symlink():
-            raise InputError(f"is a link; copy what it points to: cp -L {path} COPY", file=path) from None
+        if error.errno in (errno.ELOOP, errno.EMLINK) and not follow:
+            raise InputError(f"is a link; copy what it points to: cp -L {shown_path(path)} COPY", file=path) from None
         raise InputError(error.strerror or "cannot be opened", file=path) from None
     except ValueError:
         raise InputError("not a file name", file=path) from None
@@ -87,13 +88,15 @@ def read_model(path: str | Path) -> tuple[ir.Model, Source]:
     path = Path(path)
     proto, digest, size = _parse(path)
     try:
-        _check_graph(proto.graph, _opset(proto), proto.ir_version)
+        _check_opsets(proto)
+        _check_functions(proto.functions)
+        _check_graph(proto.graph)
         mapped, files = _map_external(proto, path)
         model = ir.serde.deserialize_model(proto)
     except InputError as error:
-        raise InputError(error.message, file=path.name, object=error.object) from None
+        raise InputError(error.message, file=path, object=error.object) from None
     except (ValueError, TypeError, KeyError, NotImplementedError) as error:
-        raise InputError(f"inconsistent model: {str(error).splitlines()[0][:200]}", file=path.name) from None
+        raise InputError(f"inconsistent model: {(str(error).splitlines() or ['?'])[0][:200]}", file=path) from None
     _attach(model, mapped)
     model.graph.sort()
     for file in files:
@@ -133,18 +136,32 @@ def _hash_file(path: Path) -> bytes:
 # Structure ---------------------------------------------------------------------------------------------------------
 
 
-def _opset(proto: onnx.ModelProto) -> int:
-    """The default domain's opset. Raises InputError where it is missing or from the future."""
-    versions = [o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")]
+def _check_opsets(proto: onnx.ModelProto) -> None:
+    """Raise InputError where the default domain's opset is missing or from the future; "ai.onnx" is its other name."""
     newest = onnx.defs.onnx_opset_version()
     if not proto.opset_import:
         raise InputError("it imports no operator set")
-    if versions and not 1 <= versions[0] <= newest:
-        raise InputError(f"opset {versions[0]} is unknown; this onnx package knows 1 to {newest}")
-    return versions[0] if versions else 1
+    for entry in (*proto.opset_import, *(o for function in proto.functions for o in function.opset_import)):
+        if entry.domain == "ai.onnx":
+            entry.domain = ""
+        if not entry.domain and not 1 <= entry.version <= newest:
+            raise InputError(f"opset {entry.version} is unknown; this onnx package knows 1 to {newest}")
 
 
-def _check_graph(graph: onnx.GraphProto, opset: int, ir_version: int) -> None:
+def _check_functions(functions: Sequence[onnx.FunctionProto]) -> None:
+    """Raise InputError where a function is defined twice or calls itself, through others too."""
+    known = {(f.domain, f.name, f.overload): f for f in functions}
+    if len(known) < len(functions):
+        raise InputError("a function is defined twice")
+    calls = {key: {(n.domain, n.op_type, n.overload) for n in _nodes(f.node)} & set(known) for key, f in known.items()}
+    while leaves := [key for key, called in calls.items() if not called & set(calls)]:
+        for key in leaves:
+            del calls[key]
+    if calls:
+        raise InputError("calls itself", object=f"function '{shown(next(iter(calls))[1])}'")
+
+
+def _check_graph(graph: onnx.GraphProto) -> None:
     """Names defined once and before use (in some order), no cycles, tensors whose parts agree; all subgraphs too."""
     pending: list[tuple[onnx.GraphProto, frozenset[str], int]] = [(graph, frozenset(), 0)]
     while pending:
@@ -155,14 +172,15 @@ def _check_graph(graph: onnx.GraphProto, opset: int, ir_version: int) -> None:
             check_tensor(tensor, f"initializer '{shown(tensor.name)}'")
         scope = outer | _defined(current)
         for node in current.node:
+            if not all(isinstance(text, str) for text in (node.name, node.op_type, node.domain, *node.input)):
+                raise InputError("a name in it is not UTF-8", object=_title(node))
             for name in node.input:
                 if name and name not in scope:
                     raise InputError(f"reads '{shown(name)}', which nothing defines", object=_title(node))
             for attribute in node.attribute:
                 for tensor in (*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors):
                     check_tensor(tensor, f"attribute '{shown(attribute.name)}' of {_title(node)}")
-                inside = (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs)
-                pending += [(subgraph, scope, depth + 1) for subgraph in inside]
+            pending += [(subgraph, scope, depth + 1) for subgraph in _subgraphs(node)]
         for output in current.output:
             if output.name not in scope:
                 raise InputError("graph output that nothing defines", object=output.name)
@@ -180,6 +198,9 @@ def _defined(graph: onnx.GraphProto) -> frozenset[str]:
     if graph.sparse_initializer:
         raise InputError("sparse initializers are not supported; store it dense", object=stored[-1])
     produced = [name for node in graph.node for name in node.output if name]
+    for name in (*inputs, *stored, *produced):
+        if not isinstance(name, str):  # protobuf hands out what it cannot decode as bytes
+            raise InputError("its name is not UTF-8", object=f"value '{shown(name)}'")
     for names in (inputs + produced, stored + produced):  # an initializer may be the default of an input
         seen: set[str] = set()
         for name in names:
@@ -211,16 +232,26 @@ def _check_acyclic(graph: onnx.GraphProto) -> None:
         raise InputError("depends on its own output", object=_title(graph.node[stuck]))
 
 
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """Names that a node and everything inside it reads."""
-    pending = [node]
+def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Nodes and those of their subgraphs."""
+    pending = list(nodes)
     while pending:
         current = pending.pop()
+        yield current
+        for graph in _subgraphs(current):
+            pending.extend(graph.node)
+
+
+def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        yield from (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs)
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """Names that a node and everything inside it reads."""
+    for current in _nodes([node]):
         yield from current.input
-        for attribute in current.attribute:
-            for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                pending.extend(graph.node)
-                yield from (output.name for output in graph.output)
+        yield from (output.name for graph in _subgraphs(current) for output in graph.output)
 
 
 def needed_bytes(tensor: onnx.TensorProto) -> int:
@@ -239,6 +270,9 @@ def needed_bytes(tensor: onnx.TensorProto) -> int:
 def check_tensor(tensor: onnx.TensorProto, title: str) -> None:
     """dims x type = bytes of data. Raises InputError."""
     if tensor.data_type == TensorType.STRING:
+        if len(tensor.string_data) != prod(tensor.dims):
+            text = f"{len(tensor.string_data)} strings for shape {list(tensor.dims)}"
+            raise InputError(text, object=title)
         return
     try:
         needed = needed_bytes(tensor)
@@ -247,19 +281,23 @@ def check_tensor(tensor: onnx.TensorProto, title: str) -> None:
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         return
     kind = ir.DataType(tensor.data_type).name
+    typed = sum(len(getattr(tensor, field)) for field in FIELDS)
     if tensor.HasField("raw_data"):
+        if typed:
+            raise InputError("holds its data twice, raw and by element", object=title)
         held = len(tensor.raw_data)
         if held != needed:
             raise InputError(
                 f"{held} bytes of data for shape {list(tensor.dims)} {kind} ({needed} needed)", object=title
             )
         return
-    held = sum(len(getattr(tensor, field)) for field in FIELDS)
     count = prod(tensor.dims) * (2 if tensor.data_type in COMPLEX else 1)
     if tensor.data_type in PACKED:
         count = (count + 1) // 2
-    if held != count:
-        raise InputError(f"{held} elements of data for shape {list(tensor.dims)} {kind} ({count} needed)", object=title)
+    if typed != count:
+        raise InputError(
+            f"{typed} elements of data for shape {list(tensor.dims)} {kind} ({count} needed)", object=title
+        )
 
 
 # External data -------------------------------------------------------------------------------------------------------

@@ -1,20 +1,29 @@
-"""What a run is told: the options, their defaults, and which of them contradict each other."""
+"""What a run is told: the options, their defaults, which of them contradict each other, and their YAML form."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from onnxprune import plugin, quality, select
 from onnxprune.errors import InputError
 from onnxprune.types import Shape
 
 KINDS = ("channels", "heads", "head-dim", "width", "experts", "layers")
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
 class Options:
     """What `prune` may be told; the defaults are the command line's."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     ratio: float | None = None
     target: Mapping[str, float | str] = field(default_factory=dict)
@@ -22,6 +31,7 @@ class Options:
     approximate: bool = False
     criterion: str = "mag"
     allocate: str | None = None
+    reconstruct: str | None = None
     calibration: str | None = None
     evaluation: str | None = None
     metric: str | None = None
@@ -35,7 +45,7 @@ class Options:
     unproven: bool = False
     seed: int = 0
     threads: int = 1
-    seconds: float = 600.0
+    timeout: float = 600.0
     dry_run: bool = False
     force: bool = False
 
@@ -50,14 +60,87 @@ def check(options: Options) -> None:
         raise InputError("--ratio implies --allocate uniform; use --target", object=f"--allocate {options.allocate}")
     for metric, value in options.target.items():
         select.parse_target(metric, value)
-    if options.round_to != "auto" and (not str(options.round_to).isdigit() or int(options.round_to) < 1):
-        raise InputError("a positive number or 'auto'", object=f"--round-to {options.round_to}")
-    if options.min_keep < 1:
-        raise InputError("at least 1", object=f"--min-keep {options.min_keep}")
-    if options.threads < 1:
-        raise InputError("at least 1", object=f"--threads {options.threads}")
+    if unknown := set(options.remove) - {*KINDS, "all"}:
+        kind = sorted(unknown)[0]
+        raise InputError(f"unknown kind; there are {', '.join(KINDS)}, all", object=f"--remove '{kind}'")
+    text = str(options.round_to)
+    if text != "auto" and (not (text.isascii() and text.isdigit() and len(text) < 10) or int(text) < 1):
+        raise InputError("a positive number or 'auto'", object=f"--round-to {text}")
+    for name, number, least, most in (
+        ("min-keep", options.min_keep, 1, 2**31),
+        ("threads", options.threads, 1, MOST_THREADS),
+        ("seed", options.seed, 0, 2**63),
+    ):
+        if not least <= number <= most:
+            raise InputError(f"at least {least} and at most {most}", object=f"--{name} {number}")
+    if not options.timeout > 0:
+        raise InputError("a number of seconds above 0", object=f"--timeout {options.timeout:g}")
     plugin.build("criteria", options.criterion)
     if options.allocate:
         plugin.build("allocators", options.allocate)
+    if options.reconstruct not in (None, "none"):
+        raise InputError("unknown reconstructor; there is only 'none'", object=options.reconstruct)
     if options.metric:
         quality.metric(options.metric)
+
+
+def label(options: Options) -> str:
+    """What `{target}` in a file name stands for, as in `macs-0.5`."""
+    return "_".join(f"{metric}-{value}" for metric, value in options.target.items()) or f"ratio-{options.ratio}"
+
+
+# The YAML form --------------------------------------------------------------------------------------------------------
+
+SIZE_LIMIT = 1 << 20  # bytes of a recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only: no tags that make objects, no aliases, no key twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError("aliases are not supported")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [key.value for key, _ in node.value]
+        if twice := [str(key) for k, key in enumerate(keys) if key in keys[:k]]:
+            raise yaml.YAMLError(f"'{twice[0]}' is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def recorded(options: Options) -> dict[str, Any]:
+    """The options as a recipe has them: keys as on the command line, nothing that is absent."""
+    found = dataclasses.asdict(options)
+    return {name.replace("_", "-"): value for name, value in found.items() if value not in (None, (), {})}
+
+
+def dump(options: Options) -> str:
+    """The options as YAML that `read` takes back."""
+    return yaml.safe_dump(json.loads(json.dumps(recorded(options))), sort_keys=False, allow_unicode=True)
+
+
+def read(text: bytes, file: str) -> dict[str, Any]:
+    """{field of Options: value} of a recipe, checked by type. Raises InputError with the key at fault."""
+    if len(text) > SIZE_LIMIT:
+        raise InputError(f"larger than {SIZE_LIMIT:,} bytes", file=file)
+    try:
+        data = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problem = getattr(error, "problem", None) or str(error) or "nested too deeply"
+        mark = getattr(error, "problem_mark", None)
+        raise InputError(f"not a recipe in YAML: {problem}" + (f" (line {mark.line + 1})" if mark else ""),
+                         file=file) from None  # fmt: skip
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise InputError("a recipe is one mapping of options", file=file)
+    known = [f.name.replace("_", "-") for f in dataclasses.fields(Options)]
+    if unknown := [key for key in data if key not in known]:
+        raise InputError(f"unknown option; there are {', '.join(known)}", file=file, object=unknown[0])
+    named = {key.replace("-", "_"): value for key, value in data.items()}
+    try:
+        options = TypeAdapter(Options).validate_json(json.dumps(named, default=str), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][:2]).replace("_", "-")
+        raise InputError(first["msg"], file=file, object=where) from None
+    return {name: getattr(options, name) for name in named}

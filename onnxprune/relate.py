@@ -110,7 +110,10 @@ class Relations:
         """Apply a node's rule; freeze what it does not mention."""
         operands = [name for name in (*node.inputs, *node.outputs) if name]
         unknown = [name for name in operands if name not in self.shapes]
-        answer = ops.relations(node)
+        try:
+            answer = ops.relations(node)
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # attributes that contradict the shapes
+            answer = f"{node.op_type}: its attributes and shapes do not go together ({type(error).__name__})"
         if unknown and not isinstance(answer, str):
             answer = f"{node.op_type}: the shape of '{unknown[0].split(chr(0))[0]}' is not known"
         label = f"{node.op_type} {node.name}".strip()

@@ -1,14 +1,16 @@
-"""What a run did, as data with a schema: written as JSON or Markdown, read back by `verify`."""
+"""What a run did, as data with a schema: written as JSON, Markdown or HTML, read back by `verify`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from onnxprune.errors import InputError
+from onnxprune.errors import InputError, shown, shown_path
 
 SCHEMA = 1
 
@@ -144,14 +146,76 @@ def table(report: Report) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+Section = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
+
+
+def _sections(report: Report) -> list[Section]:
+    """(title, columns, rows) of what a person reads: before and after, the proof, groups, what stays and why."""
+    proof = report.verification
+    reasons: dict[str, tuple[int, int]] = {}
+    for row in report.frozen:
+        axes, parameters = reasons.get(row.reason, (0, 0))
+        reasons[row.reason] = (axes + 1, parameters + row.parameters)
+    ordered = sorted(reasons.items(), key=lambda item: -item[1][1])
+    title = f"Proof: {proof.method}, {proof.inputs} inputs" if proof.proven else "UNPROVEN"
+    return [
+        ("Before and after", ("", "dense", "pruned", "ratio"), [*table(report)]),
+        (title, ("output", "difference", "tolerance"),
+         [(shown(d["output"]), f"{d['relative']:.1e}", f"{d['tolerance']:.0e}") for d in proof.differences]),
+        ("Groups", ("group", "kind", "units", "left"),
+         [(str(g.id), g.kind, str(g.before), str(g.after)) for g in report.groups]),
+        ("What stays", ("reason", "axes", "parameters"),
+         [(shown(reason), str(axes), f"{held:,}") for reason, (axes, held) in ordered]),
+    ]  # fmt: skip
+
+
 def to_markdown(report: Report) -> str:
-    """The before/after table, groups and reasons as Markdown."""
-    lines = [f"# {Path(report.pruned.path).name}", "", "| | dense | pruned | ratio |", "| --- | ---: | ---: | ---: |"]
-    lines += [f"| {' | '.join(row)} |" for row in table(report)]
-    lines += ["", "| group | kind | units | left |", "| ---: | --- | ---: | ---: |"]
-    lines += [f"| {g.id} | {g.kind} | {g.before} | {g.after} |" for g in report.groups]
-    lines += ["", *(f"- warning: {text}" for text in report.warnings)]
+    """The report for people, as Markdown."""
+    lines = [f"# {_cell(shown_path(Path(report.pruned.path).name))}"]
+    lines += ["", *(f"- warning: {text}" for text in report.warnings)] if report.warnings else []
+    for title, columns, rows in _sections(report):
+        lines += ["", f"## {title}", "", f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+        lines += [f"| {' | '.join(map(_cell, row))} |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text that cannot end a cell or start markup."""
+    return "".join("\\" + c if c in "\\|`*_<>[]" else c for c in text)
+
+
+STYLE = "body{font:15px sans-serif;max-width:60em;margin:2em auto}td,th{padding:.2em 1em;text-align:right}" \
+        "td:first-child,th:first-child{text-align:left}tr:nth-child(even){background:#f2f2f2}"  # fmt: skip
+
+
+def to_html(report: Report) -> str:
+    """The report for people, as one page that loads nothing."""
+    title = escape(shown_path(Path(report.pruned.path).name))
+    parts = [f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"]
+    parts += [f"<p>warning: {escape(text)}</p>" for text in report.warnings]
+    for heading, columns, rows in _sections(report):
+        parts.append(f"<h2>{escape(heading)}</h2><table>{_row('th', columns)}")
+        parts += [_row("td", row) for row in rows]
+        parts.append("</table>")
+    return "\n".join(parts) + "\n"
+
+
+def _row(tag: str, cells: tuple[str, ...]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+WRITERS: dict[str, Callable[[Report], str]] = {".json": to_json, ".md": to_markdown, ".html": to_html}
+
+
+def check_format(path: str | Path) -> None:
+    """Raise InputError for a suffix that names no format."""
+    if Path(path).suffix not in WRITERS:
+        raise InputError(f"a report ends in {', '.join(WRITERS)}", object=f"--report {path}")
+
+
+def rendered(report: Report, suffix: str) -> str:
+    """The report in the format of a suffix."""
+    return WRITERS[suffix](report)
 
 
 def read(text: bytes, file: str) -> Report:

@@ -51,7 +51,7 @@ def check_output(path: str | Path, source: Source | None, *, force: bool) -> Pat
     """Refuse an output that cannot or must not be written. Raises InputError, MachineError."""
     path = Path(path)
     try:
-        if path.suffix in (".engine", ".plan"):
+        if path.suffix.lower() in (".engine", ".plan"):
             raise InputError("engines are written by 'onnxprune build'", file=path)
         if not path.parent.is_dir():
             raise InputError("its folder does not exist", file=path)

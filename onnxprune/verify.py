@@ -200,7 +200,7 @@ def differ(wanted: Mapping[str, Array], found: Mapping[str, Array], tolerance: f
             x, y = a.astype(np.float64), b.astype(np.float64)
             finite = np.isfinite(x)
             same = bool(np.array_equal(finite, np.isfinite(y)))
-            gap = float(np.abs(x - y)[finite].max(initial=0.0)) if same else float("inf")
+            gap = float(np.abs(x[finite] - y[finite]).max(initial=0.0)) if same else float("inf")
             scale = float(np.abs(x[finite]).max(initial=0.0))
             rows.append(Difference(name, gap / max(scale, 1e-12) if gap else 0.0, tolerance))
     return rows

@@ -52,7 +52,8 @@ OUTSIDE = {
     "onnx": ("reading", "storage", "model", "rewrite", "verify", "infer"),
     "onnx_ir": ("reading", "storage", "model", "rewrite", "verify", "infer", "feeds", "audit", "calibrate", "masked"),
     "onnxruntime": ("runtime.ort",),
-    "pydantic": ("report",),
+    "pydantic": ("report", "recipe"),
+    "yaml": ("recipe",),
     "click": ("cli",),
     "rich": ("cli",),
 }
