@@ -35,9 +35,8 @@ class Analysis:
         self.given = named(path, lambda: input_sizes(self.dense, input_shape or {}))
         self.prepared: Prepared = prepare(self.dense.clone(), self.given)
         self.view: View = view(self.prepared)
-        self.dims: DimGraph = couple(
-            self.view, inside_heads="head-dim" in remove and not {"heads", "all"} & set(remove)
-        )
+        inside_heads = "head-dim" in remove and not {"heads", "all"} & set(remove)
+        self.dims: DimGraph = named(path, lambda: couple(self.view, inside_heads=inside_heads))
         self.groups: tuple[Group, ...] = find_groups(self.dims, self.view)
 
     @cached_property

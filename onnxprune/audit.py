@@ -18,7 +18,7 @@ from onnxprune.errors import ImpossibleError, InputError
 from onnxprune.infer import names
 from onnxprune.prove import Prover
 from onnxprune.rewrite import apply
-from onnxprune.types import Axis, Mask, Shape
+from onnxprune.types import Axis, Mask, Plan, Shape
 from onnxprune.worker import Worker
 
 
@@ -28,8 +28,13 @@ def verify(dense: str, pruned: str, plan: str, input_shape: Mapping[str, Shape],
     Raises ImpossibleError (a gate that fails) with the object at fault.
     """
     report = reports.read(storage.read_bytes(plan), Path(plan).name)
-    analysis = Analysis(dense, input_shape, remove=report.recipe.get("remove", ()))
-    small, _ = storage.read_model(pruned)
+    remove = report.recipe.get("remove", ())
+    if not isinstance(remove, list | tuple) or not all(isinstance(kind, str) for kind in remove):
+        raise InputError("not a list of kinds", file=Path(plan).name, object="recipe.remove")
+    analysis = Analysis(dense, input_shape, remove=remove)
+    small, written = storage.read_model(pruned)
+    if analysis.source.sha256 != report.dense.sha256:
+        raise ImpossibleError("is not the model that the report speaks of (sha256)", file=dense)
     removals = [
         proof.Removal(
             row.initializer,
@@ -42,6 +47,10 @@ def verify(dense: str, pruned: str, plan: str, input_shape: Mapping[str, Shape],
         for row in report.removed
     ]
     alive = _alive(analysis, removals, Path(plan).name)
+    whole = Plan({group.id: alive[group.units] for group in analysis.groups})
+    if odd := set(proof.removals(analysis.groups, whole)) ^ set(removals):
+        text = "its role, group, positions or readers are not those of the units that go"
+        raise ImpossibleError(text, file=Path(plan).name, object=min(row.initializer for row in odd))
     rebuilt = apply(analysis.prepared, analysis.dims, analysis.view, alive)
     with Worker() as worker:
         prover = Prover(analysis, [], seed)
@@ -52,6 +61,8 @@ def verify(dense: str, pruned: str, plan: str, input_shape: Mapping[str, Shape],
             raise ImpossibleError(f"differs from the dense model without the removed units by {row.relative:.2e}",
                                   file=Path(pruned).name, object=f"output '{row.output}'")  # fmt: skip
     _same(rebuilt, small, frozenset(report.repaired), Path(pruned).name)
+    if written.sha256 != report.pruned.sha256:
+        raise ImpossibleError("is not the file that the report speaks of (sha256)", file=pruned)
     return {"proven": True, "inputs": len(prover.feeds), "differences": [asdict(d) for d in differences]}
 
 
@@ -73,7 +84,7 @@ def _alive(analysis: Analysis, removals: Iterable[proof.Removal], file: str) -> 
             raise InputError("no such initializer in the dense model", file=file, object=removal.initializer)
         for value in values:
             labels = analysis.dims.labels_of(Axis(value, removal.axis))
-            if labels is None or max(removal.removed, default=0) >= len(labels):
+            if labels is None or not all(0 <= position < len(labels) for position in removal.removed):
                 raise InputError(f"axis {removal.axis} has no such positions", file=file, object=removal.initializer)
             listed.setdefault((value, removal.axis), set()).update(removal.removed)
             alive[labels[list(removal.removed)]] = False
@@ -94,6 +105,10 @@ def _alive(analysis: Analysis, removals: Iterable[proof.Removal], file: str) -> 
 def _same(rebuilt: ir.Model, pruned: ir.Model, repaired: frozenset[str], file: str) -> None:
     """Raise ImpossibleError unless nodes, names, shapes and all values but the repaired ones agree."""
     a, b = rebuilt.graph, pruned.graph
+    if rebuilt.ir_version != pruned.ir_version or dict(rebuilt.opset_imports) != dict(pruned.opset_imports):
+        raise ImpossibleError("its IR version or operator sets are not those of the dense model", file=file)
+    if unknown := repaired - set(a.initializers):
+        raise ImpossibleError("is listed as repaired, and is not there", file=file, object=min(unknown))
     if [_node(n) for n in a] != [_node(n) for n in b]:
         raise ImpossibleError("its nodes are not those that the plan gives", file=file)
     for mine, theirs in ((a.inputs, b.inputs), (a.outputs, b.outputs)):

@@ -33,6 +33,13 @@ def say(text: str = "") -> None:
     click.echo(text)
 
 
+def say_json(data: Any) -> None:
+    """One JSON object, all of stdout."""
+    from onnxprune.report import plain
+
+    click.echo(json.dumps(plain(data)))
+
+
 def warn(text: str) -> None:
     """A warning on stderr."""
     click.echo(f"warning: {printable(text)}", err=True)
@@ -231,6 +238,8 @@ def prune(model: str, **given: Any) -> None:
     beside = [[path.replace("{target}", name) for path in given["reports_"]] for name in names]
     saved = given["save_recipe"]
     if saved is not None:
+        if Path(saved).exists() and Path(saved).samefile(model):
+            raise InputError("is the input; choose another file", file=saved)
         check_output(saved, None, force=variants[0].force)
     with stages(given["quiet"]) as progress:
         results = pipeline.family(model, outputs, variants, beside, progress=progress, command=sys.argv[1:])
@@ -241,7 +250,7 @@ def prune(model: str, **given: Any) -> None:
         warn(text)
     if given["as_json"]:
         data = [result.report.data() for result in results]
-        say(json.dumps(data[0] if len(data) == 1 else {"family": data}))
+        say_json(data[0] if len(data) == 1 else {"family": data})
         return
     for result, output in zip(results, outputs, strict=True):
         what = "would write" if variants[0].dry_run else "wrote"
@@ -309,7 +318,7 @@ def inspect(model: str, input_shape: tuple[str, ...], as_json: bool, verbose: bo
     cost = cost_of(analysis.dense, analysis.given, analysis.source.bytes)
     frozen = analysis.frozen([g for g in analysis.groups if g.exact])
     if as_json:
-        say(json.dumps(_inspected(analysis, cost, frozen)))
+        say_json(_inspected(analysis, cost, frozen))
         return
     say(f"{shown(analysis.source.path)}: {cost.params:,} parameters, {cost.macs:,} MACs, {cost.bytes:,} bytes")
     table(
@@ -359,7 +368,7 @@ def explain(model: str, a: str, b: str, as_json: bool, verbose: bool, quiet: boo
     chain, reasons = verbs.explain(Analysis(model), a, b)
     if as_json:
         steps = [{"from": str(x), "op": op, "to": str(y)} for x, op, y in chain or ()]
-        say(json.dumps({"coupled": chain is not None, "steps": steps, "frozen": reasons}))
+        say_json({"coupled": chain is not None, "steps": steps, "frozen": reasons})
         return
     if chain is None:
         say(f"not coupled: no chain of ops connects {shown(a)} and {shown(b)}")
@@ -390,7 +399,7 @@ def compare(dense: str, pruned: str, as_json: bool, verbose: bool, quiet: bool, 
         raise InputError("a number of at least 0", object="--max-relative-error")
     failed = limit is not None and not found["relative-error"] <= limit
     if as_json and not failed:
-        say(json.dumps(found))
+        say_json(found)
     elif not as_json:
         rows = []
         for name, value in found.items():
@@ -403,7 +412,7 @@ def compare(dense: str, pruned: str, as_json: bool, verbose: bool, quiet: bool, 
         error = ImpossibleError(f"relative error {found['relative-error']:.4g} is above {limit:g}", file=pruned)
         if not as_json:
             raise error
-        say(json.dumps(found | error.fields()))
+        say_json(found | error.fields())
         click.echo(f"onnxprune: error: {error.line()}", err=True)
         raise SystemExit(error.code)
 
@@ -421,7 +430,7 @@ def verify(dense: str, pruned: str, plan: str, as_json: bool, verbose: bool, qui
 
     found = audit.verify(dense, pruned, plan, parse_shapes(given["input_shape"]), given["seed"])
     if as_json:
-        say(json.dumps(found))
+        say_json(found)
     else:
         rows = [(shown(d["output"]), f"{d['relative']:.1e}", f"{d['tolerance']:.0e}") for d in found["differences"]]
         table("proven", ["output", "relative difference", "tolerance"], [*rows])
@@ -452,7 +461,7 @@ def measure(models: tuple[str, ...], as_json: bool, verbose: bool, quiet: bool, 
     ratios = [row.cpu_ms / rows[0].cpu_ms if rows[0].cpu_ms else float("nan") for row in rows]
     if as_json:
         data = [{"path": m, **asdict(r), "ratio": q} for m, r, q in zip(models, rows, ratios, strict=True)]
-        say(json.dumps({"models": data}))
+        say_json({"models": data})
         return
     table(
         f"{rows[0].backend}, {rows[0].threads} thread(s), {rows[0].rounds} rounds",
@@ -473,6 +482,6 @@ def list_(what: str, as_json: bool, verbose: bool, quiet: bool) -> None:
 
     rows = verbs.rows(what)
     if as_json:
-        say(json.dumps({what: [{"name": name, "help": text} for name, text in rows]}))
+        say_json({what: [{"name": name, "help": text} for name, text in rows]})
         return
     table("", ["name", "help"], [*rows])

@@ -17,8 +17,11 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from onnxprune.errors import MachineError
 from onnxprune.relate import Relations
 from onnxprune.types import Array, Axis, Mask, Positions, View
+
+MOST = 1 << 26  # positions of all axes together: a few arrays of this length must fit in memory
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,10 @@ def couple(view: View, inside_heads: bool = False) -> DimGraph:
     count = int(classes.max()) + 1 if len(classes) else 0
     class_sizes = np.zeros(count, np.int64)
     class_sizes[classes] = sizes
+    if (wanted := float(class_sizes.sum(dtype=np.float64))) > MOST:
+        longest = relations.axes[int(sizes.argmax())]
+        raise MachineError(f"an axis of {sizes.max():,} positions; {wanted:,.0f} in all are too many to tell apart",
+                           object=str(longest))  # fmt: skip
     offsets = np.concatenate([[0], np.cumsum(class_sizes)])
     a, b = [], []
     for piece, whole, positions in relations.takes:

@@ -119,4 +119,6 @@ def _typed(array: Array, value: ir.Value, file: str) -> Array:
     floats = (np.issubdtype(kind, np.floating) or kind.name == "bfloat16", np.issubdtype(array.dtype, np.floating))
     if floats[0] != floats[1] and array.dtype != kind:
         raise InputError(f"has type {array.dtype.name} where {kind.name} is needed", file=file, object=str(value.name))
+    if floats[1] and np.isnan(array).any():
+        raise InputError("holds values that are not a number", file=file, object=str(value.name))
     return array.astype(kind, copy=False)

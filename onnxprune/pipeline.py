@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -26,7 +26,7 @@ from onnxprune.model import Model
 from onnxprune.prove import Prover
 from onnxprune.recipe import KINDS, Options, check, recorded
 from onnxprune.runtime import ort
-from onnxprune.types import Array, Group, Mask, Plan
+from onnxprune.types import Array, Axis, Frozen, Group, Mask, Plan
 from onnxprune.worker import Worker
 
 Progress = Callable[[str], None]
@@ -202,12 +202,11 @@ def family(
     first = variants[0]
     with clock.stage("read and analyse"):
         analysis = Analysis(model, first.input_shape, remove=first.remove)
-        paths = [
-            storage.check_output(path, analysis.source, force=first.force) if path is not None else None
-            for path in outputs
-        ]
+        data = tuple(Path(p) for p in (first.calibration, first.evaluation) if p is not None and Path(p).is_file())
+        inputs = replace(analysis.source, files=analysis.source.files + data)
+        paths = [storage.check_output(p, inputs, force=first.force) if p is not None else None for p in outputs]
         for report in chain(*beside):
-            storage.check_output(report, analysis.source, force=first.force)
+            storage.check_output(report, inputs, force=first.force)
         calibration, _ = samples_of(analysis.dense.graph, first.calibration)
         evaluation = samples_of(analysis.dense.graph, first.evaluation)
         if first.strict and analysis.dims.relations.unknown:
@@ -338,12 +337,23 @@ def _changes(analysis: Analysis, options: Options, groups: Sequence[Group], prov
         "groups": [_group_row(group, proven.plan) for group in analysis.groups],
         "frozen": [
             reports.FrozenRow(axis=str(f.axis), reason=f.reason, parameters=f.parameters)
-            for f in analysis.frozen(groups)
+            for f in (*analysis.frozen(groups), *_unproven(analysis, proven))
         ],
         "removed": [reports.RemovedRow.model_validate(removal.entry()) for removal in proven.gone],
         "rewrites": [f"folded {name}" for name in analysis.prepared.folded] if proven.gone else [],
         "kept": _kept(analysis, proven.gone),
     }
+
+
+def _unproven(analysis: Analysis, proven: Proven) -> list[Frozen]:
+    """What stays because its proof failed."""
+    members = {
+        (Axis(m.initializer, m.axis), int(np.prod(analysis.prepared.facts.shapes[m.initializer], dtype=np.int64)))
+        for group in analysis.groups
+        if group.id in proven.unproven
+        for m in group.members
+    }
+    return [Frozen(axis, "unproven: its proof failed, which is our bug", size) for axis, size in sorted(members)]
 
 
 def _warnings(proven: Proven, options: Options, rows: Sequence[latency.Latency]) -> list[str]:
@@ -501,9 +511,12 @@ def _written(result: Result, path: Path, analysis: Analysis, options: Options) -
 
     def loads(candidate: Path) -> None:
         with Worker(seconds=options.timeout) as worker:
-            interfaces = [worker.call(ort.interface, str(p)) for p in (candidate,)]
+            try:
+                found = worker.call(ort.interface, str(candidate))
+            except InputError as error:
+                raise InternalError(f"the written model does not load: {error.message}", file=path.name) from None
         names = [str(value.name) for value in analysis.dense.graph.outputs]
-        if [o.name for o in interfaces[0].outputs] != names:
+        if [o.name for o in found.outputs] != names:
             raise InternalError("the written model has other outputs than the dense one", file=path.name)
 
     files = storage.write_model(

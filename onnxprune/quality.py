@@ -34,14 +34,16 @@ def agreement(outputs: Outputs, dense: Outputs, labels: Array | None) -> float:
 
 
 def relative_error(outputs: Outputs, dense: Outputs, labels: Array | None) -> float:
-    """||pruned - dense|| / ||dense|| over all float outputs together."""
+    """||pruned - dense|| / ||dense|| over all float outputs together; infinite where only one of the two is finite."""
     gap = size = 0.0
     for found, wanted in zip(outputs, dense, strict=True):
         for name, array in wanted.items():
             if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
                 continue
             x, y = array.astype(np.float64), found[name].astype(np.float64)
-            finite = np.isfinite(x) & np.isfinite(y)
+            finite = np.isfinite(x)
+            if x.shape != y.shape or not np.array_equal(finite, np.isfinite(y)):
+                return float("inf")
             gap += float(((x[finite] - y[finite]) ** 2).sum())
             size += float((x[finite] ** 2).sum())
     return float(np.sqrt(gap / size)) if size else float(gap > 0)

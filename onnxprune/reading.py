@@ -25,6 +25,7 @@ from onnxprune.errors import InputError, MachineError, shown, shown_path
 from onnxprune.types import Array
 
 LIMIT = 2**31 - 1  # bytes that protobuf can parse
+RANK = 64  # axes that NumPy can have
 NESTING = 100  # subgraphs inside subgraphs
 FORMATS = (
     (b"version https://git-lfs", "a git-lfs pointer; fetch the real file with 'git lfs pull'"),
@@ -256,6 +257,8 @@ def _reads(node: onnx.NodeProto) -> Iterator[str]:
 
 def needed_bytes(tensor: onnx.TensorProto) -> int:
     """Bytes of data that the shape and type of a tensor call for. Raises InputError for odd ones."""
+    if len(tensor.dims) > RANK:
+        raise InputError(f"{len(tensor.dims)} axes, where {RANK} are the most")
     if any(d < 0 for d in tensor.dims):
         raise InputError(f"negative size in shape {list(tensor.dims)}")
     count = int(prod(tensor.dims))

@@ -125,7 +125,7 @@ def read(text: bytes, file: str) -> dict[str, Any]:
     if len(text) > SIZE_LIMIT:
         raise InputError(f"larger than {SIZE_LIMIT:,} bytes", file=file)
     try:
-        data = yaml.load(text, _Loader)
+        data = _Loader(text).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = getattr(error, "problem", None) or str(error) or "nested too deeply"
         mark = getattr(error, "problem_mark", None)

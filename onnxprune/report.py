@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from html import escape
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,20 @@ class Report(Strict):
         for row in found["removed"]:
             if row["uses"] is None:
                 del row["uses"]
-        return {"schema": found.pop("schema_version"), **found}
+        plain_data: dict[str, Any] = plain({"schema": found.pop("schema_version"), **found})
+        return plain_data
+
+
+def plain(data: Any) -> Any:
+    """Data without the infinities and NaN that JSON does not have; None stands for them."""
+    match data:
+        case dict():
+            return {key: plain(value) for key, value in data.items()}
+        case list() | tuple():
+            return [plain(value) for value in data]
+        case float() if not isfinite(data):
+            return None
+    return data
 
 
 def to_json(report: Report) -> str:
