@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from onnxprune import feeds, plugin, storage, verify
 from onnxprune import select as selection
+from onnxprune.branches import Branches, Dropped, drop, find_branches, layer_groups
 from onnxprune.cost import Cost, Costs
 from onnxprune.dims import DimGraph, couple
 from onnxprune.errors import InputError, PruneError
@@ -25,11 +27,18 @@ from onnxprune.types import Array, Frozen, Group, Mask, Plan, Shape, View
 class Analysis:
     """A model that was read, with everything that coupling says about it; computed once, used for any plan.
 
-    An axis of heads is cut by heads, or inside every head where `remove` names `head-dim` and not `heads`.
+    Labels are those of coupling, and after them one for each branch. An axis of heads is cut by heads, or inside every
+    head where `remove` names `head-dim` and not `heads`. With `interface`, graph inputs and outputs that lie inside a
+    branch may go with it.
     """
 
     def __init__(
-        self, path: str | Path, input_shape: Mapping[str, Shape] | None = None, *, remove: Sequence[str] = ()
+        self,
+        path: str | Path,
+        input_shape: Mapping[str, Shape] | None = None,
+        *,
+        remove: Sequence[str] = (),
+        interface: bool = False,
     ) -> None:
         self.dense, self.source = storage.read_model(path)
         self.given = named(path, lambda: input_sizes(self.dense, input_shape or {}))
@@ -37,17 +46,20 @@ class Analysis:
         self.view: View = view(self.prepared)
         inside_heads = "head-dim" in remove and not {"heads", "all"} & set(remove)
         self.dims: DimGraph = named(path, lambda: couple(self.view, inside_heads=inside_heads))
-        self.groups: tuple[Group, ...] = find_groups(self.dims, self.view)
+        probes = (self.prepared.facts.shapes, self.prepared.other.shapes)
+        self.branches: Branches = find_branches(self.view, probes, self.prepared.facts.types, interface)
+        coupled = find_groups(self.dims, self.view)
+        self.groups: tuple[Group, ...] = coupled + layer_groups(self.branches, len(coupled), len(self.dims.frozen))
 
     @cached_property
     def costs(self) -> Costs:
         """Cost of any set of survivors, MACs at the given sizes (else batch 1 and stated defaults)."""
-        return Costs(self.dims, self.view, cost_shapes(self.prepared.model, self.given))
+        return Costs(self.dims, self.view, cost_shapes(self.prepared.model, self.given), self.branches)
 
     @property
     def labels(self) -> int:
         """How many labels there are: the length of an alive mask."""
-        return len(self.dims.frozen)
+        return len(self.dims.frozen) + len(self.branches.found)
 
     @cached_property
     def weights(self) -> plugin.Weights:
@@ -63,20 +75,52 @@ class Analysis:
 
     def frozen(self, groups: Sequence[Group]) -> list[Frozen]:
         """What stays and why, if only these groups may shrink."""
-        return find_frozen(self.dims, self.view, self.groups, frozenset(g.id for g in groups))
+        found = find_frozen(self.dims, self.view, self.groups, frozenset(g.id for g in groups))
+        return [*found, *self.branches.refused]
 
     def alive(self, plan: Plan) -> Mask:
         """bool[labels]: what survives a plan."""
         return selection.alive_labels(self.groups, plan, self.labels)
 
+    def dropped(self, alive: Mask) -> Dropped:
+        """What goes with the branches of which the labels are not alive."""
+        return self.without(~alive[len(self.dims.frozen) :])
+
+    def without(self, goes: Mask) -> Dropped:
+        """What goes with these branches (bool[branches])."""
+        gone = drop(self.branches, self.groups, goes, len(self.dims.frozen))
+        made = {f"{name}_folded" for name in self.prepared.folded}
+        return replace(gone, initializers={k: v for k, v in gone.initializers.items() if k not in made})
+
+    def removals(self, plan: Plan) -> list[verify.Removal]:
+        """Everything that a plan removes, in the names and positions of the file as it was read."""
+        return verify.removals(self.groups, plan, self.dropped(self.alive(plan)))
+
+    def settled(self, plan: Plan) -> Plan:
+        """The plan without groups that lie inside dropped branches as a whole: they go with them, not apart."""
+        dead = self.dropped(self.alive(plan)).dead
+        return Plan({g.id: plan.keep[g.id] for g in self.groups if g.id in plan.keep and not self.inside(g, dead)})
+
+    @staticmethod
+    def inside(group: Group, dead: Collection[str]) -> bool:
+        """Whether all that a group could shrink goes with dropped branches."""
+        return group.kind != "layers" and all(member.value in dead for member in group.members)
+
+    def generates(self) -> bool:
+        """Whether token ids go in, and a cache for the next step or the tokens' logits come out."""
+        graph = self.prepared.model.graph
+        tables = set(feeds.index_bounds(graph).values())
+        ends = {self.view.shapes[name][-1] for name in self.view.outputs if len(self.view.shapes.get(name, ())) > 1}
+        return bool(tables) and bool(self.branches.caches or tables & ends)
+
     def rewrite(self, plan: Plan) -> Model:
         """The smaller model of a plan, not yet proven."""
-        return apply(self.prepared, self.dims, self.view, self.alive(plan))
+        return apply(self.prepared, self.dims, self.view, self.alive(plan), self.branches)
 
     def reference(self, gone: Sequence[verify.Removal], alive: Mask) -> Model:
         """The dense model without the units that are not alive, their slices being `gone`."""
         mixed = narrowed(self.dims, self.view, alive)
-        return verify.reference(self.dense, gone, mixed, self.prepared.facts.types)
+        return verify.reference(self.dense, gone, mixed, self.prepared.facts.types, self.dropped(alive))
 
 
 def named(path: str | Path, call: Callable[[], Any]) -> Any:

@@ -14,6 +14,7 @@ from onnxprune import report as reports
 from onnxprune import storage
 from onnxprune import verify as proof
 from onnxprune.analysis import Analysis
+from onnxprune.branches import Dropped
 from onnxprune.errors import ImpossibleError, InputError
 from onnxprune.infer import names
 from onnxprune.prove import Prover
@@ -31,7 +32,8 @@ def verify(dense: str, pruned: str, plan: str, input_shape: Mapping[str, Shape],
     remove = report.recipe.get("remove", ())
     if not isinstance(remove, list | tuple) or not all(isinstance(kind, str) for kind in remove):
         raise InputError("not a list of kinds", file=Path(plan).name, object="recipe.remove")
-    analysis = Analysis(dense, input_shape, remove=remove)
+    lost = report.interface.inputs or report.interface.outputs
+    analysis = Analysis(dense, input_shape, remove=remove, interface=bool(lost))
     small, written = storage.read_model(pruned)
     if analysis.source.sha256 != report.dense.sha256:
         raise ImpossibleError("is not the model that the report speaks of (sha256)", file=dense)
@@ -39,19 +41,21 @@ def verify(dense: str, pruned: str, plan: str, input_shape: Mapping[str, Shape],
         proof.Removal(
             row.initializer,
             row.axis,
-            tuple(row.removed),
+            "all" if row.removed == "all" else tuple(row.removed),
             row.role,
             row.group,
             tuple((use.node, use.input) for use in row.uses) if row.uses else None,
         )
         for row in report.removed
     ]
-    alive = _alive(analysis, removals, Path(plan).name)
+    gone, dropped = _branches(analysis, removals, report.bypass, Path(plan).name)
+    slices = [removal for removal in removals if removal.removed != "all"]
+    alive = np.concatenate([_alive(analysis, slices, dropped.dead, Path(plan).name), ~gone])
     whole = Plan({group.id: alive[group.units] for group in analysis.groups})
-    if odd := set(proof.removals(analysis.groups, whole)) ^ set(removals):
+    if odd := set(analysis.removals(whole)) ^ set(removals):
         text = "its role, group, positions or readers are not those of the units that go"
         raise ImpossibleError(text, file=Path(plan).name, object=min(row.initializer for row in odd))
-    rebuilt = apply(analysis.prepared, analysis.dims, analysis.view, alive)
+    rebuilt = apply(analysis.prepared, analysis.dims, analysis.view, alive, analysis.branches)
     with Worker() as worker:
         prover = Prover(analysis, [], seed)
         prover.check_dense(worker)
@@ -66,9 +70,31 @@ def verify(dense: str, pruned: str, plan: str, input_shape: Mapping[str, Shape],
     return {"proven": True, "inputs": len(prover.feeds), "differences": [asdict(d) for d in differences]}
 
 
-def _alive(analysis: Analysis, removals: Iterable[proof.Removal], file: str) -> Mask:
-    """bool[labels] from the listed slices. Raises ImpossibleError where a unit is listed in part."""
-    alive = np.ones(analysis.labels, np.bool_)
+def _branches(
+    analysis: Analysis, removals: Iterable[proof.Removal], bypass: Iterable[str], file: str
+) -> tuple[Mask, Dropped]:
+    """bool[branches] that go, and what goes with them. Raises ImpossibleError where one is listed in part."""
+    whole = {removal.initializer for removal in removals if removal.removed == "all"}
+    goes = np.zeros(len(analysis.branches.found), np.bool_)
+    for k in range(len(goes)) if whole or bypass else ():
+        alone = analysis.without(np.arange(len(goes)) == k)
+        goes[k] = alone.initializers.keys() <= whole if alone.initializers else set(alone.bypass) <= set(bypass)
+    dropped = analysis.without(goes)
+    if odd := sorted(whole ^ dropped.initializers.keys()):
+        raise ImpossibleError(
+            "not every tensor of a removed branch is listed, or one that stays", file=file, object=odd[0]
+        )
+    if odd := sorted(set(bypass) ^ set(dropped.bypass)):
+        raise ImpossibleError("'bypass' does not name the sums of the removed branches", file=file, object=odd[0])
+    return goes, dropped
+
+
+def _alive(analysis: Analysis, removals: Iterable[proof.Removal], dead: frozenset[str], file: str) -> Mask:
+    """bool[labels] from the listed slices. Raises ImpossibleError where a unit is listed in part.
+
+    What is `dead` goes with a branch, whatever its positions.
+    """
+    alive = np.ones(len(analysis.dims.frozen), np.bool_)
     listed: dict[tuple[str, int], set[int]] = {}
     readers = {
         name: [value for value, stored in analysis.view.stored.items() if stored.initializer == name]
@@ -84,15 +110,16 @@ def _alive(analysis: Analysis, removals: Iterable[proof.Removal], file: str) -> 
             raise InputError("no such initializer in the dense model", file=file, object=removal.initializer)
         for value in values:
             labels = analysis.dims.labels_of(Axis(value, removal.axis))
-            if labels is None or not all(0 <= position < len(labels) for position in removal.removed):
+            positions = [int(position) for position in removal.removed]
+            if labels is None or not all(0 <= position < len(labels) for position in positions):
                 raise InputError(f"axis {removal.axis} has no such positions", file=file, object=removal.initializer)
-            listed.setdefault((value, removal.axis), set()).update(removal.removed)
-            alive[labels[list(removal.removed)]] = False
+            listed.setdefault((value, removal.axis), set()).update(positions)
+            alive[labels[positions]] = False
     frozen = np.flatnonzero(~alive & (analysis.dims.frozen >= 0))
     if len(frozen):
         raise ImpossibleError(f"removes positions that stay: {analysis.dims.reason(int(frozen[0]))}", file=file)
     for value, stored in analysis.view.stored.items():
-        for axis in range(len(stored.shape)):
+        for axis in range(len(stored.shape) if value not in dead else 0):
             labels = analysis.dims.labels_of(Axis(value, axis))
             gone = set() if labels is None else set(np.flatnonzero(~alive[labels]).tolist())
             if gone != listed.get((value, axis), set()):

@@ -219,6 +219,9 @@ def table(title: str, columns: list[str], rows: list[tuple[object, ...]]) -> Non
 @click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds that one execution may take.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option(
+    "--allow-interface-change", is_flag=True, help="KV-cache inputs and outputs may go with the layer that they serve."
+)
 @common
 def prune(model: str, **given: Any) -> None:
     """Score, select, remove, prove, measure and write."""

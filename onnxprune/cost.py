@@ -12,6 +12,7 @@ from math import prod
 
 import numpy as np
 
+from onnxprune.branches import Branches, living
 from onnxprune.dims import DimGraph
 from onnxprune.types import Array, Axis, Group, Mask, OpNode, Shape, Stored, View
 
@@ -76,17 +77,22 @@ class Cost:
 
 
 class Costs:
-    """Cost as a function of which labels are alive. `shapes` are those at which MACs are counted."""
+    """Cost as a function of which labels, and after them branches, are alive; MACs are counted at `shapes`."""
 
-    def __init__(self, dims: DimGraph, view: View, shapes: Mapping[str, Shape]) -> None:
-        self.dims = dims
+    def __init__(
+        self, dims: DimGraph, view: View, shapes: Mapping[str, Shape], branches: Branches | None = None
+    ) -> None:
+        self.dims, self.branches = dims, branches
+        self.labels = len(dims.frozen)
         macs: list[tuple[float, list[int]]] = []
-        for node in view.nodes:
+        self.macs_nodes: list[int] = []
+        for i, node in enumerate(view.nodes):
             if any(name and name not in node.shapes for name in (*node.inputs, *node.outputs)):
                 continue
             for axes in mac_terms(node):
                 sizes = [shapes.get(a.value, view.shapes[a.value])[a.index] for a in axes]
                 macs.append((float(prod(sizes)), self._moving(axes)))
+                self.macs_nodes.append(i)
         self.macs_terms = self._pack(macs)
         stored: list[tuple[Stored, list[int]]] = []
         seen: set[str] = set()
@@ -98,6 +104,8 @@ class Costs:
         self.params_terms = self._pack(counted)
         sized = [(prod(s.shape) * BITS.get(s.dtype, 32) / 8, axes) for s, axes in stored]
         self.bytes_terms = self._pack(sized)
+        place = {item.initializer: k for k, (item, _) in enumerate(stored)}
+        self.stored_names = [(name, place[item.initializer]) for name, item in view.stored.items()]
 
     def _moving(self, axes: list[Axis]) -> list[int]:
         numbers = self.dims.relations.number
@@ -119,28 +127,41 @@ class Costs:
         return np.asarray((counts[offsets[1:]] - counts[offsets[:-1]]) / sizes)
 
     @staticmethod
-    def _total(terms: tuple[Array, Array, Array], shares: Array) -> float:
+    def _total(terms: tuple[Array, Array, Array], shares: Array, lives: Array) -> float:
         factors, classes, owners = terms
-        values = factors.copy()
+        values = factors * lives
         np.multiply.at(values, owners, shares[classes])
         return float(values.sum())
 
     def of(self, alive: Mask) -> dict[str, float]:
         """{macs, params, size} for these survivors; size is the weights' bytes alone."""
         shares = self.shares(alive)
+        nodes, stored = self._lives(~alive[self.labels :])
         return {
-            "macs": self._total(self.macs_terms, shares),
-            "params": self._total(self.params_terms, shares),
-            "size": self._total(self.bytes_terms, shares),
+            "macs": self._total(self.macs_terms, shares, nodes),
+            "params": self._total(self.params_terms, shares, stored),
+            "size": self._total(self.bytes_terms, shares, stored),
         }
 
-    def of_units(self, groups: tuple[Group, ...], metric: str) -> Array:
-        """float64[groups]: the share of the model that goes when one unit of a group goes."""
-        alive = np.ones(len(self.dims.frozen), np.bool_)
+    def _lives(self, goes: Mask) -> tuple[Array, Array]:
+        """(float64[MACs terms], float64[initializers]): one for what is left without these branches, else zero."""
+        if self.branches is None or not goes.any():
+            return np.ones(len(self.macs_terms[0])), np.ones(len(self.params_terms[0]))
+        nodes, needed = living(self.branches, goes)
+        stored = np.zeros(len(self.params_terms[0]))
+        stored[[k for name, k in self.stored_names if name in needed]] = 1
+        return nodes[self.macs_nodes].astype(np.float64), stored
+
+    def of_units(self, groups: tuple[Group, ...], metric: str) -> list[Array]:
+        """float64[units] for each group: the share of the model that goes when this unit goes."""
+        alive = np.ones(self.labels + (len(self.branches.found) if self.branches else 0), np.bool_)
         dense = self.of(alive)[metric] or 1.0
         found = []
         for group in groups:
-            alive[group.units[0]] = False
-            found.append((dense - self.of(alive)[metric]) / dense)
-            alive[group.units[0]] = True
-        return np.array(found)
+            costs = []
+            for unit in group.units if group.kind == "layers" else group.units[:1]:  # others are all alike
+                alive[unit] = False
+                costs.append((dense - self.of(alive)[metric]) / dense)
+                alive[unit] = True
+            found.append(np.broadcast_to(np.array(costs), len(group.units)))
+        return found

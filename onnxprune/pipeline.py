@@ -49,8 +49,10 @@ def choose_groups(analysis: Analysis, options: Options) -> tuple[Group, ...]:
         raise InputError(f"unknown kind; there are {', '.join(KINDS)}, all", object=sorted(unknown)[0])
     chosen = []
     for group in analysis.groups:
+        if group.kind == "layers" and options.ignore:
+            group = _unignored(analysis, group, options.ignore)
         touched = {*group.nodes, *(m.initializer for m in group.members)}
-        ignored = any(fnmatch.filter(touched, pattern) for pattern in options.ignore)
+        ignored = group.kind != "layers" and any(fnmatch.filter(touched, pattern) for pattern in options.ignore)
         agreed = group.exact or options.approximate
         if agreed and group.kind in wanted and len(group.units) > 1 and not ignored:
             chosen.append(group)
@@ -59,8 +61,27 @@ def choose_groups(analysis: Analysis, options: Options) -> tuple[Group, ...]:
         why = f"; {mixing} groups mix their positions, which needs --approximate" if mixing else ""
         unknown_ops = sorted(set(analysis.dims.relations.unknown.values()))
         why += f"; {'; '.join(unknown_ops[:3])}" if unknown_ops else ""
+        if "layers" in wanted and (stays := analysis.branches.refused):
+            why += f"; {len(stays)} branches stay: {stays[0].reason}"
         raise ImpossibleError(f"nothing can be removed{why}; see 'onnxprune inspect'", file=analysis.source.path.name)
     return tuple(chosen)
+
+
+def _unignored(analysis: Analysis, group: Group, patterns: Sequence[str]) -> Group:
+    """A group of branches without those that hold a node or initializer that is to stay."""
+    first, nodes = len(analysis.dims.frozen), analysis.view.nodes
+    names = [{nodes[i].name or nodes[i].outputs[0] for i in analysis.branches.found[u - first].nodes}
+             for u in group.units.tolist()]  # fmt: skip
+    for member in group.members:
+        names[int(member.units[0])].add(member.initializer)
+    left = [k for k, touched in enumerate(names) if not any(fnmatch.filter(touched, p) for p in patterns)]
+    place = {k: new for new, k in enumerate(left)}
+    members = tuple(
+        replace(m, units=np.full(len(m.units), place[int(m.units[0])]))
+        for m in group.members
+        if int(m.units[0]) in place
+    )
+    return replace(group, units=group.units[left], members=members)
 
 
 def score(analysis: Analysis, groups: Sequence[Group], options: Options) -> tuple[tuple[Group, ...], list[Array], Any]:
@@ -129,7 +150,9 @@ def _nothing(
     """Nothing goes although groups are free: why, and how far the options let it go."""
     rounding = selection.Rounding(None if options.round_to == "auto" else int(options.round_to), options.min_keep)
     dense = analysis.costs.of(np.ones(analysis.labels, np.bool_))
-    least = analysis.costs.of(analysis.alive(selection.by_ratio(groups, importance, 1 - 1e-9, rounding)))
+    least = analysis.costs.of(
+        analysis.alive(_whole(analysis, groups, selection.by_ratio(groups, importance, 1 - 1e-9, rounding)))
+    )
     told = f"--round-to {options.round_to} and --min-keep {options.min_keep}"
     if least["params"] < dense["params"]:
         reach = ", ".join(
@@ -201,7 +224,7 @@ def family(
     clock = Clock(progress)
     first = variants[0]
     with clock.stage("read and analyse"):
-        analysis = Analysis(model, first.input_shape, remove=first.remove)
+        analysis = Analysis(model, first.input_shape, remove=first.remove, interface=first.allow_interface_change)
         data = tuple(Path(p) for p in (first.calibration, first.evaluation) if p is not None and Path(p).is_file())
         inputs = replace(analysis.source, files=analysis.source.files + data)
         paths = [storage.check_output(p, inputs, force=first.force) if p is not None else None for p in outputs]
@@ -297,7 +320,7 @@ def _one(
                 differences=[asdict(d) for d in proven.differences or ()],
                 unproven=[f"group {k}" for k in proven.unproven],
             ),
-            warnings=_warnings(proven, options, rows),
+            warnings=_warnings(analysis, proven, options, rows),
         ),
     )
 
@@ -333,8 +356,9 @@ def _models(
 
 def _changes(analysis: Analysis, options: Options, groups: Sequence[Group], proven: Proven) -> dict[str, Any]:
     """What went, what stayed and why, as the report lists it."""
+    dropped = analysis.dropped(analysis.alive(proven.plan))
     return {
-        "groups": [_group_row(group, proven.plan) for group in analysis.groups],
+        "groups": [_group_row(group, proven.plan, analysis.inside(group, dropped.dead)) for group in analysis.groups],
         "frozen": [
             reports.FrozenRow(axis=str(f.axis), reason=f.reason, parameters=f.parameters)
             for f in (*analysis.frozen(groups), *_unproven(analysis, proven))
@@ -342,6 +366,8 @@ def _changes(analysis: Analysis, options: Options, groups: Sequence[Group], prov
         "removed": [reports.RemovedRow.model_validate(removal.entry()) for removal in proven.gone],
         "rewrites": [f"folded {name}" for name in analysis.prepared.folded] if proven.gone else [],
         "kept": _kept(analysis, proven.gone),
+        "bypass": list(dropped.bypass),
+        "interface": reports.InterfaceRow(inputs=list(dropped.inputs), outputs=list(dropped.outputs)),
     }
 
 
@@ -356,13 +382,18 @@ def _unproven(analysis: Analysis, proven: Proven) -> list[Frozen]:
     return [Frozen(axis, "unproven: its proof failed, which is our bug", size) for axis, size in sorted(members)]
 
 
-def _warnings(proven: Proven, options: Options, rows: Sequence[latency.Latency]) -> list[str]:
+def _warnings(analysis: Analysis, proven: Proven, options: Options, rows: Sequence[latency.Latency]) -> list[str]:
     found = [f"group {k} failed its proof and was left alone; this is our bug, please report it"
              for k in proven.unproven]  # fmt: skip
-    if not proven.gone and options.ratio != 0:
+    if all(keep.all() for keep in proven.plan.keep.values()) and options.ratio != 0:
         found.append("the dense model meets the target already; nothing was removed")
     if rows and latency.faster(*rows) is False:
         found.append("the pruned model is slower than the dense one")
+    dropped = analysis.dropped(analysis.alive(proven.plan))
+    if dropped.zeroed and analysis.generates():
+        found.append("layers were cut from a model that generates; judge it by what it generates, not by one step")
+    if lost := (*dropped.inputs, *dropped.outputs):
+        found.append(f"the interface changed: {', '.join(lost)} went with the layers that they serve")
     return found
 
 
@@ -389,7 +420,7 @@ def _proven(
         def attempt(ids: frozenset[int], plan: Plan = plan) -> list[verify.Difference] | None:
             part = Plan({k: keep for k, keep in plan.keep.items() if k in ids})
             try:
-                gone = verify.removals(analysis.groups, part)
+                gone = analysis.removals(part)
                 return prover.prove(worker, analysis.rewrite(part), gone, analysis.alive(part))
             except (InternalError, InputError):
                 return None
@@ -410,7 +441,8 @@ def _planned(
     copies = _met(analysis, options)
     overhead = analysis.source.bytes - analysis.costs.of(np.ones(analysis.labels, np.bool_))["size"]
     for _ in range(4):
-        plan = select(analysis, groups, importance, options, _limits(analysis, options), overhead)
+        chosen = select(analysis, groups, importance, options, _limits(analysis, options), overhead)
+        plan = analysis.settled(_whole(analysis, groups, chosen))
         smaller = analysis.dense.clone() if copies else analysis.rewrite(plan)
         if "size" not in options.target:
             break
@@ -421,10 +453,16 @@ def _planned(
         if real <= overhead:
             break
         overhead = real
-    gone = verify.removals(analysis.groups, plan)
-    if not gone and not copies:
+    gone = analysis.removals(plan)
+    if all(keep.all() for keep in plan.keep.values()) and not copies:
         raise _nothing(analysis, groups, importance, options)
     return plan, smaller, gone
+
+
+def _whole(analysis: Analysis, groups: Sequence[Group], plan: Plan) -> Plan:
+    """The plan over all units of its groups, where some of them were left out for `--ignore`."""
+    units = {group.id: group.units for group in analysis.groups}
+    return Plan({g.id: ~np.isin(units[g.id], g.units[~plan.keep[g.id]]) for g in groups})
 
 
 def _quality(
@@ -443,6 +481,7 @@ def _quality(
     if not inputs:
         return {}
     dense, pruned = (worker.call(ort.run, str(path), list(inputs), threads=options.threads) for path in files)
+    dense = [{name: wanted[name] for name in outputs} for wanted, outputs in zip(dense, pruned, strict=True)]
     found: dict[str, Any] = {"relative-error": quality.relative_error(pruned, dense, None)}
     found["data"] = "evaluation" if samples else "calibration" if options.calibration else "random inputs"
     name = options.metric or ("accuracy" if labels is not None else None)
@@ -452,7 +491,8 @@ def _quality(
     return found
 
 
-def _group_row(group: Group, plan: Plan) -> reports.GroupRow:
+def _group_row(group: Group, plan: Plan, gone: bool) -> reports.GroupRow:
+    """A group before and after; nothing is left of one inside branches that are `gone`."""
     keep: Mask | None = plan.keep.get(group.id)
     members = {(m.initializer, m.axis, m.role) for m in group.members}
     return reports.GroupRow(
@@ -460,7 +500,7 @@ def _group_row(group: Group, plan: Plan) -> reports.GroupRow:
         kind=group.kind,
         exact=group.exact,
         before=len(group.units),
-        after=len(group.units) if keep is None else int(keep.sum()),
+        after=0 if gone else len(group.units) if keep is None else int(keep.sum()),
         members=[reports.MemberRow(initializer=i, axis=a, role=r) for i, a, r in sorted(members)],
         mixing=list(group.mixing),
     )
@@ -470,7 +510,7 @@ def _kept(analysis: Analysis, gone: Sequence[verify.Removal]) -> dict[str, dict[
     """Old positions that survive, for each initializer axis that every reader lost alike."""
     found: dict[str, dict[str, set[int]]] = {}
     for removal in gone:
-        if removal.uses is None:
+        if removal.uses is None and removal.removed != "all":
             size = analysis.prepared.facts.shapes[removal.initializer][removal.axis]
             axes = found.setdefault(removal.initializer, {})
             axes.setdefault(str(removal.axis), set(range(size))).difference_update(removal.removed)
@@ -515,7 +555,8 @@ def _written(result: Result, path: Path, analysis: Analysis, options: Options) -
                 found = worker.call(ort.interface, str(candidate))
             except InputError as error:
                 raise InternalError(f"the written model does not load: {error.message}", file=path.name) from None
-        names = [str(value.name) for value in analysis.dense.graph.outputs]
+        lost = result.report.interface.outputs
+        names = [str(value.name) for value in analysis.dense.graph.outputs if value.name not in lost]
         if [o.name for o in found.outputs] != names:
             raise InternalError("the written model has other outputs than the dense one", file=path.name)
 

@@ -55,8 +55,8 @@ class Allocator(Protocol):
 
     floor: float
 
-    def priority(self, importance: Sequence[Array], cost: Array) -> list[Array]:
-        """`cost` is float64[groups]: what one unit costs, in the unit of the target, as a share of the model."""
+    def priority(self, importance: Sequence[Array], cost: Sequence[Array]) -> list[Array]:
+        """`cost` is float64[units] for each group: what a unit costs, in the target's unit, as a share of the model."""
         ...
 
 

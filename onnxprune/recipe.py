@@ -48,6 +48,7 @@ class Options:
     timeout: float = 600.0
     dry_run: bool = False
     force: bool = False
+    allow_interface_change: bool = False
 
 
 def check(options: Options) -> None:

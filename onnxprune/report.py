@@ -7,7 +7,7 @@ from collections.abc import Callable
 from html import escape
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -70,14 +70,21 @@ class Use(Strict):
 
 
 class RemovedRow(Strict):
-    """One slice that went."""
+    """One slice that went, or "all" of an initializer that was part of a dropped branch."""
 
     initializer: str
     axis: int
-    removed: list[int]
+    removed: list[int] | Literal["all"]
     role: str
     group: int
     uses: list[Use] | None = None
+
+
+class InterfaceRow(Strict):
+    """Graph inputs and outputs that went with a branch; only with --allow-interface-change."""
+
+    inputs: list[str] = []
+    outputs: list[str] = []
 
 
 class Verification(Strict):
@@ -102,6 +109,8 @@ class Report(Strict):
     groups: list[GroupRow]
     frozen: list[FrozenRow]
     removed: list[RemovedRow]
+    bypass: list[str] = []
+    interface: InterfaceRow = InterfaceRow()
     repaired: list[str] = []
     rewrites: list[str] = []
     kept: dict[str, dict[str, list[int]]]

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxprune import ops
+from onnxprune.branches import SKIP_NORMS, Branches, cut_edges, operands
 from onnxprune.dims import DimGraph, keep_of
 from onnxprune.errors import InternalError
 from onnxprune.infer import Facts, note_initializer, op_node, seed, step
@@ -23,13 +24,14 @@ from onnxprune.types import Array, Axis, Mask, OpNode, Shape, View
 Keep = Callable[[Axis], Mask]
 
 
-def apply(prepared: Prepared, dims: DimGraph, view: View, alive: Mask) -> ir.Model:
-    """A smaller copy of the model in which only alive labels are left.
+def apply(prepared: Prepared, dims: DimGraph, view: View, alive: Mask, branches: Branches | None = None) -> ir.Model:
+    """A smaller copy of the model in which only alive labels, and after them branches, are left.
 
     Raises InternalError, with the node as object, where a shape does not follow the survivor counts.
     """
     model = prepared.model.clone()
     model.graph.meta.pop("names", None)
+    nodes = list(model.graph)
 
     def keep(axis: Axis) -> Mask:
         return keep_of(dims, alive, axis, view.shapes[axis.value][axis.index])
@@ -40,6 +42,9 @@ def apply(prepared: Prepared, dims: DimGraph, view: View, alive: Mask) -> ir.Mod
     }
     _slice_initializers(model.graph, view, wanted, keep)
     _resize_nodes(model, prepared, view, wanted, keep)
+    goes = ~alive[len(dims.frozen) :]
+    if branches is not None and goes.any():
+        _bypass(model, nodes, branches, goes)
     for node in model.graph:
         for value in node.outputs:
             if not value.is_graph_output():  # what exporters wrote down is stale now
@@ -211,3 +216,85 @@ def _corrected(model: ir.Model, node: ir.Node, old: ir.Value, facts: Facts, want
     for fresh in (multiply, divide):
         step(facts, fresh, model.opset_imports.get("", 1))
     return divide.outputs[0]
+
+
+def _bypass(model: ir.Model, nodes: list[ir.Node], branches: Branches, goes: Mask) -> None:
+    """Let what is left of each sum pass through; then everything that reaches no output goes."""
+    graph, view = model.graph, branches.view
+    dropped = [branches.found[k] for k in np.flatnonzero(goes)]
+    outputs = {name for branch in dropped for name in branch.outputs}
+    for value in [value for value in graph.outputs if value.name in outputs]:
+        graph.outputs.remove(value)
+    edges = cut_edges(branches, goes)
+    for i in sorted({i for i, _ in edges}):
+        node, seen = nodes[i], view.nodes[i]
+        left = [k for k in operands(seen) if (i, k) not in edges]
+        if len(left) > 1:
+            kept = [node.inputs[k] for k in left]
+            node.resize_inputs(len(left))
+            for k, operand in enumerate(kept):
+                node.replace_input_with(k, operand)
+        elif left:
+            _pass_through(model, node, left[0])
+    read = {name for name, value in graph.initializers.items() if value.uses()}
+    for node in reversed(list(graph)):
+        if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+            graph.remove(node, safe=True)
+    inputs = {name for branch in dropped for name in branch.inputs}
+    for name in read:
+        value = graph.initializers[name]
+        if not value.uses() and not value.is_graph_output():
+            graph.initializers.pop(name)
+            inputs.add(name)  # listed there too before IR version 4
+    for value in [value for value in graph.inputs if value.name in inputs]:
+        graph.inputs.remove(value)
+
+
+def _pass_through(model: ir.Model, node: ir.Node, k: int) -> None:
+    """Readers of a sum read its operand `k`, requantised or normalised where the sum does that as well."""
+    graph, value = model.graph, node.inputs[k]
+    assert value is not None
+    if node.op_type == "QLinearAdd":
+        scales = [node.inputs[n] if n < len(node.inputs) else None for n in (k + 1, k + 2, 6, 7)]
+        if [v and v.const_value and v.const_value.tobytes() for v in scales[:2]] != [
+            v and v.const_value and v.const_value.tobytes() for v in scales[2:]
+        ]:
+            whole = _insert(graph, node, "DequantizeLinear", [value, *scales[:2]])
+            value = _insert(graph, node, "QuantizeLinear", [whole, *scales[2:]])
+    elif node.op_type in SKIP_NORMS:
+        if len(node.outputs) > 3:
+            _stand_for(graph, node, node.outputs[3], value)
+        simple = node.op_type == "SkipSimplifiedLayerNormalization"
+        norm = "SimplifiedLayerNormalization" if simple else "LayerNormalization"
+        vectors = node.inputs[2:3] if simple else node.inputs[2:4]
+        epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-12
+        value = _insert(graph, node, norm, [value, *vectors], {"axis": -1, "epsilon": epsilon})
+    _stand_for(graph, node, node.outputs[0], value)
+
+
+def _insert(
+    graph: ir.Graph,
+    before: ir.Node,
+    op_type: str,
+    inputs: list[ir.Value | None],
+    attrs: Mapping[str, object] | None = None,
+) -> ir.Value:
+    """The output of a new node."""
+    while inputs[-1] is None:
+        inputs.pop()
+    node = ir.node(op_type, inputs, attrs or {})  # type: ignore[arg-type]
+    node.outputs[0].name = node.name = free_name(graph, f"{before.outputs[0].name}_passed")
+    graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _stand_for(graph: ir.Graph, node: ir.Node, old: ir.Value, value: ir.Value) -> None:
+    """Readers of a value read another; a graph output keeps its name, on a copy."""
+    if old.is_graph_output():
+        copy, name = ir.node("Identity", [value]), old.name
+        copy.name, old.name = free_name(graph, f"{name}_passed"), free_name(graph, f"{name}_sum")
+        copy.outputs[0].name, copy.outputs[0].shape, copy.outputs[0].type = name, old.shape, old.type
+        graph.insert_before(node, copy)
+        value = copy.outputs[0]
+        graph.outputs[:] = [value if output is old else output for output in graph.outputs]
+    old.replace_all_uses_with(value)

@@ -29,7 +29,7 @@ class Rounding:
         count = len(group.units)
         least = min(count, max(self.min_keep, group.least, int(np.ceil(floor * count))))
         kept = np.maximum(count - np.arange(count + 1), least)
-        width = gcd(*(w for w in group.unit_positions)) or 1
+        width = gcd(*group.unit_positions)  # zero for branches, whose number is free
         chosen = np.full(count + 1, count)
         for multiple in (8, 4, 2, 1) if self.multiple is None else (self.multiple,):
             step = multiple // gcd(multiple, width)

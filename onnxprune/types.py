@@ -192,8 +192,24 @@ class Frozen:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """What is added to a stream: input `operand` of node `sum`, `value`, and the `nodes` that serve nothing else.
+
+    Branches with the same `stream` follow one another; `inputs` and `outputs` are those of the graph that lie inside.
+    """
+
+    sum: int
+    operand: int
+    value: str
+    nodes: Positions
+    stream: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What stays: a keep mask over the units of each group (True stays)."""
+    """What stays: a keep mask over the units of each group (True stays); the units of `layers` are branches."""
 
     keep: Mapping[int, Mask]
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxprune import ops
+from onnxprune.branches import NOTHING, Dropped
 from onnxprune.errors import InternalError
 from onnxprune.masked import Narrowed, narrow
 from onnxprune.model import free_name, lift_constants
@@ -29,33 +30,43 @@ QUANTISED = 3e-2  # of the output's range: a few steps of eight bits
 
 @dataclass(frozen=True)
 class Removal:
-    """One slice that went: positions of an initializer's axis, in the names and numbers of the file as it was read."""
+    """One slice that went: positions of an initializer's axis, in the names and numbers of the file as it was read.
+
+    `removed` is "all" where nothing of the initializer is left, since it was part of a dropped branch.
+    """
 
     initializer: str
     axis: int
-    removed: tuple[int, ...]
+    removed: tuple[int, ...] | Literal["all"]
     role: str
     group: int
     uses: tuple[tuple[str, int], ...] | None = None
 
     def entry(self) -> dict[str, Any]:
         """As in the report."""
-        found: dict[str, Any] = asdict(self) | {"removed": list(self.removed)}
+        found: dict[str, Any] = asdict(self) | {
+            "removed": self.removed if self.removed == "all" else list(self.removed)
+        }
         found["uses"] = [{"node": node, "input": k} for node, k in self.uses or ()]
         if not self.uses:
             del found["uses"]
         return found
 
 
-def removals(groups: Iterable[Group], plan: Plan) -> list[Removal]:
-    """Everything that a plan removes; slices that all readers of a shared initializer lose are listed once."""
-    found: list[Removal] = []
+def removals(groups: Iterable[Group], plan: Plan, dropped: Dropped = NOTHING) -> list[Removal]:
+    """Everything that a plan removes; slices that all readers of a shared initializer lose are listed once.
+
+    What goes with a branch is listed as a whole, and no slice of it apart.
+    """
+    found = [Removal(name, 0, "all", role, group) for name, (role, group) in dropped.initializers.items()]
     shared: dict[tuple[str, int, int, tuple[int, ...], str], list[Member]] = {}
     for group in groups:
         keep = plan.keep.get(group.id)
-        if keep is None or keep.all():
+        if keep is None or keep.all() or group.kind == "layers":
             continue
         for member in group.members:
+            if member.value in dropped.dead:
+                continue
             gone = tuple(sorted(member.positions[~keep[member.units]].tolist()))
             if not gone:
                 continue
@@ -70,11 +81,16 @@ def removals(groups: Iterable[Group], plan: Plan) -> list[Removal]:
 
 
 def reference(
-    dense: ir.Model, gone: Iterable[Removal], mixed: Iterable[Narrowed] = (), types: Mapping[str, int] | None = None
+    dense: ir.Model,
+    gone: Iterable[Removal],
+    mixed: Iterable[Narrowed] = (),
+    types: Mapping[str, int] | None = None,
+    dropped: Dropped = NOTHING,
 ) -> ir.Model:
     """A copy of the dense model, as it was read, with the removed slices at zero (the zero point, for integers).
 
-    Nodes of `mixed` are computed over the survivors alone; `types` are element types of their outputs.
+    Nodes of `mixed` are computed over the survivors alone; `types` are element types of their outputs. What dropped
+    branches add is zero too, whatever they compute; outputs that go with them are not compared.
     """
     model = dense.clone()
     graph = model.graph
@@ -83,7 +99,7 @@ def reference(
     nodes = {str(node.outputs[0].name): node for node in graph}
     by_place: dict[tuple[str, tuple[tuple[str, int], ...] | None], list[Removal]] = {}
     for removal in gone:
-        if removal.role not in ZEROED:
+        if removal.role not in ZEROED or removal.removed == "all":
             continue
         readers = [removal.uses] if not removal.uses else [(use,) for use in removal.uses]
         for use in readers:
@@ -93,7 +109,7 @@ def reference(
         assert value.const_value is not None
         array = np.array(value.const_value.numpy(), copy=True)
         for removal in entries:
-            at = (slice(None),) * removal.axis + (list(removal.removed),)
+            at = (slice(None),) * removal.axis + (np.array(removal.removed, np.int64),)
             array[at] = _zero(value, array)[at] if array.dtype.kind in "iu" else 0
         tensor = ir.Tensor(array, dtype=value.const_value.dtype, name=name)
         if uses is None:
@@ -109,8 +125,34 @@ def reference(
             )
             graph.register_initializer(copy)
             nodes[reader].replace_input_with(k, copy)
+    for reader, k, kind in dropped.zeroed:
+        _add_nothing(model, nodes[reader], k, ir.DataType(kind))
+    for output in [value for value in graph.outputs if value.name in dropped.outputs]:
+        graph.outputs.remove(output)
     narrow(model, mixed, types or {})
     return model
+
+
+def _add_nothing(model: ir.Model, node: ir.Node, k: int, dtype: ir.DataType) -> None:
+    """Let input `k` of a sum be zeros of the shape that it has, whatever it is (infinities and NaN too)."""
+    graph, value = model.graph, node.inputs[k]
+    assert value is not None
+    zero = node.inputs[k + 2] if node.op_type == "QLinearAdd" else None
+    if zero is None:
+        name = free_name(graph, "nothing")
+        tensor = ir.tensor(np.zeros((), np.float32), name=name) if dtype == ir.DataType.FLOAT else None
+        tensor = tensor or ir.tensor(np.zeros((), dtype.numpy()), dtype=dtype, name=name)
+        zero = ir.Value(name=name, shape=ir.Shape(()), type=ir.TensorType(dtype), const_value=tensor)
+        graph.register_initializer(zero)
+    if model.opset_imports.get("", 1) < 8:  # before there was Expand
+        made = [ir.node("Mul", [value, zero])]
+    else:
+        size = ir.node("Shape", [value])
+        made = [size, ir.node("Expand", [zero, size.outputs[0]])]
+    for fresh in made:
+        fresh.outputs[0].name = free_name(graph, f"{value.name}_nothing")
+    graph.insert_before(node, made)
+    node.replace_input_with(k, made[-1].outputs[0])
 
 
 def _zero(value: ir.Value, array: Array) -> Array:

@@ -24,7 +24,7 @@ class BatchNormScale:
     def importance(self, group: Group, weights: Weights, seed: int) -> Array | None:
         """float64[units], higher stays; None where the group passes no BatchNormalization."""
         scales = [m for m in group.members if m.slot == "BatchNormalization.1"]
-        if not scales:
+        if not scales or group.kind == "layers":  # no scale speaks for a whole branch
             return None
         count = len(group.units)
         raw: Array = np.mean(

@@ -25,9 +25,9 @@ class GlobalRank:
         if not 0 <= self.floor < 1 or not 0 <= self.power <= 4:
             raise ValueError("global-rank: floor lies in [0, 1), power in [0, 4]")
 
-    def priority(self, importance: Sequence[Array], cost: Array) -> list[Array]:
+    def priority(self, importance: Sequence[Array], cost: Sequence[Array]) -> list[Array]:
         """float64[units] for each group, lower goes first."""
-        units = np.array([len(scores) for scores in importance])
-        mean = float((cost * units).sum() / units.sum()) or 1.0
-        weight = np.maximum(cost / mean, 1e-6) ** self.power
-        return [scores / w for scores, w in zip(importance, weight, strict=True)]
+        costs = [np.broadcast_to(c, len(scores)) for c, scores in zip(cost, importance, strict=True)]
+        mean = float(np.concatenate(costs).mean()) or 1.0
+        weights = [np.maximum(c / mean, 1e-6) ** self.power for c in costs]
+        return [scores / weight for scores, weight in zip(importance, weights, strict=True)]

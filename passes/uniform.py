@@ -19,7 +19,7 @@ class Uniform:
 
     floor: float = 0.0
 
-    def priority(self, importance: Sequence[Array], cost: Array) -> list[Array]:
+    def priority(self, importance: Sequence[Array], cost: Sequence[Array]) -> list[Array]:
         """float64[units] for each group: the share of the group that has gone once this unit goes."""
         ranks = [np.argsort(np.argsort(scores, kind="stable"), kind="stable") for scores in importance]
         return [(rank + 1) / len(rank) for rank in ranks]

@@ -24,7 +24,7 @@ LAYERS = (
     ("ops", "ops.*", "plugin", "passes", "passes.*"),
     ("indexing",),
     ("relate",),
-    ("dims", "groups", "select", "cost", "infer", "quality"),
+    ("dims", "groups", "branches", "select", "cost", "infer", "quality"),
     ("reading", "storage", "model", "rewrite", "report", "feeds"),
     ("worker", "runtime", "runtime.*", "measure"),
     ("masked",),

@@ -812,3 +812,128 @@ entry(
     {"w0": (7, 3, 1, 1), "w1": (11, 7, 1, 1), "w2": (2, 11, 1, 1)},
     "a = Conv(x, w0)\nb = Relu(a)\nc = Conv(b, w1)\ny = Conv(c, w2)",
 )
+
+# Residual branches ---------------------------------------------------------------------------------------------------
+
+
+def attention(x: str, y: str, tag: str) -> str:
+    """One head over x, with weights of its own: q, k, v and o, numbered."""
+    return (
+        f"q{tag} = MatMul({x}, wq{tag})\nk{tag} = MatMul({x}, wk{tag})\nv{tag} = MatMul({x}, wv{tag})\n"
+        f"kt{tag} = Transpose<perm = [0,2,1]>(k{tag})\nz{tag} = MatMul(q{tag}, kt{tag})\np{tag} = Softmax(z{tag})\n"
+        f"o{tag} = MatMul(p{tag}, v{tag})\n{y} = MatMul(o{tag}, wo{tag})\n"
+    )
+
+
+def attention_weights(tag: str, width: int = 6) -> dict[str, tuple[int, ...]]:
+    return {f"wq{tag}": (width, 5), f"wk{tag}": (width, 5), f"wv{tag}": (width, 7), f"wo{tag}": (7, width)}
+
+
+def feed_forward(x: str, y: str, tag: str) -> str:
+    return (
+        f"u{tag} = MatMul({x}, up{tag})\nub{tag} = Add(u{tag}, bu{tag})\nr{tag} = Relu(ub{tag})\n"
+        f"m{tag} = MatMul(r{tag}, down{tag})\n{y} = Add(m{tag}, bd{tag})\n"
+    )
+
+
+def feed_forward_weights(tag: str, width: int = 6, hidden: int = 11) -> dict[str, tuple[int, ...]]:
+    return {f"up{tag}": (width, hidden), f"bu{tag}": (hidden,), f"down{tag}": (hidden, width), f"bd{tag}": (width,)}
+
+
+entry(
+    "pre-norm blocks",
+    "float[n,t,6] x",
+    "float[n,t,2] y",
+    {**attention_weights("0"), **attention_weights("1"), **feed_forward_weights("0"), **feed_forward_weights("1"),
+     "g": (6,), "s": (6,), "head": (6, 2)},
+    "n0 = LayerNormalization(x, g, s)\n" + attention("n0", "a0", "0") + "x1 = Add(x, a0)\nn1 = LayerNormalization(x1, g, s)\n"
+    + feed_forward("n1", "f0", "0") + "x2 = Add(f0, x1)\nn2 = LayerNormalization(x2, g, s)\n" + attention("n2", "a1", "1")
+    + "x3 = Add(x2, a1)\nn3 = LayerNormalization(x3, g, s)\n" + feed_forward("n3", "f1", "1")
+    + "x4 = Add(x3, f1)\nn4 = LayerNormalization(x4, g, s)\ny = MatMul(n4, head)",
+)  # fmt: skip
+entry(
+    "post-norm block, its sum an output",
+    "float[n,t,6] x",
+    "float[n,t,6] y, float[n,t,6] x2",
+    {**attention_weights("0"), **feed_forward_weights("0"), "g0": (6,), "s0": (6,), "g1": (6,), "s1": (6,), "scale": (6,)},
+    attention("x", "a0", "0") + "x1 = Add(a0, x)\nn1 = LayerNormalization(x1, g0, s0)\n" + feed_forward("n1", "f0", "0")
+    + "f = Mul(f0, scale)\nx2 = Add(n1, f)\ny = LayerNormalization(x2, g1, s1)",
+)  # fmt: skip
+entry(
+    "parallel blocks",
+    "float[n,t,6] x",
+    "float[n,t,2] y",
+    {**attention_weights("0"), **feed_forward_weights("0"), **attention_weights("1"), **feed_forward_weights("1"),
+     "g0": (6,), "s0": (6,), "g1": (6,), "s1": (6,), "g2": (6,), "s2": (6,), "head": (6, 2)},
+    "n0 = LayerNormalization(x, g0, s0)\n" + attention("n0", "a0", "0") + feed_forward("n0", "f0", "0")
+    + "b0 = Add(a0, f0)\nx1 = Add(b0, x)\nn1 = LayerNormalization(x1, g1, s1)\n" + attention("n1", "a1", "1")
+    + feed_forward("n1", "f1", "1") + "x2 = Sum(a1, x1, f1)\nn2 = LayerNormalization(x2, g2, s2)\ny = MatMul(n2, head)",
+)  # fmt: skip
+entry(
+    "residual convolutions, with and without projection",
+    "float[n,3,8,8] x",
+    "float[n,2] y",
+    {"w0": (5, 3, 3, 3), "b0": (5,), "w1": (7, 5, 3, 3), "w2": (5, 7, 3, 3), "b2": (5,), "w3": (11, 5, 3, 3), "b3": (11,),
+     "w4": (13, 11, 3, 3), "b4": (13,), "g4": (13,), "s4": (13,), "m4": (13,), "var4": (13,), "w5": (13, 5, 1, 1), "head": (2, 13)},
+    "a = Conv<pads = [1,1,1,1]>(x, w0, b0)\nb = Relu(a)\nc = Conv<pads = [1,1,1,1]>(b, w1)\nd = Relu(c)\n"
+    "e = Conv<pads = [1,1,1,1]>(d, w2, b2)\nf = Add(e, b)\ng = Relu(f)\n"
+    "h = Conv<pads = [1,1,1,1], strides = [2,2]>(g, w3, b3)\ni = Relu(h)\nj = Conv<pads = [1,1,1,1]>(i, w4, b4)\n"
+    "k = BatchNormalization(j, g4, s4, m4, var4)\nl = Conv<strides = [2,2]>(g, w5)\nm = Add(l, k)\nn1 = Relu(m)\n"
+    "o = GlobalAveragePool(n1)\np = Flatten(o)\ny = Gemm<transB = 1>(p, head)",
+)  # fmt: skip
+entry(
+    "residuals in residuals",
+    "float[n,3,4,4] x",
+    "float[n,2,4,4] y",
+    {"w0": (5, 3, 1, 1), **{f"w{k}": (7, 5, 3, 3) for k in (1, 3, 5)}, **{f"w{k}": (5, 7, 1, 1) for k in (2, 4, 6)},
+     "fifth": np.array(0.2, np.float32), "w7": (5, 5, 1, 1), "head": (2, 5, 1, 1)},
+    "a = Conv(x, w0)\nb = Conv<pads = [1,1,1,1]>(a, w1)\nc = Relu(b)\nd = Conv(c, w2)\ne = Mul(d, fifth)\nf = Add(a, e)\n"
+    "g = Conv<pads = [1,1,1,1]>(f, w3)\nh = Relu(g)\ni = Conv(h, w4)\nj = Add(f, i)\nk = Conv(j, w7)\nl = Mul(k, fifth)\n"
+    "m = Add(l, a)\no = Conv<pads = [1,1,1,1]>(m, w5)\np = Relu(o)\nq = Conv(p, w6)\nr = Add(m, q)\ny = Conv(r, head)",
+)  # fmt: skip
+entry(
+    "fused sums and norms",
+    "float[n,t,6] x",
+    "float[n,t,2] y, float[n,t,6] last",
+    {**attention_weights("0"), **feed_forward_weights("0"), **feed_forward_weights("1"), "g0": (6,), "s0": (6,), "b": (6,),
+     "g1": (6,), "g2": (6,), "head": (6, 2)},
+    attention("x", "a0", "0") + "n0, , , x1 = com.microsoft.SkipLayerNormalization<epsilon = 0.001>(x, a0, g0, s0, b)\n"
+    + feed_forward("n0", "f0", "0") + "n1, , , x2 = com.microsoft.SkipSimplifiedLayerNormalization(f0, x1, g1)\n"
+    + feed_forward("n1", "f1", "1")
+    + "n2, , , last = com.microsoft.SkipSimplifiedLayerNormalization<epsilon = 0.001>(f1, x2, g2)\ny = MatMul(n2, head)",
+    ir=9,
+)  # fmt: skip
+entry(
+    "fused post-norm",
+    "float[n,t,6] x",
+    "float[n,t,6] y",
+    {**attention_weights("0"), **feed_forward_weights("0"), "g0": (6,), "s0": (6,), "g1": (6,), "s1": (6,)},
+    attention("x", "a0", "0") + "n0 = com.microsoft.SkipLayerNormalization(a0, x, g0, s0)\n" + feed_forward("n0", "f0", "0")
+    + "y = com.microsoft.SkipLayerNormalization(f0, n0, g1, s1)",
+)  # fmt: skip
+entry(
+    "branches that cache keys and values",
+    "int64[n,t] ids, float[n,p,5] past0, float[n,p,7] past1, float[n,p,5] past2, float[n,p,7] past3",
+    "float[n,t,13] y, float[n,u,5] now0, float[n,u,7] now1, float[n,u,5] now2, float[n,u,7] now3",
+    {"table": (13, 6), **attention_weights("0"), **attention_weights("1"), **feed_forward_weights("0"), "g": (6,), "head": (6, 13)},
+    "x = Gather(table, ids)\n"
+    + "".join(
+        f"n{k} = RMSNormalization({x}, g)\nq{k} = MatMul(n{k}, wq{k})\nnk{k} = MatMul(n{k}, wk{k})\nnv{k} = MatMul(n{k}, wv{k})\n"
+        f"now{2 * k} = Concat<axis = 1>(past{2 * k}, nk{k})\nnow{2 * k + 1} = Concat<axis = 1>(past{2 * k + 1}, nv{k})\n"
+        f"kt{k} = Transpose<perm = [0,2,1]>(now{2 * k})\ns{k} = MatMul(q{k}, kt{k})\np{k} = Softmax(s{k})\n"
+        f"o{k} = MatMul(p{k}, now{2 * k + 1})\na{k} = MatMul(o{k}, wo{k})\n{y} = Add({x}, a{k})\n"
+        for k, x, y in ((0, "x", "x1"), (1, "x2", "x3"))
+        for _ in (0,)
+    ).replace("n1 = RMS", feed_forward("x1", "f0", "0") + "x2 = Add(x1, f0)\nn1 = RMS")
+    + "y = MatMul(x3, head)",
+    opset=23,
+)  # fmt: skip
+entry(
+    "one layer applied twice, and what is no branch",
+    "float[n,t,6] x, float[n,t,6] other",
+    "float[n,t,6] y, float[n,t,11] hidden",
+    {**feed_forward_weights("0"), **feed_forward_weights("1"), "up2": (6, 11), "down2": (11, 6), "up3": (6, 6), "place": (1, 1, 6)},
+    feed_forward("x", "f0", "0") + "x1 = Add(x, f0)\nv1 = MatMul(x1, up0)\nt1 = Relu(v1)\nv2 = MatMul(t1, down0)\nx2 = Add(x1, v2)\n"
+    + "p = Add(x2, place)\nhidden = MatMul(p, up2)\nh = MatMul(hidden, down2)\nx3 = Add(p, h)\ne = MatMul(other, up3)\nx4 = Add(x3, e)\n"
+    + "d = Mul(x4, e)\n" + feed_forward("d", "f1", "1") + "y = Add(f1, d)",
+)  # fmt: skip
