@@ -185,8 +185,8 @@ def find_branches(
     for candidate in _ends(flow, exits, hidden, probes, types):
         inside = set(candidate.cone.tolist())
         nodes = [view.nodes[i] for i in candidate.cone]
-        if not any(roles.get(name) in CUTTING for node in nodes for name in node.inputs):
-            continue
+        if not any(roles.get(name) == "weight" for node in nodes for name in node.inputs):
+            continue  # no layer: half of a rotary embedding, say
         taken = {name for node in nodes for name in node.inputs if name in view.inputs}
         inputs = tuple(name for name in view.inputs if name in taken and _only(flow.readers[name], inside))
         made = _made(flow, candidate)
