@@ -153,7 +153,10 @@ class Costs:
         return nodes[self.macs_nodes].astype(np.float64), stored
 
     def of_units(self, groups: tuple[Group, ...], metric: str) -> list[Array]:
-        """float64[units] for each group: the share of the model that goes when this unit goes."""
+        """float64[units] for each group: the share of the model that goes when this unit goes.
+
+        A branch counts for each of its slices, so that it compares with units that are one slice of each weight.
+        """
         alive = np.ones(self.labels + (len(self.branches.found) if self.branches else 0), np.bool_)
         dense = self.of(alive)[metric] or 1.0
         found = []
@@ -163,5 +166,6 @@ class Costs:
                 alive[unit] = False
                 costs.append((dense - self.of(alive)[metric]) / dense)
                 alive[unit] = True
-            found.append(np.broadcast_to(np.array(costs), len(group.units)))
+            each = np.maximum(group.slices(), 1) if group.kind == "layers" else 1
+            found.append(np.broadcast_to(np.array(costs) / each, len(group.units)))
         return found

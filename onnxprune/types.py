@@ -181,6 +181,14 @@ class Group:
         """Removal is proven by zeroing: no position of these axes sees another."""
         return not self.mixing
 
+    def slices(self) -> Array:
+        """int64[units]: how many positions of weights and norms each unit owns."""
+        found = np.zeros(len(self.units), np.int64)
+        for member in self.members:
+            if member.role in ("weight", "norm"):
+                found += np.bincount(member.units, minlength=len(found))
+        return found
+
 
 @dataclass(frozen=True)
 class Frozen:
