@@ -252,7 +252,8 @@ def _reason(
         return f"the branch makes graph output '{outputs[0]}'"
     if interface:
         return None
-    return f"the branch is the only reader of graph input '{inputs[0]}' (--allow-interface-change)"
+    made = f" and makes output '{outputs[0]}'" if outputs else ""
+    return f"the branch alone reads graph input '{inputs[0]}'{made} (--allow-interface-change)"
 
 
 def _stays(view: View, candidate: _Candidate, nodes: Sequence[OpNode], reason: str) -> Frozen:

@@ -337,3 +337,112 @@ def test_help_and_version_start_without_the_heavy_imports() -> None:
     code = "import sys; from onnxprune.cli import main; print(sorted({'onnx', 'scipy', 'networkx'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+# Layers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> Path:
+    """Four residual blocks over x [n, 8], the third one weak, each with 16 hidden units."""
+    rng = np.random.default_rng(0)
+    nodes, stored = [], {"head": rng.standard_normal((8, 3))}
+    for k in range(4):
+        size = 0.1 if k == 2 else 1.0
+        stored |= {f"up{k}": rng.standard_normal((8, 16)) * size, f"down{k}": rng.standard_normal((16, 8)) * size / 4}
+        nodes += [
+            helper.make_node("MatMul", [f"x{k}", f"up{k}"], [f"h{k}"], f"block{k}/up"),
+            helper.make_node("Relu", [f"h{k}"], [f"r{k}"], f"block{k}/act"),
+            helper.make_node("MatMul", [f"r{k}", f"down{k}"], [f"f{k}"], f"block{k}/down"),
+            helper.make_node("Add", [f"x{k}", f"f{k}"], [f"x{k + 1}"], f"block{k}/add"),
+        ]
+    nodes.append(helper.make_node("MatMul", ["x4", "head"], ["y"], "head"))
+    ports = [("x0", 8), ("y", 3)]
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", size]) for name, size in ports]
+    tensors = [numpy_helper.from_array(a.astype(np.float32), name) for name, a in stored.items()]
+    graph = helper.make_graph(nodes, "stack", infos[:1], infos[1:], tensors)
+    path = tmp_path / "stack.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def test_the_weakest_branch_goes_as_a_whole_and_verify_repeats_it(stack: Path, tmp_path: Path) -> None:
+    out, report = tmp_path / "s.onnx", tmp_path / "r.json"
+    result = run("prune", stack, "-o", out, "--remove", "layers", "--ratio", 0.3, "--no-measure", "--report", report)
+    assert result.exit_code == 0, result.output
+    found = json.loads(report.read_text())
+    assert found["bypass"] == ["x3"]
+    assert found["kept"] == {}
+    group = found["groups"][-1]
+    assert (group["kind"], group["exact"], group["before"], group["after"]) == ("layers", True, 4, 3)
+    wanted = {"axis": 0, "removed": "all", "role": "weight", "group": group["id"]}
+    assert found["removed"] == [{"initializer": name, **wanted} for name in ("down2", "up2")]
+    nodes = [node.name for node in onnx.load(out).graph.node]
+    assert len(nodes) == 13
+    assert not any(name.startswith("block2") for name in nodes)
+    assert found["warnings"] == []
+    assert run("verify", stack, out, "--plan", report).exit_code == 0
+    found["removed"] = found["removed"][:1]
+    report.write_text(json.dumps(found))
+    result = run("verify", stack, out, "--plan", report)
+    assert result.exit_code == 3
+    assert "not every tensor of a removed branch" in result.stderr
+
+
+def test_layers_and_channels_in_one_run(stack: Path, tmp_path: Path) -> None:
+    out, report = tmp_path / "s.onnx", tmp_path / "r.json"
+    kinds = ("--remove", "layers,channels", "--no-measure", "--report", report)
+    assert run("prune", stack, "-o", out, "--ratio", 0.5, *kinds).exit_code == 0
+    found = json.loads(report.read_text())
+    assert [group["after"] for group in found["groups"] if group["kind"] == "channels"].count(0) == 2
+    assert sorted(r["removed"] == "all" for r in found["removed"]) == [False] * 4 + [True] * 4
+    assert run("verify", stack, out, "--plan", report).exit_code == 0
+    assert run("prune", stack, "-o", out, "--force", "--target", "macs=0.4", *kinds).exit_code == 0
+    found = json.loads(report.read_text())
+    assert found["pruned"]["macs"] <= 0.4 * found["dense"]["macs"]
+    assert found["bypass"]
+    assert run("verify", stack, out, "--plan", report).exit_code == 0
+
+
+def test_ignore_keeps_a_branch(stack: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s.onnx"
+    options = ("--remove", "layers", "--ratio", 0.4, "--ignore", "block2/*", "--no-measure", "--json")
+    result = run("prune", stack, "-o", out, *options)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert len(report["bypass"]) == 1
+    assert report["bypass"] != ["x3"]
+
+
+def test_criteria_that_cannot_score_branches_say_so(stack: Path, tmp_path: Path) -> None:
+    options = ("--remove", "layers", "--ratio", 0.5, "--no-measure", "--criterion")
+    assert run("prune", stack, "-o", tmp_path / "s.onnx", *options, "bn-scale").exit_code == 3
+    assert run("prune", stack, "-o", tmp_path / "s.onnx", *options, "random-erk").exit_code == 0
+
+
+def test_layers_asked_for_and_none_there(mlp: Path, tmp_path: Path) -> None:
+    result = run("prune", mlp, "-o", tmp_path / "s.onnx", "--remove", "layers", "--ratio", 0.5)
+    assert result.exit_code == 3
+    assert "nothing can be removed" in result.stderr
+    assert not (tmp_path / "s.onnx").exists()
+
+
+def test_caches_go_with_their_layers_only_by_consent(tmp_path: Path) -> None:
+    from zoo import ZOO
+
+    path, out, report = tmp_path / "cached.onnx", tmp_path / "s.onnx", tmp_path / "r.json"
+    onnx.save(ZOO["branches that cache keys and values"](), path)
+    options = ("--remove", "layers", "--ratio", 0.7, "--no-measure", "--report", report)
+    result = run("prune", path, "-o", out, *options)
+    assert result.exit_code == 3
+    assert "--allow-interface-change" in result.stderr
+    result = run("prune", path, "-o", out, *options, "--allow-interface-change")
+    assert result.exit_code == 0, result.output
+    assert "warning: the interface changed" in result.stderr
+    assert "warning: layers were cut from a model that generates" in result.stderr
+    lost = json.loads(report.read_text())["interface"]
+    assert lost["inputs"]
+    dense, small = onnx.load(path).graph, onnx.load(out).graph
+    assert {v.name for v in small.input} == {v.name for v in dense.input} - set(lost["inputs"])
+    assert [v.name for v in small.output] == [v.name for v in dense.output if v.name not in lost["outputs"]]
+    assert run("verify", path, out, "--plan", report).exit_code == 0

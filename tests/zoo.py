@@ -910,6 +910,7 @@ entry(
     {**attention_weights("0"), **feed_forward_weights("0"), "g0": (6,), "s0": (6,), "g1": (6,), "s1": (6,)},
     attention("x", "a0", "0") + "n0 = com.microsoft.SkipLayerNormalization(a0, x, g0, s0)\n" + feed_forward("n0", "f0", "0")
     + "y = com.microsoft.SkipLayerNormalization(f0, n0, g1, s1)",
+    opset=12,
 )  # fmt: skip
 entry(
     "branches that cache keys and values",

@@ -42,7 +42,7 @@ def layer_norm(node: OpNode) -> Iterable[Relation]:
     yield Pattern(f"{text}, {gain}{shift.replace('...', gain)} -> {text}", mixes=tuple(names[axis:]))
 
 
-@shape("SimplifiedLayerNormalization", "GroupNormalization")
+@shape("LayerNormalization", "SimplifiedLayerNormalization", "GroupNormalization")
 def same(node: OpNode) -> tuple[Shape, ...]:
     """Y has the shape of X."""
     return (node.shape(0),)
