@@ -15,6 +15,7 @@ from zoo import ZOO
 
 from onnxprune import feeds, verify
 from onnxprune.branches import Branches, drop, find_branches, layer_groups
+from onnxprune.masked import narrowed
 from onnxprune.rewrite import apply
 from onnxprune.select import alive_labels
 from onnxprune.types import Group, Plan
@@ -77,7 +78,7 @@ def test_any_set_of_branches_is_removal(name: str) -> None:
     found, layers = layered(name, interface=True)
     rng = np.random.default_rng(len(name))
     first, count = len(dims.frozen), len(found.found)
-    channels = [group for group in coupled if group.exact and group.kind != "layers"]
+    others = [group for group in coupled if len(group.units) > group.least]
     shapes = (prepared.facts.shapes, prepared.other.shapes)
     inputs = [feeds.random_feed(dense.graph, s, seed) for seed, s in enumerate(shapes)]
     if not count:
@@ -86,11 +87,13 @@ def test_any_set_of_branches_is_removal(name: str) -> None:
     for turn, goes in enumerate([*every, *(rng.random(count) < 0.5 for _ in range(PLANS))]):
         keep = {group.id: ~goes[group.units - first] for group in layers}
         if turn >= count:
-            keep |= {group.id: one_stays(rng.random(len(group.units)) < 0.5) for group in channels}
-        plan, groups = Plan(keep), (*channels, *layers)
+            keep |= {group.id: some_stay(rng, len(group.units), group.least) for group in others}
+        plan, groups = Plan(keep), (*others, *layers)
         dropped = drop(found, layers, goes, first)
-        smaller = apply(prepared, dims, seen, alive_labels(groups, plan, first + count), found)
-        wanted = run(verify.reference(dense, verify.removals(groups, plan, dropped), dropped), inputs)
+        alive = alive_labels(groups, plan, first + count)
+        smaller = apply(prepared, dims, seen, alive, found)
+        gone, mixed = verify.removals(groups, plan, dropped), narrowed(dims, seen, alive)
+        wanted = run(verify.reference(dense, gone, mixed, prepared.facts.types, dropped), inputs)
         assert [v.name for v in smaller.graph.outputs] == [o for o in seen.outputs if o not in dropped.outputs]
         assert {str(v.name) for v in smaller.graph.inputs} == set(seen.inputs) - set(dropped.inputs)
         assert not dropped.initializers.keys() & smaller.graph.initializers.keys()
@@ -103,8 +106,9 @@ def test_any_set_of_branches_is_removal(name: str) -> None:
             assert len(smaller.graph) < len(prepared.model.graph) or dropped.bypass
 
 
-def one_stays(keep: np.ndarray) -> np.ndarray:
-    keep[0] |= not keep.any()
+def some_stay(rng: np.random.Generator, count: int, least: int) -> np.ndarray:
+    keep = np.zeros(count, np.bool_)
+    keep[rng.permutation(count)[: rng.integers(least, count + 1)]] = True
     return keep
 
 
