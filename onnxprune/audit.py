@@ -34,7 +34,7 @@ def verify(dense: str, pruned: str, plan: str, input_shape: Mapping[str, Shape],
         raise InputError("not a list of kinds", file=Path(plan).name, object="recipe.remove")
     lost = report.interface.inputs or report.interface.outputs
     analysis = Analysis(dense, input_shape, remove=remove, interface=bool(lost))
-    small, written = storage.read_model(pruned)
+    small, _ = storage.read_model(pruned)
     if analysis.source.sha256 != report.dense.sha256:
         raise ImpossibleError("is not the model that the report speaks of (sha256)", file=dense)
     removals = [
@@ -65,8 +65,6 @@ def verify(dense: str, pruned: str, plan: str, input_shape: Mapping[str, Shape],
             raise ImpossibleError(f"differs from the dense model without the removed units by {row.relative:.2e}",
                                   file=Path(pruned).name, object=f"output '{row.output}'")  # fmt: skip
     _same(rebuilt, small, frozenset(report.repaired), Path(pruned).name)
-    if written.sha256 != report.pruned.sha256:
-        raise ImpossibleError("is not the file that the report speaks of (sha256)", file=pruned)
     return {"proven": True, "inputs": len(prover.feeds), "differences": [asdict(d) for d in differences]}
 
 

@@ -411,52 +411,58 @@ def _proven(
         left = [(g, s) for g, s in zip(groups, importance, strict=True) if g.id not in unproven]
         if groups and not left:
             raise InternalError("no group could be proven", file=analysis.source.path.name)
-        plan, smaller, gone = _planned(analysis, [g for g, _ in left], [s for _, s in left], options)
-        if unproven and not gone:
+        plan = _selected(analysis, [g for g, _ in left], [s for _, s in left], options)
+        touched = [k for k, keep in plan.keep.items() if not keep.all()]
+        if unproven and not touched:
             raise InternalError("nothing that could be proven can be removed", file=analysis.source.path.name)
         if not prover.feeds:
-            return Proven(plan, smaller, gone, None, unproven)
+            return Proven(plan, _rewritten(analysis, plan), analysis.removals(plan), None, unproven)
 
-        def attempt(ids: frozenset[int], plan: Plan = plan) -> list[verify.Difference] | None:
+        def attempt(ids: frozenset[int], plan: Plan = plan, others: list[int] = unproven) -> Proven | None:
             part = Plan({k: keep for k, keep in plan.keep.items() if k in ids})
+            gone = analysis.removals(part)
             try:
-                gone = analysis.removals(part)
-                return prover.prove(worker, analysis.rewrite(part), gone, analysis.alive(part))
+                smaller = _rewritten(analysis, part)
+                found = prover.prove(worker, smaller, gone, analysis.alive(part))
             except (InternalError, InputError):
                 return None
+            return Proven(plan, smaller, gone, found, others) if all(d.holds for d in found) else None
 
-        touched = [k for k, keep in plan.keep.items() if not keep.all()]
-        proof = attempt(frozenset(touched))
-        if proof is not None and all(d.holds for d in proof):
-            return Proven(plan, smaller, gone, proof, unproven)
-        unproven += sorted(
-            verify.blame(touched, lambda ids: (rows := attempt(ids)) is not None and all(d.holds for d in rows))
-        )
+        if (proven := attempt(frozenset(touched))) is not None:
+            return proven
+        unproven = unproven + sorted(verify.blame(touched, lambda ids: attempt(ids) is not None))
 
 
-def _planned(
-    analysis: Analysis, groups: Sequence[Group], importance: Sequence[Array], options: Options
-) -> tuple[Plan, Model, list[verify.Removal]]:
-    """Select and rewrite; where `size` is a target, once more with the smaller file's real overhead."""
-    copies = _met(analysis, options)
+def _rewritten(analysis: Analysis, plan: Plan) -> Model:
+    """The model of a plan; what loses nothing is copied as it was read."""
+    return analysis.dense.clone() if all(keep.all() for keep in plan.keep.values()) else analysis.rewrite(plan)
+
+
+def _selected(analysis: Analysis, groups: Sequence[Group], importance: Sequence[Array], options: Options) -> Plan:
+    """Select; where `size` is a target, once more with the smaller file's real overhead."""
     overhead = analysis.source.bytes - analysis.costs.of(np.ones(analysis.labels, np.bool_))["size"]
     for _ in range(4):
         chosen = select(analysis, groups, importance, options, _limits(analysis, options), overhead)
         plan = analysis.settled(_whole(analysis, groups, chosen))
-        smaller = analysis.dense.clone() if copies else analysis.rewrite(plan)
         if "size" not in options.target:
             break
-        with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-            storage.dump(smaller, folder, "pruned", external=analysis.source.external)
-            size = sum(file.stat().st_size for file in Path(folder).iterdir())
-        real = size - analysis.costs.of(analysis.alive(plan))["size"]
+        try:
+            real = _size(analysis, plan) - analysis.costs.of(analysis.alive(plan))["size"]
+        except InternalError:  # the proof will say which group is to blame
+            break
         if real <= overhead:
             break
         overhead = real
-    gone = analysis.removals(plan)
-    if all(keep.all() for keep in plan.keep.values()) and not copies:
+    if all(keep.all() for keep in plan.keep.values()) and not _met(analysis, options):
         raise _nothing(analysis, groups, importance, options)
-    return plan, smaller, gone
+    return plan
+
+
+def _size(analysis: Analysis, plan: Plan) -> int:
+    """Bytes of the files of a plan's model."""
+    with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+        storage.dump(_rewritten(analysis, plan), folder, "pruned", external=analysis.source.external)
+        return sum(file.stat().st_size for file in Path(folder).iterdir())
 
 
 def _whole(analysis: Analysis, groups: Sequence[Group], plan: Plan) -> Plan:
