@@ -1,6 +1,6 @@
 """python -m onnxprune."""
 
-from onnxprune.cli import main
+from onnxprune.cli import run
 
 if __name__ == "__main__":
-    main()
+    run()

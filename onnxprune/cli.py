@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import logging
 import re
 import signal
@@ -104,6 +105,21 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _terminated)
+
+
+def run() -> None:
+    """The program: `main`, but the exit code of an interrupted run is 130 whatever else the interrupt met.
+
+    Python ends itself by SIGINT instead where the KeyboardInterrupt passed through a piece of native code on its way.
+    """
+    try:
+        main()
+    except SystemExit as end:
+        if end.code != 130:
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)
 
 
 def common(command: Command) -> Command:

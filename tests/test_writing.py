@@ -130,7 +130,7 @@ def test_an_interrupt_ends_it_soon_and_without_a_trace(
         onnx.checker.check_model(onnx.load(tmp_path / "o.onnx"))
         return
     assert "Traceback" not in stderr
-    assert process.returncode in (130, -sent)  # Python itself, before the first line of ours, dies of the signal
+    assert process.returncode in (130, -sent)  # before the first line of ours, Python itself dies of the signal
     assert files(tmp_path) == before
 
 
