@@ -761,6 +761,23 @@ entry(
     "i = com.microsoft.QLinearGlobalAveragePool(g, s, z, s, z)\nj = QLinearConv(i, s, z, w2, s, zi, s, z)\ny = DequantizeLinear(j, s, z)",
 )  # fmt: skip
 entry(
+    "QLinear attention, masked, beside a second branch",
+    "float[n,t,6] x",
+    "float[n,t,2] y",
+    {**SCALES, "wq": i8(6, 15), "wk": i8(6, 15), "wv": i8(6, 15), "wo": i8(22, 2), "w1": i8(6, 7), "split": i64(0, 0, 3, 5),
+     "join": i64(0, 0, 15), "zs": np.array(0, np.uint8), "ps": np.array(1 / 255, np.float32), "low": np.array(3, np.uint8),
+     "flag": np.array([[[True]], [[False]], [[True]]])},
+    "f = QuantizeLinear(x, s, z)\n"
+    + "".join(f"{n}0 = QLinearMatMul(f, s, z, w{n}, s, zi, s, z)\n" for n in "qkv")
+    + "q1 = Reshape(q0, split)\nk1 = Reshape(k0, split)\nv1 = Reshape(v0, split)\nq = Transpose<perm = [0,2,1,3]>(q1)\n"
+    "k = Transpose<perm = [0,2,3,1]>(k1)\nv = Transpose<perm = [0,2,1,3]>(v1)\ns0 = QLinearMatMul(q, s, z, k, s, z, s, z)\n"
+    "s1 = com.microsoft.QLinearWhere(flag, s0, s, z, low, s, z, s, z)\n"
+    "p = com.microsoft.QLinearSoftmax<axis = -1, opset = 13>(s1, s, z, ps, zs)\n"
+    "o0 = QLinearMatMul(p, ps, zs, v, s, z, s, z)\no1 = Transpose<perm = [0,2,1,3]>(o0)\no2 = Reshape(o1, join)\n"
+    "e = QLinearMatMul(f, s, z, w1, s, zi, s, z)\no = com.microsoft.QLinearConcat<axis = 2>(s, z, o2, s, z, e, s, z)\n"
+    "y0 = QLinearMatMul(o, s, z, wo, s, zi, s, z)\ny = DequantizeLinear(y0, s, z)",
+)  # fmt: skip
+entry(
     "quantised matrix products",
     "float[n,6] x",
     "float[n,2] y",
@@ -777,10 +794,12 @@ entry(
     "convolution in integers",
     "float[n,3,4,4] x",
     "float[n,2,4,4] y",
-    {"w0": i8(7, 3, 1, 1), "z0": np.array(2, np.int8), "w1": i8(2, 7, 1, 1), "s0": np.array(0.02, np.float32)},
-    "f, fs, fz = DynamicQuantizeLinear(x)\na = ConvInteger(f, w0, fz, z0)\nb = Cast<to = 1>(a)\nc = Mul(b, s0)\nd = Relu(c)\n"
-    "g, gs, gz = DynamicQuantizeLinear(d)\nh = ConvInteger(g, w1, gz, z0)\ni = Cast<to = 1>(h)\ny = Mul(i, s0)",
-)
+    {"w0": i8(7, 3, 1, 1), "z0": np.array(2, np.int8), "wd": i8(7, 1, 3, 3), "w1": i8(2, 7, 1, 1),
+     "s0": np.array(0.02, np.float32)},
+    "f, fs, fz = DynamicQuantizeLinear(x)\na = ConvInteger(f, w0, fz, z0)\nb = Cast<to = 1>(a)\nc = Mul(b, s0)\nd0 = Relu(c)\n"
+    "j, js, jz = DynamicQuantizeLinear(d0)\nk = ConvInteger<group = 7, pads = [1,1,1,1]>(j, wd, jz, z0)\nd1 = Cast<to = 1>(k)\n"
+    "d = Mul(d1, s0)\ng, gs, gz = DynamicQuantizeLinear(d)\nh = ConvInteger(g, w1, gz, z0)\ni = Cast<to = 1>(h)\ny = Mul(i, s0)",
+)  # fmt: skip
 for zero, extra in (
     ("", {}),
     (", z0", {"z0": np.full((48, 1), 0x79, np.uint8), "z1": np.full((2, 2), 0x68, np.uint8)}),
@@ -793,6 +812,32 @@ for zero, extra in (
         f"a = com.microsoft.MatMulNBits<K = 32, N = 48, bits = 4, block_size = 16>(x, q0, s0{zero})\nb = Relu(a)\n"
         f"y = com.microsoft.MatMulNBits<K = 48, N = 2, bits = 4, block_size = 16>(b, q1, s1{zero.replace('0', '1')})",
     )
+
+for full in (48, 41):
+    entry(
+        f"four bits, heads of one block, {'full' if full == 48 else 'padded'} blocks",
+        "float[n,t,6] x",
+        "float[n,t,2] y",
+        {"wq": (6, 48), "wk": (6, 48), "wv": (6, 48), "split": i64(0, 0, 3, 16), "join": i64(0, 0, 48), "scale": f32(0.25),
+         "b0": i8(7, 3, 8).view(np.uint8), "s2": (7, 3), "w1": (7, full), "b1": i8(2, 3, 8).view(np.uint8), "s3": (2, 3)},
+        "q0 = MatMul(x, wq)\nk0 = MatMul(x, wk)\nv0 = MatMul(x, wv)\n"
+        + ATTENTION.replace("y = MatMul(o, wo)", "")
+        + "h = com.microsoft.MatMulNBits<K = 48, N = 7, bits = 4, block_size = 16>(o, b0, s2)\ng = MatMul(h, w1)\n"
+        f"f = Relu(g)\ny = com.microsoft.MatMulNBits<K = {full}, N = 2, bits = 4, block_size = 16>(f, b1, s3)",
+    )  # fmt: skip
+
+entry(
+    "four bits, two zero points a byte, heads of two blocks",
+    "float[n,t,6] x",
+    "float[n,t,2] y",
+    {"wq": (6, 96), "wk": (6, 96), "wv": (6, 96), "split": i64(0, 0, 3, 32), "join": i64(0, 0, 96), "scale": f32(0.25),
+     "b0": i8(7, 6, 8).view(np.uint8), "s2": (7, 6), "z2": i8(7, 3).view(np.uint8), "w1": (7, 73),
+     "b1": i8(2, 5, 8).view(np.uint8), "s3": (10,), "z3": i8(6).view(np.uint8)},
+    "q0 = MatMul(x, wq)\nk0 = MatMul(x, wk)\nv0 = MatMul(x, wv)\n"
+    + ATTENTION.replace("y = MatMul(o, wo)", "")
+    + "h = com.microsoft.MatMulNBits<K = 96, N = 7, bits = 4, block_size = 16>(o, b0, s2, z2)\ng = MatMul(h, w1)\n"
+    "f = Relu(g)\ny = com.microsoft.MatMulNBits<K = 73, N = 2, bits = 4, block_size = 16>(f, b1, s3, z3)",
+)  # fmt: skip
 
 # Forms -------------------------------------------------------------------------------------------------------------
 
