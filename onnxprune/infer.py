@@ -7,9 +7,9 @@ Reshape has a target. What is the same at two different sets of sizes is static;
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import combinations, product
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -332,6 +332,7 @@ LENGTHS = (
     ((1024, 1536), (2560, 3072)),
     ((16384,), (24576,)),
 )
+SUMMANDS = 4  # lengths up to which sums are tried
 BATCHES = (((3, 7, 11), (5, 13, 17)), ((1,), (1,)))  # some exports bake batch 1 in and still call it dynamic
 
 
@@ -339,41 +340,84 @@ def probes(model: ir.Model, given: Mapping[str, int]) -> tuple[dict[str, int], d
     """Two sets of sizes for the dynamic dimensions at which the graph is consistent, or as nearly as can be found.
 
     Batches get small primes, so that they are never mistaken for a factor of something else; images get multiples
-    of 32; other lengths get primes first, then what convolutions over long signals need.
+    of 32; other lengths get primes first, then what convolutions over long signals need. Sizes that depend on each
+    other under names of their own are tried as equal, and as sums: a mask is as long as past and present together.
     `given` sizes stand in the first set.
     """
-    kinds = {name: _kind(model.graph, places) for name, places in symbols(model.graph).items()}
-    best: tuple[int, dict[str, int], dict[str, int]] | None = None
+    dimensions = {name: _kind(model.graph, places) for name, places in symbols(model.graph).items()}
+    best: tuple[int, Sizes, Sizes] | None = None
     for batches, lengths in product(BATCHES, LENGTHS):
         tables = {"batch": batches, "image": IMAGE, "length": lengths}
-        both: tuple[dict[str, int], dict[str, int]] = ({}, {})
-        seen: Counter[str] = Counter()
-        for name, kind in kinds.items():
-            for k in (0, 1):
-                choices = tables[kind][k]
-                both[k][name] = choices[seen[kind] % len(choices)]
-            seen[kind] += 1
-        both[0].update(given)
-        problems = sum(len(infer(model, sizes).problems) for sizes in both) if kinds else 0
-        if best is None or problems < best[0]:
-            best = (problems, *both)
-        if problems == 0:
-            break
+        for relate in _dependences(dimensions):
+            first, second = (relate({kind: table[k] for kind, table in tables.items()}) for k in (0, 1))
+            first.update(given)
+            problems = sum(len(infer(model, sizes).problems) for sizes in (first, second)) if dimensions else 0
+            if best is None or problems < best[0]:
+                best = (problems, first, second)
+            if problems == 0:
+                return first, second
     assert best is not None
     return best[1], best[2]
 
 
-def _kind(graph: ir.Graph, places: list[tuple[str, int]]) -> str:
-    """What a dynamic dimension probably is: batch, image or length."""
-    ranks = {str(v.name): len(v.shape) for v in true_inputs(graph) if v.shape is not None}
+Sizes = dict[str, int]
+Kind = tuple[str, tuple[int, ...]]  # batch, image or length; then what is fixed about its first place
+Tables = Mapping[str, tuple[int, ...]]
+
+
+def _dependences(dimensions: Mapping[str, Kind]) -> Iterable[Callable[[Tables], Sizes]]:
+    """Ways to choose sizes: each by itself; one for each kind; one for each place, of which one is the sum of two."""
+
+    def by(key: Callable[[str], Any]) -> Callable[[Tables], Sizes]:
+        """Sizes from the tables, equal where `key` is; within a kind different ones as far as the tables go."""
+
+        def choose(tables: Tables) -> Sizes:
+            chosen: dict[Any, int] = {}
+            seen: Counter[str] = Counter()
+            for name, (kind, _) in dimensions.items():
+                if key(name) not in chosen:
+                    chosen[key(name)] = tables[kind][seen[kind] % len(tables[kind])]
+                    seen[kind] += 1
+            return {name: chosen[key(name)] for name in dimensions}
+
+        return choose
+
+    def place(name: str) -> Any:
+        kind, fixed = dimensions[name]  # caches of all layers look alike; ids and a mask [n, t] say nothing
+        return kind if kind == "batch" else fixed if any(fixed[:-1]) else name
+
+    def summed(total: Any, parts: Iterable[Any]) -> Callable[[Tables], Sizes]:
+        def choose(tables: Tables) -> Sizes:
+            sizes = by(place)(tables)
+            length = {place(name): size for name, size in sizes.items()}
+            return {n: sum(length[p] for p in parts) if place(n) == total else size for n, size in sizes.items()}
+
+        return choose
+
+    yield by(lambda name: name)
+    if len({kind for kind, _ in dimensions.values()}) == len(dimensions):
+        return
+    yield by(lambda name: dimensions[name][0])
+    lengths = list(dict.fromkeys(place(name) for name, (kind, _) in dimensions.items() if kind == "length"))
+    if len(lengths) > 1:
+        yield by(place)
+    for total in reversed(lengths if 3 <= len(lengths) <= SUMMANDS else []):
+        for parts in combinations([one for one in lengths if one != total], 2):
+            yield summed(total, parts)
+
+
+def _kind(graph: ir.Graph, places: list[tuple[str, int]]) -> Kind:
+    """What a dynamic dimension probably is: batch, image (two of four axes move besides the batch) or length."""
+    shapes = {str(v.name): [d if isinstance(d, int) and d > 0 else 0 for d in v.shape] for v in true_inputs(graph) if v.shape}
     value, axis = places[0]
-    if any(axis == 0 and ranks[value] > 1 for value, axis in places):
-        return "batch"
-    return "image" if ranks[value] == 4 and axis > 0 else "length"
+    shape = shapes[value]
+    if any(axis == 0 and len(shapes[value]) > 1 for value, axis in places):
+        return "batch", ()
+    return "image" if len(shape) == 4 and shape[1:].count(0) > 1 else "length", (*shape, axis)
 
 
 def cost_sizes(model: ir.Model, given: Mapping[str, int]) -> dict[str, int]:
     """Sizes at which cost is counted: batch 1, images 224 x 224, other lengths 128, unless given."""
     usual = {"batch": 1, "image": 224, "length": 128}
-    sizes = {name: usual[_kind(model.graph, places)] for name, places in symbols(model.graph).items()}
+    sizes = {name: usual[_kind(model.graph, places)[0]] for name, places in symbols(model.graph).items()}
     return sizes | dict(given)

@@ -546,6 +546,21 @@ entry(
     "z1 = MatMul(hot2, w5)\nz = Add(z0, z1)",
 )  # fmt: skip
 
+entry(
+    "packed heads of unlike numbers, keys picked by GatherND",
+    "float[n,t,6] x",
+    "float[n,t,2] y",
+    {"w": (6, 30), "b": (30,), "split": i64(0, 0, 6, 5), "lo": i64(0), "hi": i64(-2), "heads": i64(2), "key": i64(-2).reshape(1, 1),
+     "value": i64(5).reshape(1, 1), "wo": (20, 2), "join": i64(0, 0, 20), "scale": f32(0.4), "two": i64(1, 0, 3, 2).reshape(4, 1),
+     "corner": i64(0, 1, 2, 0).reshape(2, 2), "w1": (5, 7), "w2": (7, 2), "wide": i64(1, 0)},
+    "a0 = MatMul(x, w)\na = Add(a0, b)\nc = Reshape(a, split)\nq0 = Slice(c, lo, hi, heads)\n"
+    "h = Transpose<perm = [2,0,1,3]>(c)\nk0 = GatherND(h, key)\nv0 = GatherND(h, value)\n"
+    "q1 = Transpose<perm = [2,0,1,3]>(q0)\nq2 = GatherND(q1, two)\nq = Transpose<perm = [1,0,2,3]>(q2)\n"
+    "k = Transpose<perm = [1,0,3,2]>(k0)\nv = Transpose<perm = [1,0,2,3]>(v0)\ns0 = MatMul(q, k)\ns1 = Mul(s0, scale)\n"
+    "p = Softmax(s1)\no0 = MatMul(p, v)\no1 = Transpose<perm = [0,2,1,3]>(o0)\no = Reshape(o1, join)\ny0 = MatMul(o, wo)\n"
+    "m = MatMul(w1, w2)\ne = GatherND(m, corner)\ng = ReduceSum(e)\ny = Mul(y0, g)",
+)  # fmt: skip
+
 # Recurrent ---------------------------------------------------------------------------------------------------------
 
 for op, gates in (("LSTM", 4), ("GRU", 3), ("RNN", 1)):
@@ -837,6 +852,29 @@ entry(
     + ATTENTION.replace("y = MatMul(o, wo)", "")
     + "h = com.microsoft.MatMulNBits<K = 96, N = 7, bits = 4, block_size = 16>(o, b0, s2, z2)\ng = MatMul(h, w1)\n"
     "f = Relu(g)\ny = com.microsoft.MatMulNBits<K = 73, N = 2, bits = 4, block_size = 16>(f, b1, s3, z3)",
+)  # fmt: skip
+
+# Dynamic sizes that depend on each other ----------------------------------------------------------------------------
+
+entry(
+    "a mask whose sizes have names of their own",
+    "float[n,t,6] x, float[m,1,1,u] mask",
+    "float[n,t,2] y",
+    {"wq": (6, 15), "wk": (6, 15), "wv": (6, 15), "wo": (15, 2), "split": i64(0, 0, 3, 5), "join": i64(0, 0, 15), "scale": f32(0.4)},
+    "q0 = MatMul(x, wq)\nk0 = MatMul(x, wk)\nv0 = MatMul(x, wv)\n" + ATTENTION.replace("Softmax(s1)", "Softmax(s2)").replace(
+        "p = ", "s2 = Add(s1, mask)\np = "),
+)  # fmt: skip
+entry(
+    "a cache: the mask is as long as past and present together",
+    "float[n,t,6] x, float[n,3,p,5] k2, float[n,3,p,7] v2, float[n,1,1,total] mask",
+    "float[n,t,2] y",
+    {"wq": (6, 15), "wk": (6, 15), "wv": (6, 21), "w1": (21, 11), "w2": (11, 2), "split": i64(0, 0, 3, 5),
+     "split2": i64(0, 0, 3, 7), "join": i64(0, 0, 21)},
+    "q0 = MatMul(x, wq)\nk0 = MatMul(x, wk)\nv0 = MatMul(x, wv)\nq1 = Reshape(q0, split)\nk1 = Reshape(k0, split)\n"
+    "v1 = Reshape(v0, split2)\nq = Transpose<perm = [0,2,1,3]>(q1)\nk3 = Transpose<perm = [0,2,1,3]>(k1)\n"
+    "v3 = Transpose<perm = [0,2,1,3]>(v1)\nk4 = Concat<axis = 2>(k2, k3)\nv = Concat<axis = 2>(v2, v3)\n"
+    "k = Transpose<perm = [0,1,3,2]>(k4)\ns0 = MatMul(q, k)\ns1 = Add(s0, mask)\np0 = Softmax(s1)\no0 = MatMul(p0, v)\n"
+    "o1 = Transpose<perm = [0,2,1,3]>(o0)\no = Reshape(o1, join)\nh = MatMul(o, w1)\ng = Relu(h)\ny = MatMul(g, w2)",
 )  # fmt: skip
 
 # Forms -------------------------------------------------------------------------------------------------------------

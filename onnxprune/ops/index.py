@@ -288,17 +288,43 @@ def _elements(node: OpNode) -> tuple[list[str], int]:
 
 @rule("GatherND", roles={1: "index"}, carries=(0,))
 def gather_nd(node: OpNode) -> Iterable[Relation]:
-    """Data (b, indexed, rest), indices (b, i, m) -> Y (b, i, rest): the first m axes after the batch are numbered."""
+    """Data (b, indexed, rest), indices (b, i, m) -> Y (b, i, rest): constant ones pick positions, others stay."""
     data, indices, batch = node.shape(0), node.shape(1), node.attr("batch_dims", 0)
     depth = batch + indices[-1]
     shared = [f"b{k}" for k in range(batch)]
     middle = [f"i{k}" for k in range(batch, len(indices) - 1)]
     rest = [f"a{k}" for k in range(depth, len(data))]
+    constant = node.const(1)
     single = indices[-1] == 1
-    left = " ".join([*shared, *("_" if single else "!" for _ in range(indices[-1])), *rest])
+    indexed = ["!" if constant is None and not single else "_"] * indices[-1]
+    if constant is not None and not batch and constant.ndim == 2 and constant.shape[1] == 1:
+        yield Pattern(f"{' '.join([*indexed, *rest])}, _ ! -> {' '.join(['_', *rest])}")
+        yield Take(node.outputs[0], 0, node.inputs[0], 0, constant.reshape(-1).astype(np.int64) % data[0])
+        return
+    left = " ".join([*shared, *indexed, *rest])
     yield Pattern(f"{left}, {' '.join([*shared, *middle, '!'])} -> {' '.join([*shared, *middle, *rest])}")
-    if single:
+    if constant is None and single:
         yield Numbers(node.inputs[1], node.inputs[0], batch)
+    for k in range(0 if constant is None else indices[-1]):
+        picked = np.unique(np.asarray(constant)[..., k].astype(np.int64) % data[batch + k])
+        yield Freeze(node.inputs[0], batch + k, "GatherND picks this position by its number", picked)
+
+
+@resize("GatherND", slots=(1,))
+def gather_nd_indices(this: Resizing) -> Edit | None:
+    """Constant indices are renumbered over the survivors; rows that pick a removed position go."""
+    constant, batch = this.dense.const(1), this.dense.attr("batch_dims", 0)
+    if constant is None:
+        return None
+    fresh, alive = constant.astype(np.int64), np.ones(constant.shape[:-1], np.bool_)
+    for k in range(constant.shape[-1]):
+        keep = this.keep(Axis(this.dense.inputs[0], batch + k))
+        positions = constant[..., k].astype(np.int64) % len(keep)
+        fresh[..., k] = (np.cumsum(keep) - 1)[positions]
+        alive &= keep[positions]
+    if not alive.all():
+        fresh = fresh[alive]  # only one column of positions can lose any: the others are frozen where they are picked
+    return None if np.array_equal(fresh, constant) else Edit(inputs={1: fresh.astype(constant.dtype)})
 
 
 @rule("ScatterND", roles={1: "index"})

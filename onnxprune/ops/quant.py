@@ -71,41 +71,42 @@ def conv_integer(node: OpNode) -> Iterable[Relation]:
     yield Pattern(f"{x}, {w}, , {_vector(node, 3, m)} -> n {m} *", sizes, avoid=avoid)
 
 
-def _product(a: int, b: int) -> tuple[str, str, str]:
+def _product(a: int, b: int) -> tuple[str, str, str, tuple[str, ...]]:
     left = "k" if a == 1 else "... n k"
     right = "k" if b == 1 else "... k m"
-    return left, right, " ".join(part for part in ("...", "n" if a > 1 else "", "m" if b > 1 else "") if part)
+    out = " ".join(part for part in ("...", "n" if a > 1 else "", "m" if b > 1 else "") if part)
+    return left, right, out, ("...",) if a > 2 and b > 2 else ()
 
 
 @rule("QLinearMatMul", roles=dict.fromkeys((1, 2, 4, 5, 6, 7), "quant"), integers={0: (2, -2), 3: (5, -1)})
 def qlinear_matmul(node: OpNode) -> Iterable[Relation]:
     """As MatMul, with scales and zero points for A, B (one for all, or one for each column) and Y."""
-    left, right, out = _product(len(node.shape(0)), len(node.shape(3)))
+    left, right, out, batch = _product(len(node.shape(0)), len(node.shape(3)))
     columns = node.shape(3)[-1:]
     vectors = ["m" if node.shape(k) == columns else "" for k in (4, 5)]
     if all(len(node.shape(k)) == 0 or node.shape(k) == (1,) for k in (1, 2)):
-        yield Pattern(f"{left}, , , {right}, {', '.join(vectors)}, , -> {out}")
+        yield Pattern(f"{left}, , , {right}, {', '.join(vectors)}, , -> {out}", batch=batch)
 
 
 @rule("MatMulInteger", roles={2: "quant", 3: "quant"}, integers={0: (2, -2), 1: (3, -1)})
 def matmul_integer(node: OpNode) -> Iterable[Relation]:
     """As MatMul, in integers, each side less its zero point."""
-    left, right, out = _product(len(node.shape(0)), len(node.shape(1)))
-    yield Pattern(f"{left}, {right}, , {_vector(node, 3, 'm')} -> {out}")
+    left, right, out, batch = _product(len(node.shape(0)), len(node.shape(1)))
+    yield Pattern(f"{left}, {right}, , {_vector(node, 3, 'm')} -> {out}", batch=batch)
 
 
 @rule(MS + "MatMulIntegerToFloat", roles=dict.fromkeys((2, 3, 4, 5), "quant") | {6: "bias"}, integers={1: (5, -1)})
 def matmul_integer_to_float(node: OpNode) -> Iterable[Relation]:
     """As MatMul; B's scale and zero point are one for all or one for each column, bias (m)."""
-    left, right, out = _product(len(node.shape(0)), len(node.shape(1)))
-    yield Pattern(f"{left}, {right}, , {_vector(node, 3, 'm')}, , {_vector(node, 5, 'm')}, m -> {out}")
+    left, right, out, batch = _product(len(node.shape(0)), len(node.shape(1)))
+    yield Pattern(f"{left}, {right}, , {_vector(node, 3, 'm')}, , {_vector(node, 5, 'm')}, m -> {out}", batch=batch)
 
 
 @rule(MS + "DynamicQuantizeMatMul", roles={2: "quant", 3: "quant", 4: "bias"}, integers={1: (3, -1)})
 def dynamic_quantize_matmul(node: OpNode) -> Iterable[Relation]:
     """As MatMul of a float A that is quantised on the way; bias (m)."""
-    left, right, out = _product(len(node.shape(0)), len(node.shape(1)))
-    yield Pattern(f"{left}, {right}, {_vector(node, 2, 'm')}, {_vector(node, 3, 'm')}, m -> {out}")
+    left, right, out, batch = _product(len(node.shape(0)), len(node.shape(1)))
+    yield Pattern(f"{left}, {right}, {_vector(node, 2, 'm')}, {_vector(node, 3, 'm')}, m -> {out}", batch=batch)
 
 
 @shape(MS + "MatMulIntegerToFloat", like=2)
