@@ -111,7 +111,7 @@ def _resize_nodes(model: ir.Model, prepared: Prepared, view: View, wanted: Mappi
                     f"the size in {missing} is not known", object=dense.name or dense.outputs[0]
                 ) from None
             if edit is not None:
-                _edit(model, node, edit, facts, prepared.static)
+                _edit(model, node, edit, facts, prepared)
         step(facts, node, opset)
         for name in dense.outputs:
             if name in wanted and name in facts.shapes and facts.shapes[name] != wanted[name]:
@@ -167,7 +167,7 @@ def _named(now: OpNode, dense: OpNode) -> OpNode:
     )
 
 
-def _edit(model: ir.Model, node: ir.Node, edit: ops.Edit, facts: Facts, static: frozenset[str]) -> None:
+def _edit(model: ir.Model, node: ir.Node, edit: ops.Edit, facts: Facts, prepared: Prepared) -> None:
     """Write new sizes into a node: attributes, constants, or a correction of a size computed at run time."""
     graph = model.graph
     for key, value in edit.attrs.items():
@@ -184,7 +184,9 @@ def _edit(model: ir.Model, node: ir.Node, edit: ops.Edit, facts: Facts, static: 
             node.resize_inputs(k + 1)
         old = node.inputs[k]
         name = str(old.name) if old is not None else ""
-        if old is not None and not old.is_initializer() and name not in static:
+        if old is not None and not old.is_initializer() and name not in prepared.static:
+            if _divides(old):  # (batch heads) // heads: the survivors need not be a multiple
+                old = _dense_copy(model, node, old, facts, prepared)
             node.replace_input_with(k, _corrected(model, node, old, facts, array))
             continue
         array = array.astype(facts.values[name].dtype if name in facts.values else np.int64)
@@ -197,10 +199,26 @@ def _edit(model: ir.Model, node: ir.Node, edit: ops.Edit, facts: Facts, static: 
         node.replace_input_with(k, fresh)
 
 
+def _divides(value: ir.Value) -> bool:
+    """Whether a computed size came through a division, which loses what is no multiple."""
+    pending, seen = [value], set()
+    while pending:
+        producer = pending.pop().producer()
+        if producer is None or producer in seen or producer.op_type in ("Shape", "Size"):
+            continue
+        if producer.op_type in ("Div", "Mod", "Floor"):
+            return True
+        seen.add(producer)
+        pending += [v for v in producer.inputs if v is not None]
+    return False
+
+
 def _corrected(model: ir.Model, node: ir.Node, old: ir.Value, facts: Facts, wanted: Array) -> ir.Value:
     """old * wanted / now, elementwise: right at every value of the dynamic dimensions that `old` depends on."""
     graph, now = model.graph, facts.values[str(old.name)]
     changed = wanted != now
+    if now.shape == wanted.shape and not changed.any():
+        return old
     if now.shape != wanted.shape or (now[changed] == 0).any():
         raise InternalError("a size computed at run time cannot follow the survivors", object=str(node.name))
     times = register(graph, f"{old.name}_survivors", np.where(changed, wanted, 1).astype(now.dtype))

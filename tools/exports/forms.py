@@ -24,7 +24,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxruntime.transformers.optimizer import optimize_model
 from torch import nn
-from transformers import ViTConfig, ViTModel
+from transformers import AutoModel, AutoModelForCausalLM, ViTConfig, ViTModel
 
 from exports import Export, text, write
 
@@ -69,14 +69,26 @@ def vit() -> Export:
     return Export(First(), {"image": IMAGE}, {"image": {0: "batch"}})
 
 
+ROUND = {"hidden_size": 64, "intermediate_size": 96}  # 4-bit blocks of 16 fill heads and neurons
+SIZES: dict[str, dict[str, Any]] = {
+    "bert": text.ENCODERS["bert"] | ROUND,
+    "gpt2": text.DECODERS["gpt2"] | {"n_embd": 64, "n_inner": 96},
+    "llama": text.DECODERS["llama"] | ROUND | {"num_attention_heads": 4, "num_key_value_heads": 2},
+    "qwen3": text.DECODERS["qwen3"] | {"head_dim": 16},
+    "gpt_neox": text.DECODERS["gpt_neox"] | ROUND,
+    "mixtral": text.DECODERS["mixtral"] | ROUND | {"num_attention_heads": 4, "num_key_value_heads": 2},
+}
 SOURCES: dict[str, Callable[[], Export]] = {
     "cnn": lambda: Export(Cnn(), {"image": IMAGE}, {"image": {0: "batch"}}),
+    "bert": lambda: text.masked(text.build(AutoModel, "bert", SIZES["bert"])),
     "vit": vit,
-    **{name: text.MODELS[name] for name in ("bert", "gpt2", "llama", "qwen3", "t5", "gpt_neox", "roberta", "mixtral")},
+    **{name: partial(lambda n: text.masked(text.build(AutoModelForCausalLM, n, SIZES[n]), use_cache=False), name)
+       for name in ("gpt2", "llama", "qwen3", "gpt_neox", "mixtral")},
+    "t5": text.MODELS["t5"],
     "gpt2_cache": text.MODELS["gpt2_cache"],
-}
-KINDS = {"bert": "bert", "roberta": "bert", "gpt2": "gpt2", "gpt2_cache": "gpt2", "vit": "vit", "t5": "t5", "llama": "gpt2",
-         "qwen3": "gpt2", "gpt_neox": "gpt_neox"}  # fmt: skip
+}  # fmt: skip
+KINDS = {"bert": ("bert", 4, 64), "gpt2": ("gpt2", 4, 64), "gpt2_cache": ("gpt2", 4, 48), "vit": ("vit", 4, 48),
+         "t5": ("t5", 4, 52), "llama": ("gpt2", 4, 64), "qwen3": ("gpt2", 6, 96), "gpt_neox": ("gpt_neox", 4, 64)}  # fmt: skip
 
 
 class Feeds(quantization.CalibrationDataReader):
@@ -98,15 +110,23 @@ class Feeds(quantization.CalibrationDataReader):
         return next(self.rows, None)
 
 
-def fused(path: Path, out: Path, kind: str, level: int = 0, half: bool = False) -> None:
-    """ONNX Runtime's transformer fusion."""
-    options = FusionOptions(kind)
-    model = optimize_model(str(path), kind, num_heads=0, hidden_size=0, optimization_options=options, opt_level=level,
-                           only_onnxruntime=level > 0)  # fmt: skip
+def fused(path: Path, out: Path, kind: tuple[str, int, int], level: int = 0, half: bool = False, mha: bool = False) -> None:
+    """ONNX Runtime's transformer fusion; `kind` is (its model type, heads, width)."""
+    name, heads, width = kind
+    options = FusionOptions(name)
+    options.use_multi_head_attention = mha
+    model = optimize_model(str(path), name, heads, width, options, level, only_onnxruntime=level > 0)
     if half:
         model.convert_float_to_float16(keep_io_types=True)
     model.save_model_to_file(str(out))
-    print(dict(model.get_fused_operator_statistics()), file=sys.stderr)
+    print({k: v for k, v in model.get_fused_operator_statistics().items() if v}, file=sys.stderr)
+
+
+def fused_dynamic(path: Path, out: Path, kind: tuple[str, int, int]) -> None:
+    """Fused, then quantised: attention over integers."""
+    with tempfile.TemporaryDirectory() as folder:
+        fused(path, Path(folder) / "fused.onnx", kind)
+        quantization.quantize_dynamic(Path(folder) / "fused.onnx", out)
 
 
 def static(path: Path, out: Path, export: Export, form: quantization.QuantFormat, **given: Any) -> None:
@@ -142,6 +162,8 @@ def forms(name: str, path: Path, export: Export) -> Iterable[tuple[str, Callable
     levels, formats = ort.GraphOptimizationLevel, quantization.QuantFormat
     if name in KINDS:
         yield "fused", partial(fused, kind=KINDS[name])
+        yield "fused_mha", partial(fused, kind=KINDS[name], mha=True)
+        yield "fused_dynamic", partial(fused_dynamic, kind=KINDS[name])
         yield "fused_ort", partial(fused, kind=KINDS[name], level=1)
         yield "fused_half", partial(fused, kind=KINDS[name], half=True)
     yield "dump_basic", partial(dump, level=levels.ORT_ENABLE_BASIC)
