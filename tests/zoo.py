@@ -859,10 +859,11 @@ entry(
     "float[n,4,6] x",
     "float[n,4,2] y",
     {"w": (6, 15), "b": (15,), "split": i64(0, 0, 3, 5), "fold": i64(-1, 4, 5), "first": np.array(0), "three": np.array(3), "axis": i64(0),
-     "rest": i64(3, 4, 5), "join": i64(0, 0, 15), "wo": (15, 2)},
+     "rest": i64(3, 4, 5), "join": i64(0, 0, 15), "wo": (15, 2), "one": i64(1, 1), "rel": (3, 4, 5), "far": (1, 3, 4, 5)},
     "a0 = MatMul(x, w)\na = Add(a0, b)\nc = Reshape(a, split)\nd = Transpose<perm = [0,2,1,3]>(c)\ne = Reshape(d, fold)\n"
     "f = Tanh(e)\ns = Shape(f)\nsize = Gather(s, first)\nn0 = Div(size, three)\nn1 = Unsqueeze(n0, axis)\n"
-    "to = Concat<axis = 0>(n1, rest)\ng = Reshape(f, to)\nh = Transpose<perm = [0,2,1,3]>(g)\ni = Reshape(h, join)\ny = MatMul(i, wo)",
+    "times = Concat<axis = 0>(n1, one)\nall = Tile(rel, times)\nt = Mul(f, all)\nto = Concat<axis = 0>(n1, rest)\n"
+    "g0 = Reshape(t, to)\nwide = Expand(far, to)\ng = Add(g0, wide)\nh = Transpose<perm = [0,2,1,3]>(g)\ni = Reshape(h, join)\ny = MatMul(i, wo)",
 )  # fmt: skip
 
 # Dynamic sizes that depend on each other ----------------------------------------------------------------------------

@@ -127,13 +127,14 @@ def expand(node: OpNode) -> Iterable[Relation]:
 
 @resize("Expand", slots=(1,))
 def expand_target(this: Resizing) -> Edit | None:
-    """Sizes of pruned axes become survivor counts."""
+    """Sizes of pruned axes become survivor counts, as do computed ones that no longer say what is wanted."""
     target = this.node.consts[this.node.inputs[1]].astype(np.int64)
-    dense, after = this.dense.out_shape(0), this.wanted[this.node.outputs[0]]
-    shift = len(dense) - len(target)
+    before, after = this.dense.shape(0), this.wanted[this.node.outputs[0]]
+    shift = len(after) - len(target)
     fresh = target.copy()
     for k, size in enumerate(target):
-        if size != 1 and dense[k + shift] != after[k + shift]:
+        own = k + shift - (len(after) - len(before))
+        if size != 1 or own < 0 or before[own] == 1:
             fresh[k] = after[k + shift]
     return None if np.array_equal(fresh, target) else Edit(inputs={1: fresh})
 
@@ -155,10 +156,9 @@ def tile(node: OpNode) -> Iterable[Relation]:
 def tile_repeats(this: Resizing) -> Edit | None:
     """Repeats follow where copies of an axis went."""
     before, after = this.wanted[this.node.inputs[0]], this.wanted[this.node.outputs[0]]
-    dense = [y // x for x, y in zip(this.dense.shape(0), this.dense.out_shape(0), strict=True)]
     fresh = [y // x for x, y in zip(before, after, strict=True)]
     now = this.node.consts[this.node.inputs[1]]
-    return None if fresh == dense else Edit(inputs={1: np.array(fresh, now.dtype)})
+    return None if fresh == now.tolist() else Edit(inputs={1: np.array(fresh, now.dtype)})
 
 
 @rule("ConstantOfShape")
