@@ -408,7 +408,9 @@ def _dependences(dimensions: Mapping[str, Kind]) -> Iterable[Callable[[Tables], 
 
 def _kind(graph: ir.Graph, places: list[tuple[str, int]]) -> Kind:
     """What a dynamic dimension probably is: batch, image (two of four axes move besides the batch) or length."""
-    shapes = {str(v.name): [d if isinstance(d, int) and d > 0 else 0 for d in v.shape] for v in true_inputs(graph) if v.shape}
+    shapes = {
+        str(v.name): [d if isinstance(d, int) and d > 0 else 0 for d in v.shape] for v in true_inputs(graph) if v.shape
+    }
     value, axis = places[0]
     shape = shapes[value]
     if any(axis == 0 and len(shapes[value]) > 1 for value, axis in places):

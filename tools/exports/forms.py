@@ -1,4 +1,4 @@
-"""python -m exports.forms FOLDER, in tools/: the same small networks fused, quantised, halved and dumped by ONNX Runtime.
+"""python -m exports.forms FOLDER, in tools/: small networks fused, quantised, halved and dumped by ONNX Runtime.
 
 What a user has in hand is often not an exporter's file but what a tool made of it.
 """
@@ -110,7 +110,9 @@ class Feeds(quantization.CalibrationDataReader):
         return next(self.rows, None)
 
 
-def fused(path: Path, out: Path, kind: tuple[str, int, int], level: int = 0, half: bool = False, mha: bool = False) -> None:
+def fused(
+    path: Path, out: Path, kind: tuple[str, int, int], level: int = 0, half: bool = False, mha: bool = False
+) -> None:
     """ONNX Runtime's transformer fusion; `kind` is (its model type, heads, width)."""
     name, heads, width = kind
     options = FusionOptions(name)

@@ -167,7 +167,7 @@ def cached(model: Any) -> Export:
     args = {"input_ids": IDS[:, :3], "attention_mask": torch.ones(2, 8, dtype=torch.int64)}
     args |= {name: torch.randn(2, heads, 5, size) for name in names}
     axes: dict[str, Mapping[int, str]] = {"input_ids": AXES, "attention_mask": {0: "batch", 1: "total"}}
-    axes |= dict.fromkeys(names, {0: "batch", 2: "past"})
+    axes |= {name: {0: "batch", 2: "past"} for name in names}
     return Export(Cached(model), args, axes)
 
 
@@ -203,7 +203,8 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "electra": SMALL | SHORT | {"embedding_size": 29},
     "deberta-v2": SMALL | SHORT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8,
                                    "norm_rel_ebd": "layer_norm", "share_att_key": True},
-    "deberta": SMALL | SHORT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 16},
+    "deberta": SMALL | SHORT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"],
+                                  "max_relative_positions": 16},
     "mpnet": SMALL | SHORT,
     "modernbert": SMALL | SHORT | {"local_attention": 8, "global_attn_every_n_layers": 2, "pad_token_id": 0},
     "xlm": {"emb_dim": 48, "n_layers": 2, "n_heads": 4, "vocab_size": 101, "n_words": 101} | SHORT,
@@ -216,7 +217,8 @@ ENCODERS: dict[str, dict[str, Any]] = {
 DECODERS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_inner": 76, "vocab_size": 101, "n_positions": 64},
     "gpt_neox": SMALL | SHORT | {"rotary_pct": 0.5},
-    "gptj": {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_inner": 76, "rotary_dim": 6, "vocab_size": 101, "n_positions": 64},
+    "gptj": {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_inner": 76, "rotary_dim": 6, "vocab_size": 101,
+             "n_positions": 64},
     "gpt_neo": {"hidden_size": 48, "num_layers": 2, "num_heads": 4, "intermediate_size": 76, "vocab_size": 101,
                 "attention_types": [[["global", "local"], 1]], "window_size": 8} | SHORT,
     "gpt_bigcode": {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_inner": 76, "vocab_size": 101, "n_positions": 64},
@@ -245,23 +247,25 @@ DECODERS: dict[str, dict[str, Any]] = {
     "smollm3": GROUPED,
     "nemotron": GROUPED,
     "persimmon": SMALL | SHORT | {"partial_rotary_factor": 0.5},
-    "codegen": {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_inner": 76, "rotary_dim": 6, "vocab_size": 101, "n_positions": 64},
+    "codegen": {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_inner": 76, "rotary_dim": 6, "vocab_size": 101,
+             "n_positions": 64},
     "mpt": {"d_model": 48, "n_layers": 2, "n_heads": 4, "expansion_ratio": 2, "vocab_size": 101, "max_seq_len": 64},
     "xglm": {"d_model": 48, "num_layers": 2, "attention_heads": 4, "ffn_dim": 76, "vocab_size": 101} | SHORT,
     "mixtral": GROUPED | EXPERTS | {"num_local_experts": 5},
-    "qwen2_moe": GROUPED | EXPERTS | {"num_experts": 5, "moe_intermediate_size": 34, "shared_expert_intermediate_size": 38},
+    "qwen2_moe": GROUPED | EXPERTS | {"num_experts": 5, "moe_intermediate_size": 34,
+                                      "shared_expert_intermediate_size": 38},
     "qwen3_moe": GROUPED | EXPERTS | {"num_experts": 5, "moe_intermediate_size": 34, "head_dim": 14},
     "olmoe": GROUPED | EXPERTS | {"num_experts": 5},
     "granitemoe": GROUPED | EXPERTS | {"num_local_experts": 5},
-    "deepseek_v2": SMALL | EXPERTS | {"n_routed_experts": 4, "moe_intermediate_size": 34, "kv_lora_rank": 22, "q_lora_rank": None,
-                                      "qk_rope_head_dim": 6, "qk_nope_head_dim": 10, "v_head_dim": 13, "n_group": 1,
-                                      "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    "deepseek_v2": SMALL | EXPERTS | {"n_routed_experts": 4, "moe_intermediate_size": 34, "kv_lora_rank": 22,
+                                      "q_lora_rank": None, "qk_rope_head_dim": 6, "qk_nope_head_dim": 10, "v_head_dim": 13,
+                                      "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1},
 }  # fmt: skip
 
 UNMASKED: dict[str, dict[str, Any]] = {
     "mamba": {"hidden_size": 20, "num_hidden_layers": 2, "state_size": 5, "vocab_size": 101, "time_step_rank": 3},
-    "rwkv": {"hidden_size": 20, "attention_hidden_size": 20, "num_hidden_layers": 2, "intermediate_size": 38, "vocab_size": 101,
-             "context_length": 64},
+    "rwkv": {"hidden_size": 20, "attention_hidden_size": 20, "num_hidden_layers": 2, "intermediate_size": 38,
+             "vocab_size": 101, "context_length": 64},
 }  # fmt: skip
 
 BOTH: dict[str, dict[str, Any]] = {
