@@ -88,7 +88,8 @@ SOURCES: dict[str, Callable[[], Export]] = {
     "gpt2_cache": text.MODELS["gpt2_cache"],
 }  # fmt: skip
 KINDS = {"bert": ("bert", 4, 64), "gpt2": ("gpt2", 4, 64), "gpt2_cache": ("gpt2", 4, 48), "vit": ("vit", 4, 48),
-         "t5": ("t5", 4, 52), "llama": ("gpt2", 4, 64), "qwen3": ("gpt2", 6, 96), "gpt_neox": ("gpt_neox", 4, 64)}  # fmt: skip
+         "t5": ("t5", 4, 52), "llama": ("gpt2", 4, 64), "qwen3": ("gpt2", 6, 96),
+         "gpt_neox": ("gpt_neox", 4, 64)}  # fmt: skip
 
 
 class Feeds(quantization.CalibrationDataReader):
