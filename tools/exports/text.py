@@ -259,7 +259,8 @@ DECODERS: dict[str, dict[str, Any]] = {
     "granitemoe": GROUPED | EXPERTS | {"num_local_experts": 5},
     "deepseek_v2": SMALL | EXPERTS | {"n_routed_experts": 4, "moe_intermediate_size": 34, "kv_lora_rank": 22,
                                       "q_lora_rank": None, "qk_rope_head_dim": 6, "qk_nope_head_dim": 10,
-                                      "v_head_dim": 13, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1},
+                                      "v_head_dim": 13, "n_group": 1, "topk_group": 1,
+                                      "first_k_dense_replace": 1, "n_shared_experts": 1},
 }  # fmt: skip
 
 UNMASKED: dict[str, dict[str, Any]] = {
