@@ -89,8 +89,9 @@ def zero_of(graph: onnx.GraphProto, name: str, array: np.ndarray, tensors: dict[
             axis = attrs.get("axis", axis) if node.op_type == "DequantizeLinear" else axis
             axis = 0 if attrs.get("transB") else axis
             shape = [1] * array.ndim
-            shape[axis] = zero.size
-            return np.broadcast_to(zero.reshape(shape if zero.size > 1 else ()), array.shape)
+            if zero.size > 1:
+                shape[axis] = zero.size
+            return np.broadcast_to(zero.reshape(shape), array.shape)
     return np.zeros_like(array)
 
 
