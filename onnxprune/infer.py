@@ -325,12 +325,12 @@ def infer(model: ir.Model, sizes: Mapping[str, int]) -> Facts:
     return facts
 
 
-IMAGE = ((224, 320), (256, 416))
-LENGTHS = (
-    ((11, 13, 17), (19, 29, 37)),
-    ((64, 96, 160), (224, 288, 352)),
-    ((1024, 1536), (2560, 3072)),
-    ((16384,), (24576,)),
+# From the cheapest on: attention over every pixel grows with the fourth power of an image's side.
+SCALES: tuple[dict[str, tuple[tuple[int, ...], tuple[int, ...]]], ...] = (
+    {"image": ((32, 64), (64, 96)), "length": ((11, 13, 17), (19, 29, 37))},
+    {"image": ((64, 96), (128, 160)), "length": ((64, 96, 160), (224, 288, 352))},
+    {"image": ((224, 320), (256, 416)), "length": ((1024, 1536), (2560, 3072))},
+    {"image": ((224, 224), (256, 256)), "length": ((16384,), (24576,))},
 )
 SUMMANDS = 4  # lengths up to which sums are tried
 BATCHES = (((3, 7, 11), (5, 13, 17)), ((1,), (1,)))  # some exports bake batch 1 in and still call it dynamic
@@ -346,8 +346,8 @@ def probes(model: ir.Model, given: Mapping[str, int]) -> tuple[dict[str, int], d
     """
     dimensions = {name: _kind(model.graph, places) for name, places in symbols(model.graph).items()}
     best: tuple[int, Sizes, Sizes] | None = None
-    for batches, lengths in product(BATCHES, LENGTHS):
-        tables = {"batch": batches, "image": IMAGE, "length": lengths}
+    for batches, scale in product(BATCHES, SCALES):
+        tables = {"batch": batches, **scale}
         for relate in _dependences(dimensions):
             first, second = (relate({kind: table[k] for kind, table in tables.items()}) for k in (0, 1))
             first.update(given)

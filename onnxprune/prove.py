@@ -9,7 +9,7 @@ import numpy as np
 
 from onnxprune import feeds, storage, verify
 from onnxprune.analysis import Analysis, cost_shapes
-from onnxprune.errors import ImpossibleError, InputError, PruneError
+from onnxprune.errors import ImpossibleError, InputError, MachineError, PruneError
 from onnxprune.model import Model
 from onnxprune.runtime import ort
 from onnxprune.types import Array, Mask
@@ -64,7 +64,7 @@ class Prover:
                         accepted.append(feed)
                     else:
                         self.problem = InputError("no output is finite on random inputs; pass --calibration")
-                except InputError as error:
+                except (InputError, MachineError) as error:  # what is too large at one size may fit at another
                     self.problem = error
         self.feeds = [*self.samples, *accepted]
         self.samples = []  # they are among the feeds now, also when this is asked again

@@ -1033,3 +1033,13 @@ entry(
     + "p = Add(x2, place)\nhidden = MatMul(p, up2)\nh = MatMul(hidden, down2)\nx3 = Add(p, h)\ne = MatMul(other, up3)\nx4 = Add(x3, e)\n"
     + "d = Mul(x4, e)\n" + feed_forward("d", "f1", "1") + "y = Add(f1, d)",
 )  # fmt: skip
+entry(
+    "attention over every position of an image of any size",
+    "float[n,3,h,w] x",
+    "float[n,2,h,w] y",
+    {"w1": (10, 3, 1, 1), "b1": (10,), "wqkv": (21, 10, 1, 1), "w2": (2, 7, 1, 1), "flat": i64(0, 0, -1)},
+    "h0 = Conv(x, w1, b1)\na = Conv(h0, wqkv)\nc = Reshape(a, flat)\nq, k, v = Split<axis = 1, num_outputs = 3>(c)\n"
+    "qt = Transpose<perm = [0,2,1]>(q)\ns = MatMul(qt, k)\np = Softmax(s)\npt = Transpose<perm = [0,2,1]>(p)\n"
+    "o = MatMul(v, pt)\no1 = Shape<start = 2>(h0)\nnc = Shape<end = 2>(o)\nback = Concat<axis = 0>(nc, o1)\n"
+    "z = Reshape(o, back)\ny = Conv(z, w2)",
+)
