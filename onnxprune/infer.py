@@ -156,7 +156,7 @@ def step(facts: Facts, node: ir.Node, opset: int) -> None:
     proto = ir.serde.serialize_node(node)
     known = [facts.values[name] for name in inputs if name and name in facts.values]
     if inputs and len(known) == sum(map(bool, inputs)) and node.op_type not in RANDOM:
-        results = _evaluate(proto, opset, {n: facts.values[n] for n in inputs if n})
+        results = evaluate(proto, opset, {n: facts.values[n] for n in inputs if n})
         if results is not None:
             for name, result in zip(outputs, results, strict=False):
                 if name:
@@ -172,7 +172,7 @@ def _note(facts: Facts, name: str, value: Array) -> None:
         facts.values[name] = value
 
 
-def _evaluate(proto: onnx.NodeProto, opset: int, values: Mapping[str, Array]) -> list[Array] | None:
+def evaluate(proto: onnx.NodeProto, opset: int, values: Mapping[str, Array]) -> list[Array] | None:
     """The outputs of a node whose inputs are all known, by the reference implementation; None if it has none."""
     graph = onnx.helper.make_graph(
         [proto],
@@ -311,7 +311,7 @@ def _moving_values(
         return [np.broadcast_to(united, facts.values[n].shape) for n in outputs]
     if alike and not any(masks[n].any() for n in inputs if n and n not in data):
         fed = {n: masks[n] if n in data else facts.values[n] for n in inputs if n}
-        moved = _evaluate(ir.serde.serialize_node(node), opset, fed)
+        moved = evaluate(ir.serde.serialize_node(node), opset, fed)
         if moved is not None:
             return [np.asarray(mask, np.bool_) for mask in moved]
     return [np.ones(facts.values[n].shape, np.bool_) for n in outputs]
