@@ -120,7 +120,8 @@ class Analysis:
     def reference(self, gone: Sequence[verify.Removal], alive: Mask) -> Model:
         """The dense model without the units that are not alive, their slices being `gone`."""
         mixed = narrowed(self.dims, self.view, alive)
-        return verify.reference(self.dense, gone, mixed, self.prepared.facts.types, self.dropped(alive))
+        constants = self.prepared.constants(removal.initializer for removal in gone)
+        return verify.reference(self.dense, gone, mixed, self.prepared.facts.types, self.dropped(alive), constants)
 
 
 def named(path: str | Path, call: Callable[[], Any]) -> Any:

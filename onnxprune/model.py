@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnxprune import ops
 from onnxprune.errors import InputError
-from onnxprune.infer import Facts, infer, moving, names, op_node, probes, symbol, symbols, true_inputs
+from onnxprune.infer import Facts, evaluate, infer, moving, names, op_node, probes, symbol, symbols, true_inputs
 from onnxprune.types import Array, Axis, Mask, Shape, Stored, View
 
 Model = ir.Model  # what the rest of the package passes around without looking inside
@@ -24,8 +25,8 @@ PASSES = frozenset("Identity Transpose Reshape Cast Squeeze Unsqueeze Flatten Ex
 class Prepared:
     """A model with its facts at two sets of dynamic sizes; `static` are the values that follow none of them.
 
-    `moving` are the elements of computed values that do follow a dynamic size; `folded` names the computed values that
-    were written down as constants.
+    `moving` are the elements of computed values that do follow a dynamic size; `folded` are the computed values that
+    were written down as constants: {name as it was read: name of the initializer}, `statistics` those of weights.
     """
 
     model: ir.Model
@@ -35,7 +36,18 @@ class Prepared:
     other: Facts
     static: frozenset[str]
     moving: Mapping[str, Mask]
-    folded: tuple[str, ...]
+    folded: Mapping[str, str]
+    statistics: frozenset[str]
+
+    def constants(self, initializers: Iterable[str]) -> dict[str, ir.Value]:
+        """{computed value: the initializer that it became}, of statistics and of the named initializers."""
+        wanted = set(initializers)
+        stored = self.model.graph.initializers
+        return {
+            name: stored[kept]
+            for name, kept in self.folded.items()
+            if kept in stored and (kept in wanted or name in self.statistics)
+        }
 
 
 def input_sizes(model: ir.Model, given: Mapping[str, Shape]) -> dict[str, int]:
@@ -71,9 +83,12 @@ def prepare(model: ir.Model, given: Mapping[str, int] | None = None) -> Prepared
     first, second = probes(model, given or {})
     facts, other, moves = _known(model, first, second)
     folded = _fold(model, facts, _static(facts, moves))
-    if folded:
+    statistics = _fold_statistics(model)
+    if folded or statistics:
         facts, other, moves = _known(model, first, second)
-    return Prepared(model, first, facts, second, other, _static(facts, moves), moves, folded)
+    return Prepared(
+        model, first, facts, second, other, _static(facts, moves), moves, statistics | folded, frozenset(statistics)
+    )
 
 
 def _known(
@@ -112,24 +127,116 @@ def lift_constants(graph: ir.Graph) -> None:
         graph.register_initializer(fresh)
 
 
-def _fold(model: ir.Model, facts: Facts, static: frozenset[str]) -> tuple[str, ...]:
-    """Write down static values where a node that must stay reads them; their names."""
+def _fold(model: ir.Model, facts: Facts, static: frozenset[str]) -> dict[str, str]:
+    """Write down static values where a node that must stay reads them; {value: initializer}."""
     graph = model.graph
-    folded: dict[str, ir.Value] = {}
+    places: dict[ir.Value, list[tuple[ir.Node, int]]] = defaultdict(list)
     for node in graph:
-        outputs = names(node.outputs)
-        if all(name in facts.values for name in outputs if name):
+        if all(name in facts.values for name in names(node.outputs) if name):
             continue  # evaluated itself
         for k, value in enumerate(node.inputs):
-            if value is None or value.producer() is None or value.name not in static:
-                continue
-            name = str(value.name)
-            if name not in folded:
-                folded[name] = _register(graph, f"{name}_folded", facts.values[name])
-            node.replace_input_with(k, folded[name])
+            if value is not None and value.producer() is not None and value.name in static:
+                places[value].append((node, k))
+    folded = {}
+    for value, readers in places.items():
+        name = str(value.name)
+        folded[name] = write_down(graph, value, name, _tensor(facts.values[name]), readers)
     if folded:
         RemoveUnusedNodesPass()(model)
-    return tuple(folded)
+    return folded
+
+
+def write_down(
+    graph: ir.Graph, value: ir.Value, name: str, tensor: ir.TensorProtocol, readers: Iterable[tuple[ir.Node, int]]
+) -> str:
+    """Give these readers of a computed value an initializer of this name, even its own, where they can; the name."""
+    if value.name == name and value.is_graph_output():
+        name = free_name(graph, f"{name}_folded")
+    elif value.name == name:
+        value.name = free_name(graph, f"{name}_computed")
+    shape = ir.Shape(tuple(int(d) for d in tensor.shape))  # type: ignore[arg-type]
+    fresh = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    add_initializer(graph, fresh)
+    for node, k in readers:
+        node.replace_input_with(k, fresh)
+    return name
+
+
+def _tensor(array: Array) -> ir.TensorProtocol:
+    return ir.tensor(np.ascontiguousarray(array) if array.ndim else array)
+
+
+STATISTICS = frozenset("ReduceL1 ReduceL2 ReduceMean ReduceSum ReduceSumSquare LpNormalization".split())
+ARITHMETIC = frozenset(
+    """Abs Add BatchNormalization Clip Div Expand Flatten Identity Max Min Mul Neg Pow Reciprocal Reshape Sqrt Squeeze
+    Sub Transpose Unsqueeze""".split()
+)
+WEIGHTS = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}
+
+
+def _fold_statistics(model: ir.Model) -> dict[str, str]:
+    """Write down what weights that are computed from weights take from whole rows of them; {value: initializer}.
+
+    So the norms of weight normalisation keep their dense values, and so does the mean that weight standardisation
+    subtracts. What only scales a weight afterwards stays an operator.
+    """
+    graph = model.graph
+    cones: set[ir.Node] = set()
+    for node in graph:
+        k = WEIGHTS.get(node.op_type, 0)
+        if k and k < len(node.inputs):
+            cones |= _cone(node.inputs[k])
+    apart: set[ir.Value] = set()  # statistics, numbers, and what is computed from nothing else
+    folded: dict[str, str] = {}
+    arrays: dict[str, Array] = {}
+    for node in [node for node in graph if node in cones]:
+        inputs = [value for value in node.inputs if value is not None]
+        arrays |= {str(v.name): v.const_value.numpy() for v in inputs if v.const_value is not None}
+        apart |= {value for value in inputs if value.const_value is not None and value.const_value.size == 1}
+        proto = ir.serde.serialize_node(node)
+        results = evaluate(proto, model.opset_imports.get(node.domain, 1), {n: arrays[n] for n in names(inputs)})
+        if results is None:
+            return {}
+        value, name = node.outputs[0], str(node.outputs[0].name)
+        arrays[name] = results[0]
+        statistic = _is_statistic(node)
+        if statistic or apart.issuperset(inputs):
+            apart.add(value)
+        shifts = node.op_type in ("Add", "Sub") and not apart.isdisjoint(inputs) and value not in apart
+        if statistic or shifts:
+            readers = [(use.node, use.idx) for use in value.uses()]
+            folded[name] = write_down(graph, value, name, _tensor(results[0]), readers)
+            if statistic:
+                apart.add(graph.initializers[folded[name]])
+    if folded:
+        RemoveUnusedNodesPass()(model)
+    return folded
+
+
+def _is_statistic(node: ir.Node) -> bool:
+    trained = node.op_type == "BatchNormalization" and "training_mode" in node.attributes
+    return node.op_type in STATISTICS or (trained and bool(node.attributes["training_mode"].as_int()))
+
+
+def _cone(value: ir.Value | None) -> set[ir.Node]:
+    """The nodes that compute a value from float initializers by arithmetic with statistics; empty if it is not so."""
+    found: set[ir.Node] = set()
+    pending = [value]
+    while pending:
+        here = pending.pop()
+        if here is None:
+            continue
+        if here.const_value is not None:
+            if here.const_value.dtype.name in ("FLOAT16", "BFLOAT16"):
+                return set()  # what is summed in half precision is not what runtimes make of it
+            continue
+        node = here.producer()
+        if node is None or node.domain or node.op_type not in STATISTICS | ARITHMETIC:
+            return set()
+        if node not in found:
+            found.add(node)
+            pending += node.inputs
+    return found if any(map(_is_statistic, found)) else set()
 
 
 def _register(graph: ir.Graph, wish: str, array: Array) -> ir.Value:

@@ -18,7 +18,7 @@ from onnxprune import ops
 from onnxprune.branches import NOTHING, Dropped
 from onnxprune.errors import InternalError
 from onnxprune.masked import Narrowed, narrow
-from onnxprune.model import free_name, lift_constants
+from onnxprune.model import free_name, lift_constants, write_down
 from onnxprune.storage import dump
 from onnxprune.types import Array, Group, Member, Plan
 
@@ -86,17 +86,24 @@ def reference(
     mixed: Iterable[Narrowed] = (),
     types: Mapping[str, int] | None = None,
     dropped: Dropped = NOTHING,
+    constants: Mapping[str, ir.Value] | None = None,
 ) -> ir.Model:
     """A copy of the dense model, as it was read, with the removed slices at zero (the zero point, for integers).
 
     Nodes of `mixed` are computed over the survivors alone; `types` are element types of their outputs. What dropped
-    branches add is zero too, whatever they compute; outputs that go with them are not compared.
+    branches add is zero too, whatever they compute; outputs that go with them are not compared. `constants` are
+    computed values that keep what they are, as initializers: {value: initializer}.
     """
     model = dense.clone()
     graph = model.graph
     graph.meta.pop("names", None)
     lift_constants(graph)
     nodes = {str(node.outputs[0].name): node for node in graph}
+    computed = {str(value.name): value for node in graph for value in node.outputs}
+    for name, constant in (constants or {}).items():
+        value, tensor = computed[name], constant.const_value
+        assert tensor is not None
+        write_down(graph, value, str(constant.name), tensor, [(use.node, use.idx) for use in value.uses()])
     by_place: dict[tuple[str, tuple[tuple[str, int], ...] | None], list[Removal]] = {}
     for removal in gone:
         if removal.role not in ZEROED or removal.removed == "all":

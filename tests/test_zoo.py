@@ -79,7 +79,10 @@ def test_any_plan_is_removal(name: str) -> None:
         alive = alive_labels(groups, plan, len(dims.frozen))
         smaller = apply(prepared, dims, seen, alive)
         mixed = narrowed(dims, seen, alive)
-        wanted = run(verify.reference(dense, verify.removals(groups, plan), mixed, prepared.facts.types), inputs)
+        gone = verify.removals(groups, plan)
+        constants = prepared.constants(removal.initializer for removal in gone)
+        reference = verify.reference(dense, gone, mixed, prepared.facts.types, constants=constants)
+        wanted = run(reference, inputs)
         for a, b in zip(wanted, run(smaller, inputs), strict=True):
             differences = verify.differ(a, b, 1e-5)
             assert all(d.holds for d in differences), (plan, differences)

@@ -1043,3 +1043,39 @@ entry(
     "o = MatMul(v, pt)\no1 = Shape<start = 2>(h0)\nnc = Shape<end = 2>(o)\nback = Concat<axis = 0>(nc, o1)\n"
     "z = Reshape(o, back)\ny = Conv(z, w2)",
 )
+entry(
+    "weight norm in the graph",
+    "float[n,3,5] x",
+    "float[n,2,6] y",
+    {"w1": (11, 3, 1), "b1": (11,), "v": (13, 11, 3), "g": (13, 1, 1), "b2": (13,), "u": (13, 7, 2), "f": (13, 1, 1),
+     "two": f32(2), "tail": i64(1, 2), "w3": (2, 7, 1)},
+    "h = Conv(x, w1, b1)\na = Sigmoid(h)\nlength = ReduceL2<axes = [1,2], keepdims = 1>(v)\nvn = Div(v, length)\nw2 = Mul(g, vn)\n"
+    "c = Conv<pads = [1,1]>(a, w2, b2)\nd = Sigmoid(c)\nsquares = Pow(u, two)\nsum = ReduceSum<keepdims = 1>(squares, tail)\n"
+    "root = Sqrt(sum)\nun = Div(u, root)\nwu = Mul(un, f)\ne0 = ConvTranspose(d, wu)\ne = Relu(e0)\ny = Conv(e, w3)",
+    opset=17,
+)  # fmt: skip
+entry(
+    "weight standardisation in the graph, spelt out and by batch norm",
+    "float[n,3,5,5] x",
+    "float[n,2] y",
+    {"w1": (11, 3, 1, 1), "b1": (11,), "w2": (13, 11, 3, 3), "gain": (13, 1, 1, 1), "b2": (13,), "tiny": f32(1e-3),
+     "w3": (7, 13, 1, 1), "rows": i64(1, 7, 13), "one": (7,), "zero": np.zeros(7, np.float32), "var": (7,),
+     "back": i64(7, 13, 1, 1), "scale": (7, 1, 1, 1), "w4": (7, 2)},
+    "h = Conv(x, w1, b1)\na = Sigmoid(h)\nm = ReduceMean<axes = [1,2,3]>(w2)\nd = Sub(w2, m)\nsq = Mul(d, d)\n"
+    "v0 = ReduceMean<axes = [1,2,3]>(sq)\nv1 = Add(v0, tiny)\ns = Sqrt(v1)\nn2 = Div(d, s)\nw2s = Mul(n2, gain)\n"
+    "c = Conv<pads = [1,1,1,1]>(a, w2s, b2)\ne = Sigmoid(c)\nr = Reshape(w3, rows)\n"
+    "bn, rm, rv = BatchNormalization<training_mode = 1>(r, one, zero, zero, var)\nw30 = Reshape(bn, back)\nw3s = Mul(w30, scale)\n"
+    "k = Conv(e, w3s)\nl = Sigmoid(k)\np0 = GlobalAveragePool(l)\np = Flatten(p0)\ny = MatMul(p, w4)",
+    opset=17,
+)  # fmt: skip
+entry(
+    "slopes of heads computed from their number",
+    "float[n,t,6] x",
+    "float[n,t,2] y",
+    {"wq": (6, 15), "bq": (15,), "wk": (6, 15), "wv": (6, 15), "bv": (15,), "wo": (15, 2), "split": i64(0, 0, 3, 5),
+     "join": i64(0, 0, 15), "scale": f32(0.4), "none": np.array(0), "count": np.array(3), "step": np.array(1),
+     "half": np.array(0.5, np.float32), "last": i64(1, 2)},
+    "q2 = MatMul(x, wq)\nq0 = Add(q2, bq)\nk0 = MatMul(x, wk)\nv2 = MatMul(x, wv)\nv0 = Add(v2, bv)\n"
+    "r0 = Range(none, count, step)\nr1 = Cast<to = 1>(r0)\nr2 = Add(r1, half)\nslopes = Unsqueeze(r2, last)\n"
+    + ATTENTION.replace("Softmax(s1)", "Mul(s1, slopes)"),
+)  # fmt: skip
