@@ -206,9 +206,10 @@ def _cuts(
             freezes += [(atom, "the same dimension twice in one axis") for atom in set(names)]
 
     chosen: set[int] = set()
+    takes = {(int(classes[piece]), int(classes[whole])) for piece, whole, _ in relations.takes}
 
     def spread() -> None:
-        """A frozen composite freezes its atoms; one without a free atom is frozen."""
+        """A frozen composite freezes its atoms, as a frozen whole its pieces; one without a free atom is frozen."""
         changed = True
         while changed:
             changed = False
@@ -220,8 +221,12 @@ def _cuts(
                 if merged not in blocked and names <= blocked:
                     blocked.add(merged)
                     changed = True
+            fresh = {piece for piece, whole in takes if whole in blocked and piece not in blocked}
+            blocked.update(fresh)
+            changed = changed or bool(fresh)
 
     spread()
+    _spread_poor(poor, blocked, takes, products)
     sizes = {atom: size for _, atoms in products for atom, size, _ in atoms}
 
     def preference(atom: int) -> tuple[bool, bool, bool, bool, int, int]:
@@ -251,6 +256,20 @@ def _cuts(
         else:
             freezes += [(c, "no dimension of this axis is free") for c in (merged, *(a for a, _, _ in atoms))]
     return cuts, freezes
+
+
+def _spread_poor(poor: set[int], blocked: set[int], takes: set[tuple[int, int]], products: list[Product]) -> None:
+    """What has a piece that stays, stays in part, and so do the atoms of a composite or what is made of such atoms."""
+    before = -1
+    while before != len(poor):
+        before = len(poor)
+        poor |= {whole for piece, whole in takes if piece in blocked or piece in poor}
+        for merged, atoms in products:
+            names = {atom for atom, _, _ in atoms}
+            if merged in poor:
+                poor |= names
+            elif names <= poor | blocked:
+                poor.add(merged)
 
 
 def keep_of(dims: DimGraph, alive: Mask, axis: Axis, size: int) -> Mask:

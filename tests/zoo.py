@@ -1079,3 +1079,23 @@ entry(
     "r0 = Range(none, count, step)\nr1 = Cast<to = 1>(r0)\nr2 = Add(r1, half)\nslopes = Unsqueeze(r2, last)\n"
     + ATTENTION.replace("Softmax(s1)", "Mul(s1, slopes)"),
 )  # fmt: skip
+entry(
+    "heads folded into padded windows",
+    "float[n,3,5,5] x",
+    "float[n,5,5,4] y",
+    {"w0": (6, 3, 1, 1), "b0": (6,), "border": i64(0, 0, 0, 0, 0, 1, 1, 0), "cells": i64(-1, 2, 3, 2, 3, 6),
+     "windows": i64(-1, 9, 6), "wq": (6, 10), "bq": (10,), "wk": (6, 10), "wv": (6, 10), "bv": (10,),
+     "split": i64(-1, 9, 2, 5), "fold": i64(-1, 9, 5), "unfold": i64(-1, 2, 9, 5), "join": i64(-1, 9, 10), "wo": (10, 4),
+     "cells4": i64(-1, 2, 2, 3, 3, 4), "image": i64(-1, 6, 6, 4), "start": i64(0, 0),
+     "end": i64(5, 5), "space": i64(1, 2)},
+    "h0 = Conv(x, w0, b0)\nh1 = Transpose<perm = [0,2,3,1]>(h0)\nh2 = Pad(h1, border)\nh3 = Reshape(h2, cells)\n"
+    "h4 = Transpose<perm = [0,1,3,2,4,5]>(h3)\nh = Reshape(h4, windows)\n"
+    + "".join(
+        f"{p}0 = MatMul(h, w{p})\n{f'{p}1 = Add({p}0, b{p})' if p != 'k' else f'{p}1 = Identity({p}0)'}\n"
+        f"{p}2 = Reshape({p}1, split)\n{p}3 = Transpose<perm = [0,2,1,3]>({p}2)\n{p} = Reshape({p}3, fold)\n"
+        for p in "qkv"
+    )
+    + "kt = Transpose<perm = [0,2,1]>(k)\ns = MatMul(q, kt)\np = Softmax(s)\no0 = MatMul(p, v)\no1 = Reshape(o0, unfold)\n"
+    "o2 = Transpose<perm = [0,2,1,3]>(o1)\no3 = Reshape(o2, join)\no4 = MatMul(o3, wo)\no5 = Reshape(o4, cells4)\n"
+    "o6 = Transpose<perm = [0,1,3,2,4,5]>(o5)\no7 = Reshape(o6, image)\ny = Slice(o7, start, end, space)",
+)  # fmt: skip

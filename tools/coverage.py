@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import onnxruntime as ort
 from onnx import numpy_helper
 
@@ -135,11 +134,9 @@ def run(model: onnx.ModelProto, samples: list[dict[str, np.ndarray]]) -> list[li
     return [session.run(None, feed) for feed in samples]
 
 
-def difference(dense: Path, pruned: Path, report: dict) -> float:
+def difference(analysis: Analysis, dense: Path, pruned: Path, report: dict) -> float:
     """Largest difference over all outputs, relative to each output's largest value."""
-    analysis = Analysis(dense)
-    graph = ir.load(dense).graph
-    samples = [feeds.random_feed(graph, analysis.prepared.facts.shapes, 7)]
+    samples = [feeds.random_feed(analysis.dense.graph, analysis.prepared.facts.shapes, 7)]
     reference = zeroed(frozen(onnx.load(dense), report["rewrites"], samples[0]), report["removed"])
     wanted, found = (run(model, samples) for model in (reference, onnx.load(pruned)))
     worst = 0.0
@@ -156,11 +153,13 @@ def difference(dense: Path, pruned: Path, report: dict) -> float:
     return worst
 
 
-def reach(dense: Path) -> tuple[float, str]:
+def reach(analysis: Analysis) -> tuple[float, str]:
     """(share of the weights' parameters that some exact group can shrink, what holds back most of the rest)."""
-    analysis = Analysis(dense)
+    made = set(analysis.prepared.folded.values()) - analysis.prepared.statistics
     total = {
-        s.initializer: np.prod(s.shape) for s in analysis.view.stored.values() if s.role != "index" and len(s.shape) > 1
+        s.initializer: np.prod(s.shape)
+        for s in analysis.view.stored.values()
+        if s.role != "index" and len(s.shape) > 1 and s.initializer not in made
     }
     within = {m.initializer for g in analysis.groups if g.exact and len(g.units) > 1 for m in g.members}
     lost: dict[str, float] = {}
@@ -187,8 +186,9 @@ def row(path: Path, ratio: float, kinds: str) -> str:
         if done.returncode:
             return f"| {path.stem} | exit {done.returncode}: {done.stderr.strip().splitlines()[-1][:160]} | | | | | |"
         data = json.loads(report.read_text())
-        gap = difference(path, small, data)
-        share, reason = reach(path)
+        analysis = Analysis(path)
+        gap = difference(analysis, path, small, data)
+        share, reason = reach(analysis)
         unproven = data["verification"]["unproven"]
         cells = [
             path.stem,

@@ -52,13 +52,13 @@ def from_transformers(name: str, size: int, options: Mapping[str, Any], axes: Ma
 class First(nn.Module):
     """A transformers model with its first output alone."""
 
-    def __init__(self, model: nn.Module, **options: Any) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.options = model, options
+        self.model = model
 
-    def forward(self, *args: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The first output."""
-        return self.model(*args, **self.options, return_dict=False)[0]
+        return self.model(x, return_dict=False)[0]
 
 
 TORCHVISION: dict[str, tuple[int, dict[str, Any]]] = {
@@ -150,7 +150,7 @@ TRANSFORMERS: dict[str, tuple[int, dict[str, Any]]] = {
         64, {**TINY, "num_hidden_layers": 4, "backbone_out_indices": (0, 1, 2, 3), "neck_hidden_sizes": (16, 24, 32, 40),
              "fusion_hidden_size": 24, "patch_size": 16, "is_hybrid": False}),
     "UperNetForSemanticSegmentation": (
-        64, {"backbone_config": transformers.ConvNextConfig(depths=[1, 1, 1, 1], hidden_sizes=[16, 24, 32, 40],
+        192, {"backbone_config": transformers.ConvNextConfig(depths=[1, 1, 1, 1], hidden_sizes=[16, 24, 32, 40],
              out_features=["stage1", "stage2", "stage3", "stage4"]), "hidden_size": 32, "use_auxiliary_head": False}),
     "PoolFormerForImageClassification": (64, {"depths": (1, 1, 1, 1), "hidden_sizes": (16, 24, 32, 40)}),
     "ViTMSNForImageClassification": (64, {**TINY, "patch_size": 16}),
@@ -196,7 +196,7 @@ def sam_encoder() -> Export:
     """SAM's image encoder: window attention with relative positions by Einsum."""
     config = transformers.SamVisionConfig(
         hidden_size=48, output_channels=24, num_hidden_layers=2, num_attention_heads=3, image_size=64, patch_size=8,
-        window_size=3, global_attn_indexes=[1], mlp_dim=72,
+        window_size=3, global_attn_indexes=[1], mlp_dim=72, initializer_range=0.02,
     )  # fmt: skip
     config._attn_implementation = "eager"
     return image(First(transformers.SamVisionModel(config)))
