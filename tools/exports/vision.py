@@ -139,7 +139,8 @@ TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "in
 TRANSFORMERS: dict[str, tuple[int, dict[str, Any]]] = {
     "SegformerForSemanticSegmentation": (
         64, {"depths": (1, 1, 1, 1), "hidden_sizes": (16, 32, 40, 64), "decoder_hidden_size": 48}),
-    "MobileViTForSemanticSegmentation": (64, {"hidden_sizes": (24, 32, 40), "neck_hidden_sizes": (8, 12, 16, 24, 32, 40, 56)}),
+    "MobileViTForSemanticSegmentation": (
+        64, {"hidden_sizes": (24, 32, 40), "neck_hidden_sizes": (8, 12, 16, 24, 32, 40, 56)}),
     "ConvNextV2ForImageClassification": (64, {"depths": (1, 1, 1, 1), "hidden_sizes": (16, 24, 32, 40)}),
     "Dinov2ForImageClassification": (56, {**TINY, "use_swiglu_ffn": True}),
     "CLIPVisionModel": (64, {**TINY, "patch_size": 16}),
@@ -147,15 +148,17 @@ TRANSFORMERS: dict[str, tuple[int, dict[str, Any]]] = {
     "YolosForObjectDetection": (64, {**TINY, "image_size": (64, 64), "num_detection_tokens": 7}),
     "Swinv2ForImageClassification": (64, {"embed_dim": 24, "depths": (2, 1), "num_heads": (2, 3), "window_size": 4}),
     "DPTForDepthEstimation": (
-        64, {**TINY, "num_hidden_layers": 4, "backbone_out_indices": (0, 1, 2, 3), "neck_hidden_sizes": (16, 24, 32, 40),
-             "fusion_hidden_size": 24, "patch_size": 16, "is_hybrid": False}),
+        64, {**TINY, "num_hidden_layers": 4, "backbone_out_indices": (0, 1, 2, 3),
+             "neck_hidden_sizes": (16, 24, 32, 40), "fusion_hidden_size": 24, "patch_size": 16, "is_hybrid": False}),
     "UperNetForSemanticSegmentation": (
         192, {"backbone_config": transformers.ConvNextConfig(depths=[1, 1, 1, 1], hidden_sizes=[16, 24, 32, 40],
              out_features=["stage1", "stage2", "stage3", "stage4"]), "hidden_size": 32, "use_auxiliary_head": False}),
     "PoolFormerForImageClassification": (64, {"depths": (1, 1, 1, 1), "hidden_sizes": (16, 24, 32, 40)}),
     "ViTMSNForImageClassification": (64, {**TINY, "patch_size": 16}),
-    "BitForImageClassification": (64, {"depths": (1, 1, 1, 1), "embedding_size": 16, "hidden_sizes": (32, 64, 64, 96), "num_groups": 8}),
-    "GLPNForDepthEstimation": (64, {"depths": (1, 1, 1, 1), "hidden_sizes": (16, 32, 40, 64), "decoder_hidden_size": 24}),
+    "BitForImageClassification": (
+        64, {"depths": (1, 1, 1, 1), "embedding_size": 16, "hidden_sizes": (32, 64, 64, 96), "num_groups": 8}),
+    "GLPNForDepthEstimation": (
+        64, {"depths": (1, 1, 1, 1), "hidden_sizes": (16, 32, 40, 64), "decoder_hidden_size": 24}),
     "Swin2SRForImageSuperResolution": (32, {"embed_dim": 24, "depths": (2,), "num_heads": (3,), "window_size": 8}),
 }  # fmt: skip
 
@@ -189,7 +192,9 @@ def video() -> Export:
     """VideoMAE over four frames."""
     config = transformers.VideoMAEConfig(**TINY, num_frames=4, image_size=32, patch_size=16)
     config._attn_implementation = "eager"
-    return Export(First(transformers.VideoMAEModel(config)), {"frames": torch.randn(2, 4, 3, 32, 32)}, {"frames": BATCH})
+    return Export(
+        First(transformers.VideoMAEModel(config)), {"frames": torch.randn(2, 4, 3, 32, 32)}, {"frames": BATCH}
+    )
 
 
 def sam_encoder() -> Export:
@@ -246,7 +251,9 @@ def encodec_encoder() -> Export:
 # By hand --------------------------------------------------------------------------------------------------------------
 
 
-def conv(inside: int, outside: int, kernel: int = 3, stride: int = 1, act: Callable[[], nn.Module] = nn.SiLU, **options: Any) -> nn.Sequential:
+def conv(
+    inside: int, outside: int, kernel: int = 3, stride: int = 1, act: Callable[[], nn.Module] = nn.SiLU, **options: Any
+) -> nn.Sequential:
     """Conv, BatchNorm, activation, as detectors write it."""
     layer = nn.Conv2d(inside, outside, kernel, stride, kernel // 2, bias=False, **options)
     return nn.Sequential(layer, nn.BatchNorm2d(outside), act())
@@ -259,7 +266,9 @@ class C2f(nn.Module):
         super().__init__()
         self.half = outside // 2
         self.first, self.last = conv(inside, 2 * self.half, 1), conv((2 + depth) * self.half, outside, 1)
-        self.blocks = nn.ModuleList(nn.Sequential(conv(self.half, self.half), conv(self.half, self.half)) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(conv(self.half, self.half), conv(self.half, self.half)) for _ in range(depth)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Features."""
@@ -313,7 +322,9 @@ class Yolo8(nn.Module):
         three = self.three(two)
         two = self.up(torch.cat([F.interpolate(three, scale_factor=2.0, mode="nearest"), two], 1))
         three = self.down(torch.cat([self.stride(two), three], 1))
-        levels = [torch.cat([b(f), s(f)], 1).flatten(2) for f, b, s in zip((two, three), self.boxes, self.scores, strict=True)]
+        levels = [
+            torch.cat([b(f), s(f)], 1).flatten(2) for f, b, s in zip((two, three), self.boxes, self.scores, strict=True)
+        ]
         box, score = torch.cat(levels, 2).split((4 * self.bins, self.classes), 1)
         n, _, cells = box.shape
         box = self.dfl(box.view(n, 4, self.bins, cells).transpose(2, 1).softmax(1)).view(n, 4, cells)
@@ -377,7 +388,10 @@ class DiffusionAttention(nn.Module):
 
     def attend(self, k: int, x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         """Scaled dot product attention."""
-        q, key, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.q[k](x), self.k[k](source), self.v[k](source)))
+        q, key, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for t in (self.q[k](x), self.k[k](source), self.v[k](source))
+        )
         return self.out[k](F.scaled_dot_product_attention(q, key, v).transpose(1, 2).flatten(2))
 
     def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
@@ -431,7 +445,11 @@ class Autoencoder(nn.Module):
     def __init__(self, width: int = 32, groups: int = 8) -> None:
         super().__init__()
         self.first = nn.Conv2d(4, width, 3, padding=1)
-        self.norm, self.qkv, self.out = nn.GroupNorm(groups, width), nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
+        self.norm, self.qkv, self.out = (
+            nn.GroupNorm(groups, width),
+            nn.Conv2d(width, 3 * width, 1),
+            nn.Conv2d(width, width, 1),
+        )
         self.block = nn.Sequential(nn.GroupNorm(groups, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
         self.last = nn.Sequential(nn.GroupNorm(groups, width), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1))
 
@@ -464,7 +482,9 @@ class CRNN(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         pool = partial(nn.MaxPool2d, 2)
-        self.body = nn.Sequential(conv(1, 16, act=nn.ReLU), pool(), conv(16, 24, act=nn.ReLU), pool(), conv(24, 32, act=nn.ReLU))
+        self.body = nn.Sequential(
+            conv(1, 16, act=nn.ReLU), pool(), conv(16, 24, act=nn.ReLU), pool(), conv(24, 32, act=nn.ReLU)
+        )
         self.rnn = nn.LSTM(32 * 4, 24, 2, bidirectional=True)
         self.head = nn.Linear(48, 11)
 
@@ -480,9 +500,7 @@ class TCN(nn.Module):
     def __init__(self, norm: Callable[[nn.Module], nn.Module]) -> None:
         super().__init__()
         self.first = nn.Conv1d(8, 24, 1)
-        self.layers = nn.ModuleList(
-            norm(nn.Conv1d(24, 24, 3, padding=2 * d, dilation=d)) for d in (1, 2, 4)
-        )
+        self.layers = nn.ModuleList(norm(nn.Conv1d(24, 24, 3, padding=2 * d, dilation=d)) for d in (1, 2, 4))
         self.head = nn.Linear(24, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -542,8 +560,12 @@ class SuperResolution(nn.Module):
     def __init__(self, width: int = 24) -> None:
         super().__init__()
         self.first, self.last = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 3, 3, padding=1)
-        self.body = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
-        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, 6, 1), nn.ReLU(), nn.Conv2d(6, width, 1), nn.Sigmoid())
+        self.body = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)
+        )
+        self.gate = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, 6, 1), nn.ReLU(), nn.Conv2d(6, width, 1), nn.Sigmoid()
+        )
         self.up = nn.Sequential(nn.Conv2d(width, 4 * width, 3, padding=1), nn.PixelShuffle(2), nn.PReLU(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -612,8 +634,9 @@ def standardised() -> nn.Module:
 def volume() -> nn.Module:
     """A 3-D convolutional network, factorised in space and time, with pooling and a classifier."""
     return nn.Sequential(
-        nn.Conv3d(2, 16, (1, 3, 3), padding=(0, 1, 1)), nn.BatchNorm3d(16), nn.ReLU(), nn.Conv3d(16, 24, (3, 1, 1), padding=(1, 0, 0)),
-        nn.ReLU(), nn.MaxPool3d(2), nn.Conv3d(24, 32, 3, padding=1, groups=2), nn.InstanceNorm3d(32, affine=True), nn.ELU(),
+        nn.Conv3d(2, 16, (1, 3, 3), padding=(0, 1, 1)), nn.BatchNorm3d(16), nn.ReLU(),
+        nn.Conv3d(16, 24, (3, 1, 1), padding=(1, 0, 0)), nn.ReLU(), nn.MaxPool3d(2),
+        nn.Conv3d(24, 32, 3, padding=1, groups=2), nn.InstanceNorm3d(32, affine=True), nn.ELU(),
         nn.ConvTranspose3d(32, 16, 2, 2), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(16, 5),
     )  # fmt: skip
 
@@ -624,7 +647,9 @@ class Segmentation(nn.Module):
     def __init__(self, width: int = 24) -> None:
         super().__init__()
         block = torchvision.models.resnet.Bottleneck
-        net = torchvision.models.ResNet(block, [1, 1, 1, 1], width_per_group=16, replace_stride_with_dilation=[False, True, True])
+        net = torchvision.models.ResNet(
+            block, [1, 1, 1, 1], width_per_group=16, replace_stride_with_dilation=[False, True, True]
+        )
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1)
         self.rest = nn.Sequential(net.layer2, net.layer3, net.layer4)
         self.pyramid = nn.ModuleList(
@@ -632,7 +657,11 @@ class Segmentation(nn.Module):
             + [nn.Sequential(nn.Conv2d(2048, width, 3, padding=d, dilation=d), nn.ReLU()) for d in (2, 4)]
         )
         self.pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(2048, width, 1), nn.ReLU())
-        self.merge, self.skip, self.last = conv(4 * width, width, 1), conv(256, 12, 1), nn.Conv2d(width + 12, 6, 3, padding=1)
+        self.merge, self.skip, self.last = (
+            conv(4 * width, width, 1),
+            conv(256, 12, 1),
+            nn.Conv2d(width + 12, 6, 3, padding=1),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """float32[n, 6, h, w]."""
@@ -678,7 +707,9 @@ class MultiHead(nn.Module):
         self.place = nn.Parameter(torch.randn(64, 1, width) * 0.02)
         self.attention = nn.ModuleList(nn.MultiheadAttention(width, 4) for _ in range(2))
         self.norm = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))
-        self.feed = nn.ModuleList(nn.Sequential(nn.Linear(width, 72), nn.ReLU(), nn.Linear(72, width)) for _ in range(2))
+        self.feed = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 72), nn.ReLU(), nn.Linear(72, width)) for _ in range(2)
+        )
         self.head = nn.Linear(width, 7)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -726,9 +757,11 @@ HAND: dict[str, Callable[[], Export]] = {
     "pyramid": lambda: image(Pyramid(), axes=SIZES),
     "multi_head": lambda: image(MultiHead()),
     "resnext_grouped": lambda: image(
-        torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], groups=8, width_per_group=4), axes=SIZES),
+        torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], groups=8, width_per_group=4),
+        axes=SIZES),
     "vgg": lambda: image(
-        nn.Sequential(torchvision.models.vgg.make_layers([16, "M", 24, 24, "M", 32, "M"], batch_norm=True), nn.Flatten(),
+        nn.Sequential(torchvision.models.vgg.make_layers([16, "M", 24, 24, "M", 32, "M"], batch_norm=True),
+                      nn.Flatten(),
                       nn.Linear(32 * 64, 48), nn.ReLU(), nn.Dropout(), nn.Linear(48, 7))),
     "densenet": lambda: image(torchvision.models.DenseNet(8, (3, 2, 2), 16, num_classes=7)),
     "mixer": lambda: mlp(timm.models.mlp_mixer.MixerBlock),
