@@ -768,11 +768,6 @@ HAND: dict[str, Callable[[], Export]] = {
     "gmlp": lambda: mlp(timm.models.mlp_mixer.SpatialGatingBlock, mlp_ratio=6, mlp_layer=timm.layers.GatedMlp),
     "resmlp": lambda: mlp(timm.models.mlp_mixer.ResBlock, mlp_ratio=4, norm_layer=timm.models.mlp_mixer.Affine),
     "convmixer": lambda: image(timm.models.convmixer.ConvMixer(48, 2, num_classes=7)),
-    "cspnet": lambda: image(timm.models.cspnet.CspNet(
-        num_classes=7,
-        cfg=timm.models.cspnet.CspModelCfg(
-            timm.models.cspnet.CspStemCfg(16), timm.models.cspnet.CspStagesCfg(
-                depth=(2, 2), out_chs=(32, 48), bottle_ratio=(0.5,), block_ratio=(1.0,), block_type="dark")))),
     "video": video,
     "focalnet": lambda: image(timm.models.focalnet.FocalNet(depths=(1, 1), embed_dim=24, num_classes=7)),
     "vit_torchvision": lambda: image(
