@@ -57,8 +57,9 @@ def choose_groups(analysis: Analysis, options: Options) -> tuple[Group, ...]:
         if agreed and group.kind in wanted and len(group.units) > 1 and not ignored:
             chosen.append(group)
     if not chosen and options.ratio != 0:
-        mixing = 0 if options.approximate else sum(not g.exact and g.kind in wanted for g in analysis.groups)
-        why = f"; {mixing} groups mix their positions, which needs --approximate" if mixing else ""
+        mixing = [g for g in analysis.groups if not g.exact and not (options.approximate and g.kind in wanted)]
+        kinds = ",".join(sorted({g.kind for g in mixing}))
+        why = f"; {len(mixing)} groups mix their positions: --remove {kinds} --approximate" if mixing else ""
         unknown_ops = sorted(set(analysis.dims.relations.unknown.values()))
         why += f"; {'; '.join(unknown_ops[:3])}" if unknown_ops else ""
         if "layers" in wanted and (stays := analysis.branches.refused):
