@@ -17,7 +17,7 @@ from onnxprune.cost import Cost, Costs
 from onnxprune.dims import DimGraph, couple
 from onnxprune.errors import InputError, PruneError
 from onnxprune.groups import find_frozen, find_groups
-from onnxprune.infer import cost_sizes, infer
+from onnxprune.infer import cost_sizes, infer, initializers
 from onnxprune.masked import narrowed
 from onnxprune.model import Graph, Model, Prepared, input_sizes, prepare, view
 from onnxprune.rewrite import apply
@@ -64,7 +64,7 @@ class Analysis:
     @cached_property
     def weights(self) -> plugin.Weights:
         """The initializers as criteria see them."""
-        stored = self.prepared.model.graph.initializers
+        stored = initializers(self.prepared.model.graph)
 
         def read(name: str) -> Array:
             tensor = stored[name].const_value

@@ -16,7 +16,8 @@ from onnxprune import verify as proof
 from onnxprune.analysis import Analysis
 from onnxprune.branches import Dropped
 from onnxprune.errors import ImpossibleError, InputError
-from onnxprune.infer import names
+from onnxprune.infer import attributes as attributes_of
+from onnxprune.infer import bodies, initializers, names, walk
 from onnxprune.prove import Prover
 from onnxprune.rewrite import apply
 from onnxprune.types import Axis, Mask, Plan, Shape
@@ -132,18 +133,19 @@ def _same(rebuilt: ir.Model, pruned: ir.Model, repaired: frozenset[str], file: s
     a, b = rebuilt.graph, pruned.graph
     if rebuilt.ir_version != pruned.ir_version or dict(rebuilt.opset_imports) != dict(pruned.opset_imports):
         raise ImpossibleError("its IR version or operator sets are not those of the dense model", file=file)
-    if unknown := repaired - set(a.initializers):
+    if unknown := repaired - set(initializers(a)):
         raise ImpossibleError("is listed as repaired, and is not there", file=file, object=min(unknown))
-    if [_node(n) for n in a] != [_node(n) for n in b]:
+    if [_node(n) for n in walk(a)] != [_node(n) for n in walk(b)]:
         raise ImpossibleError("its nodes are not those that the plan gives", file=file)
     for mine, theirs in ((a.inputs, b.inputs), (a.outputs, b.outputs)):
         if [(v.name, str(v.shape), v.dtype) for v in mine] != [(v.name, str(v.shape), v.dtype) for v in theirs]:
             raise ImpossibleError("its inputs and outputs are not those of the dense model", file=file)
-    if set(a.initializers) != set(b.initializers):
-        odd = sorted(set(a.initializers) ^ set(b.initializers))[0]
+    stored, found = initializers(a), initializers(b)
+    if set(stored) != set(found):
+        odd = sorted(set(stored) ^ set(found))[0]
         raise ImpossibleError("an initializer that the plan does not give, or lacks", file=file, object=odd)
-    for name, value in a.initializers.items():
-        x, y = value.const_value, b.initializers[name].const_value
+    for name, value in stored.items():
+        x, y = value.const_value, found[name].const_value
         if x is None or y is None or tuple(x.shape) != tuple(y.shape) or x.dtype != y.dtype:
             raise ImpossibleError("its shape or type is not what the plan gives", file=file, object=name)
         if name not in repaired and x.tobytes() != y.tobytes():
@@ -151,5 +153,6 @@ def _same(rebuilt: ir.Model, pruned: ir.Model, repaired: frozenset[str], file: s
 
 
 def _node(node: ir.Node) -> tuple[object, ...]:
-    attributes = sorted((k, str(a.value)) for k, a in node.attributes.items() if isinstance(a, ir.Attr))
-    return (node.domain, node.op_type, names(node.inputs), names(node.outputs), attributes)
+    inner = [(key, names(body.inputs), names(body.outputs)) for key, body in bodies(node).items()]
+    attributes = sorted((k, str(value)) for k, value in attributes_of(node).items())
+    return (node.domain, node.op_type, names(node.inputs), names(node.outputs), attributes, inner)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -26,7 +26,10 @@ NOT_CACHES = 3  # a cache has at least this rank: fewer axes hold states that ca
 
 @dataclass(frozen=True)
 class Branches:
-    """All branches of a model that may go, those that stay although they could go, and why."""
+    """All branches of a model that may go, those that stay although they could go, and why.
+
+    `view` has the nodes of the main graph alone, each with what is read inside it.
+    """
 
     view: View
     found: tuple[Branch, ...]
@@ -64,6 +67,23 @@ def operands(node: OpNode) -> tuple[int, ...]:
 NOTHING = Dropped()
 
 # Finding ---------------------------------------------------------------------------------------------------------
+
+
+def _main(view: View) -> View:
+    """The nodes of the main graph alone; one with bodies reads what is read inside them. Branches end out here."""
+    nodes: list[OpNode] = []
+    read: dict[str, None] = {}
+    made: set[str] = set()
+    for node in view.nodes:  # those of bodies come before the node that holds them
+        made.update(name for body in node.bodies.values() for name in body.inputs)
+        if node.within:
+            read |= dict.fromkeys(node.inputs)
+            made.update(node.outputs)
+        else:
+            extra = tuple(name for name in read if name and name not in made)
+            nodes.append(replace(node, inputs=(*node.inputs, *extra)) if extra else node)
+            read, made = {}, set()
+    return replace(view, nodes=tuple(nodes))
 
 
 class _Tree:
@@ -175,12 +195,13 @@ def find_branches(
 
     Those with graph inputs or outputs inside, as a KV cache is, may go only with consent to change the `interface`.
     """
+    view = _main(view)
     flow = _Flow(view)
     caches = _caches(view, probes[0], types)
     roles = {name: stored.role for name, stored in view.stored.items()}
     found: list[tuple[_Candidate, tuple[str, ...], tuple[str, ...]]] = []
     refused = []
-    exits = set(view.outputs) | view.captured
+    exits = set(view.outputs)
     hidden = {out for _, out in caches}
     for candidate in _ends(flow, exits, hidden, probes, types):
         inside = set(candidate.cone.tolist())
@@ -266,7 +287,7 @@ def _candidates(
     flow: _Flow, tree: _Tree, probes: Sequence[Mapping[str, Shape]], types: Mapping[str, int]
 ) -> Iterator[_Candidate]:
     """Operands that serve only their sum and start from what stays."""
-    view, outside = flow.view, set(flow.view.outputs) | flow.view.captured
+    view, outside = flow.view, set(flow.view.outputs)
     nested: dict[int, list[tuple[Edge, str]]] = {}  # sums whose operands are those of the sum that reads them
     for i, node in enumerate(view.nodes):
         summed = operands(node)
@@ -308,7 +329,7 @@ def _of_sum(
     found = []
     for place, (edge, value) in enumerate(leaves):
         maker = flow.maker.get(value)
-        if maker is None or tree.parent[maker] < 0 or value in kept | view.captured or len(flow.readers[value]) != 1:
+        if maker is None or tree.parent[maker] < 0 or value in kept or len(flow.readers[value]) != 1:
             continue
         if any(flow.readers[name] for name in view.nodes[maker].outputs if name and name != value):
             continue
@@ -428,7 +449,7 @@ def living(branches: Branches, goes: Mask) -> tuple[Mask, set[str]]:
     edges = cut_edges(branches, goes)
     cut = {i for i, _ in edges}
     lost = {name for k in np.flatnonzero(goes) for name in branches.found[k].outputs}
-    needed = set(view.outputs) - lost | view.captured
+    needed = set(view.outputs) - lost
     alive = np.zeros(len(view.nodes), np.bool_)
     for i in range(len(view.nodes) - 1, -1, -1):
         node = view.nodes[i]
@@ -460,7 +481,7 @@ def drop(branches: Branches, groups: Sequence[Group], goes: Mask, first_unit: in
         read = [name for i in branch.nodes for name in view.nodes[i].inputs] + [node.inputs[at] for at in taken]
         owner.update(dict.fromkeys(read, group_of[k]))
     dead = frozenset(view.stored.keys() - needed)
-    left = {view.stored[name].initializer for name in view.stored.keys() & needed} | view.captured | {*view.outputs}
+    left = {view.stored[name].initializer for name in view.stored.keys() & needed} | {*view.outputs}
     initializers: dict[str, tuple[str, int]] = {}
     for name in sorted(dead):
         stored = view.stored[name]

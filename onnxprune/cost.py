@@ -20,6 +20,9 @@ BITS = {"FLOAT": 32, "DOUBLE": 64, "FLOAT16": 16, "BFLOAT16": 16, "INT8": 8, "UI
         "INT32": 32, "UINT32": 32, "INT64": 64, "UINT64": 64, "BOOL": 8, "INT4": 4, "UINT4": 4}  # fmt: skip
 
 
+ROUNDS = 1 << 31  # a trip count from here on means: until the condition says stop
+
+
 def mac_terms(node: OpNode) -> list[list[Axis]]:
     """For each product in a node, the axes whose lengths multiply to its MACs; none for operators that do not count."""
     x, y = node.inputs[0] if node.inputs else "", node.outputs[0]
@@ -63,6 +66,18 @@ def _einsum(node: OpNode) -> list[Axis]:
     return list(found.values())
 
 
+def _parts(node: OpNode, shapes: Mapping[str, Shape]) -> tuple[list[str], int]:
+    """Bodies of a node by name, and how often they run: once where that is not known."""
+    names = [body.name for body in node.bodies.values()]
+    if node.op_type == "Scan" and node.inputs:
+        axes = node.attr("scan_input_axes")
+        shape, axis = shapes.get(node.inputs[-1], ()), axes[-1] if axes else 0
+        return names, shape[axis] if -len(shape) <= axis < len(shape) else 1
+    count = node.const(0) if node.op_type == "Loop" else None
+    known = count is not None and count.size == 1 and count.reshape(-1)[0] < ROUNDS
+    return names, max(0, int(count.reshape(-1)[0])) if known and count is not None else 1
+
+
 def _all(node: OpNode, value: str) -> list[Axis]:
     return [Axis(value, k) for k in range(len(node.shapes[value]))]
 
@@ -86,13 +101,19 @@ class Costs:
         self.labels = len(dims.frozen)
         macs: list[tuple[float, list[int]]] = []
         self.macs_nodes: list[int] = []
+        homes: list[str] = []
+        self.parts = [(node.within, node.op_type == "If", *_parts(node, shapes)) for node in view.nodes if node.bodies]
+        before = np.cumsum([0, *(not node.within for node in view.nodes)])  # nodes of the main graph
         for i, node in enumerate(view.nodes):
             if any(name and name not in node.shapes for name in (*node.inputs, *node.outputs)):
                 continue
             for axes in mac_terms(node):
                 sizes = [shapes.get(a.value, view.shapes[a.value])[a.index] for a in axes]
                 macs.append((float(prod(sizes)), self._moving(axes)))
-                self.macs_nodes.append(i)
+                self.macs_nodes.append(int(before[i]))
+                homes.append(node.within)
+        self.bodies = {"": 0} | {name: k + 1 for k, name in enumerate(n for _, _, ns, _ in self.parts for n in ns)}
+        self.homes = np.array([self.bodies[home] for home in homes], np.int64)
         self.macs_terms = self._pack(macs)
         stored: list[tuple[Stored, list[int]]] = []
         seen: set[str] = set()
@@ -127,20 +148,28 @@ class Costs:
         return np.asarray((counts[offsets[1:]] - counts[offsets[:-1]]) / sizes)
 
     @staticmethod
-    def _total(terms: tuple[Array, Array, Array], shares: Array, lives: Array) -> float:
+    def _values(terms: tuple[Array, Array, Array], shares: Array, lives: Array) -> Array:
         factors, classes, owners = terms
         values = factors * lives
         np.multiply.at(values, owners, shares[classes])
-        return float(values.sum())
+        return np.asarray(values)
+
+    def _macs(self, shares: Array, lives: Array) -> float:
+        """Of an If the larger branch, of a loop's body as many as it has rounds."""
+        totals = np.bincount(self.homes, self._values(self.macs_terms, shares, lives), len(self.bodies))
+        for home, either, names, rounds in self.parts:  # inner bodies come first
+            inner = totals[[self.bodies[name] for name in names]]
+            totals[self.bodies[home]] += (inner.max() if either else inner.sum()) * rounds
+        return float(totals[0])
 
     def of(self, alive: Mask) -> dict[str, float]:
         """{macs, params, size} for these survivors; size is the weights' bytes alone."""
         shares = self.shares(alive)
         nodes, stored = self._lives(~alive[self.labels :])
         return {
-            "macs": self._total(self.macs_terms, shares, nodes),
-            "params": self._total(self.params_terms, shares, stored),
-            "size": self._total(self.bytes_terms, shares, stored),
+            "macs": self._macs(shares, nodes),
+            "params": float(self._values(self.params_terms, shares, stored).sum()),
+            "size": float(self._values(self.bytes_terms, shares, stored).sum()),
         }
 
     def _lives(self, goes: Mask) -> tuple[Array, Array]:

@@ -38,13 +38,56 @@ def index_bounds(graph: ir.Graph) -> dict[str, int]:
     return bounds
 
 
-def random_feed(graph: ir.Graph, shapes: Mapping[str, Shape], seed: int) -> dict[str, Array]:
+def choices(graph: ir.Graph) -> dict[str, tuple[int, ...]]:
+    """{graph input that chooses: the values that choose differently}: flags, and numbers that Equal asks for."""
+    found: dict[str, tuple[int, ...]] = {}
+    for source in true_inputs(graph):
+        if source.dtype == ir.DataType.BOOL and _single(source):
+            found[str(source.name)] = (1, 0)
+        elif source.dtype in (ir.DataType.INT64, ir.DataType.INT32) and _single(source):
+            asked = {
+                int(np.asarray(other.numpy()).reshape(-1)[0])
+                for use in source.uses()
+                if use.node.op_type == "Equal"
+                and (value := use.node.inputs[1 - use.idx]) is not None
+                and (other := ir.convenience.get_const_tensor(value)) is not None
+                and other.size == 1
+            }
+            if asked:
+                found[str(source.name)] = (*sorted(asked), max(asked) + 1)
+    return found
+
+
+def _single(value: ir.Value) -> bool:
+    return value.shape is not None and all(dim == 1 for dim in value.shape)
+
+
+COMBINATIONS = 8  # of choices that a proof runs through at most
+
+
+def combinations(graph: ir.Graph) -> int:
+    """How many feeds it takes to try every combination of choices."""
+    return min(COMBINATIONS, prod(len(values) for values in choices(graph).values()))
+
+
+def combination(graph: ir.Graph, choice: int) -> dict[str, int]:
+    """{graph input that chooses: its value} in one combination."""
+    chosen: dict[str, int] = {}
+    for name, values in choices(graph).items():
+        choice, at = divmod(choice, len(values))
+        chosen[name] = values[at]
+    return chosen
+
+
+def random_feed(graph: ir.Graph, shapes: Mapping[str, Shape], seed: int, choice: int | None = None) -> dict[str, Array]:
     """One feed: floats normal, indices within their tables, other integers and flags mostly one (as masks are).
 
+    Inputs that choose between branches take what combination `choice` (by default `seed`) says.
     Raises ImpossibleError for an input type that no random value can stand for.
     """
     rng = np.random.default_rng(seed)
     bounds = index_bounds(graph)
+    chosen = combination(graph, seed if choice is None else choice)
     feed = {}
     for value in true_inputs(graph):
         name = str(value.name)
@@ -55,8 +98,10 @@ def random_feed(graph: ir.Graph, shapes: Mapping[str, Shape], seed: int) -> dict
         shape = shapes[name]
         if (needed := prod(shape) * kind.itemsize) > LIMIT:
             raise MachineError(f"shape {list(shape)} needs {needed:,} bytes; try --input-shape", object=name)
-        if name in bounds:
-            drawn: Array = rng.integers(0, bounds[name], shape)
+        if name in chosen:
+            drawn: Array = np.full(shape, chosen[name])
+        elif name in bounds:
+            drawn = rng.integers(0, bounds[name], shape)
         elif np.issubdtype(kind, np.integer) or kind == np.bool_:
             drawn = (rng.random(shape) < 0.9).astype(np.int64)
             if drawn.ndim:

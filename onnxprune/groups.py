@@ -67,6 +67,11 @@ def _free(dims: DimGraph, homes: list[tuple[Stored, str, int, Positions]]) -> Ma
     for stored, _, _, labels in homes:
         if stored.role in ("weight", "norm", "bias"):
             has_weight[labels] = True
+    axes = np.repeat(np.bincount(dims.classes, minlength=len(dims.offsets) - 1), np.diff(dims.offsets))
+    alone = np.bincount(dims.labels, axes, len(dims.frozen)) == 1
+    for stored, _, _, labels in homes:
+        if stored.shared:  # of use to other readers only: a copy without it would save nothing
+            has_weight[labels[alone[labels]]] = False
     return has_weight & (dims.frozen < 0)
 
 

@@ -39,6 +39,9 @@ def numbered(view: View, said: Iterable[tuple[OpNode, Numbers]]) -> Iterator[Num
             makers |= dict.fromkeys(node.outputs, node)
             for k, name in enumerate(node.inputs):
                 readers[name].append((node, k))
+            for body in node.bodies.values():  # what a body hands out, its node passes on
+                for name in body.outputs:
+                    readers[name].append((node, len(node.inputs)))
     seen: set[str] = set()
     for first in tuple(spoken):
         if first in seen:
@@ -71,8 +74,6 @@ def _reasons(
         yield f"by what {maker.op_type} computes"
     if value in view.outputs:
         yield "and a graph output shows the numbers"
-    if value in view.captured:
-        yield "and a subgraph reads the numbers"
     for node, k in readers:
         if node.outputs[0] not in speakers and not ops.carries(node, k):
             yield f"and {node.op_type} computes with the numbers"

@@ -7,7 +7,7 @@ Reshape has a target. What is the same at two different sets of sizes is static;
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations, product
 from math import prod
@@ -21,7 +21,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.shape_inference import infer_node_outputs
 
 from onnxprune import ops
-from onnxprune.types import Array, Mask, OpNode, Shape
+from onnxprune.types import Array, Body, Mask, OpNode, Shape
 
 Partly = np.ma.MaskedArray[Any, Any]
 VALUE_LIMIT = 1 << 16  # elements of a value that is worth knowing
@@ -36,7 +36,8 @@ class Facts:
     """What is known about each value: shape, ONNX element type, and the value itself where it is small and fixed.
 
     `values` are sizes, indices and scalars, and what is computed from them; `small` are short float initializers
-    (Resize scales), which rules and shape inference may read but nothing is computed from.
+    (Resize scales), which rules and shape inference may read but nothing is computed from. `varying` are inputs of
+    Loop and Scan bodies whose shape is not the same in every round.
     """
 
     shapes: dict[str, Shape] = field(default_factory=dict)
@@ -44,11 +45,50 @@ class Facts:
     values: dict[str, Array] = field(default_factory=dict)
     small: dict[str, Array] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    varying: set[str] = field(default_factory=set)
 
     def value(self, name: str) -> Array | None:
         """The value itself, where it is small and fixed."""
         found = self.values.get(name)
         return self.small.get(name) if found is None else found
+
+
+def bodies(node: ir.Node) -> dict[str, ir.Graph]:
+    """The graphs inside a node, by attribute."""
+    found: dict[str, ir.Graph] = {}
+    for key, attribute in node.attributes.items():
+        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
+            found[key] = attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
+            found |= {f"{key}.{k}": body for k, body in enumerate(attribute.as_graphs())}
+    return found
+
+
+def walk(graph: ir.Graph, entering: Callable[[ir.Node], None] = lambda node: None) -> Iterator[ir.Node]:
+    """Every node with those inside its bodies before it: producers first. `entering` is called before the bodies."""
+    for node in list(graph):
+        inner = bodies(node)
+        if inner:
+            entering(node)
+        for body in inner.values():
+            yield from walk(body, entering)
+        yield node
+
+
+def home(node: ir.Node) -> ir.Graph:
+    """The graph that a node stands in: the model's or a body."""
+    assert isinstance(node.graph, ir.Graph)
+    return node.graph
+
+
+def graphs(graph: ir.Graph) -> list[ir.Graph]:
+    """The graph itself and every body in it."""
+    return [graph, *(body for node in walk(graph) for body in bodies(node).values())]
+
+
+def initializers(graph: ir.Graph) -> dict[str, ir.Value]:
+    """Initializers of the graph and of every body in it, by name."""
+    return {name: value for inner in graphs(graph) for name, value in inner.initializers.items()}
 
 
 def symbols(graph: ir.Graph) -> dict[str, list[tuple[str, int]]]:
@@ -84,7 +124,7 @@ def seed(graph: ir.Graph, sizes: Mapping[str, int]) -> Facts:
             shape.append(dim if isinstance(dim, int) and dim > 0 else sizes[symbol(value, axis)])
         facts.shapes[str(value.name)] = tuple(shape)
         facts.types[str(value.name)] = int(value.dtype)
-    for name, value in graph.initializers.items():
+    for name, value in initializers(graph).items():
         note_initializer(facts, name, value)
     return facts
 
@@ -126,13 +166,33 @@ def op_node(
     """A node as rules see it; `alias` renames inputs whose initializer is storage for several readers."""
     inputs = tuple(alias.get(k, name) for k, name in enumerate(names(node.inputs)))
     outputs = tuple(names(node.outputs))
-    true = dict(zip(inputs, names(node.inputs), strict=True)) | {name: name for name in outputs}
+    inner = {
+        key: Body(body_name(node, key), tuple(names(body.inputs)), tuple(names(body.outputs)))
+        for key, body in bodies(node).items()
+    }
+    seen = (*outputs, *(name for body in inner.values() for name in (*body.inputs, *body.outputs)))
+    true = dict(zip(inputs, names(node.inputs), strict=True)) | {name: name for name in seen}
     shapes = {name: facts.shapes[real] for name, real in true.items() if real in facts.shapes}
     known = {name: consts[real] for name, real in true.items() if real in consts}
     half = {name: partly[name] for name in inputs if name in partly}
     return OpNode(
-        str(node.name or ""), node.op_type, node.domain, opset, attributes(node), inputs, outputs, shapes, known, half
+        str(node.name or ""),
+        node.op_type,
+        node.domain,
+        opset,
+        attributes(node),
+        inputs,
+        outputs,
+        shapes,
+        known,
+        half,
+        inner,
     )
+
+
+def body_name(node: ir.Node, key: str) -> str:
+    """Name of a graph inside a node."""
+    return f"{node.outputs[0].name}/{key}"
 
 
 def step(facts: Facts, node: ir.Node, opset: int) -> None:
@@ -147,11 +207,8 @@ def step(facts: Facts, node: ir.Node, opset: int) -> None:
     if node.op_type == "Size" and not node.domain and inputs[0] in facts.shapes:
         _note(facts, outputs[0], np.array(np.prod(facts.shapes[inputs[0]], dtype=np.int64)))
         return
-    if any(
-        isinstance(a, ir.Attr) and a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-        for a in node.attributes.values()
-    ):
-        _declared(facts, node)
+    if bodies(node):
+        _leave(facts, node)
         return
     proto = ir.serde.serialize_node(node)
     known = [facts.values[name] for name in inputs if name and name in facts.values]
@@ -228,6 +285,10 @@ def _infer(facts: Facts, node: ir.Node, proto: onnx.NodeProto, opset: int) -> No
             if (known := facts.types.get(names(node.inputs)[like])) is not None:
                 facts.types.setdefault(name, known)
     _declared(facts, node)
+    if "kernel_shape" in node.attributes or "Conv" in node.op_type:
+        empty = [name for name in names(node.outputs) if 0 in facts.shapes.get(name, ())]
+        if empty and not any(0 in facts.shapes.get(name, ()) for name in present):
+            facts.problems.append(f"node '{node.name}': nothing is left of its input")
     if node.op_type == "Reshape" and present[0] in facts.shapes:
         before, after = facts.shapes[present[0]], facts.shapes.get(str(node.outputs[0].name))
         if after is not None and prod(before) != prod(after):
@@ -271,7 +332,7 @@ def moving(model: ir.Model, first: Facts, second: Facts) -> dict[str, Mask]:
     A border of `h - 2 * (h // 2)` is zero at every even h and still no constant.
     """
     found: dict[str, Mask] = {}
-    for node in model.graph:
+    for node in walk(model.graph):
         inputs, outputs = names(node.inputs), [name for name in names(node.outputs) if name]
         if not outputs or not all(name in first.values for name in outputs):
             continue
@@ -318,11 +379,159 @@ def _moving_values(
 
 
 def infer(model: ir.Model, sizes: Mapping[str, int]) -> Facts:
-    """Facts of every value of the main graph, whose nodes are in topological order."""
+    """Facts of every value of the main graph and the bodies in it, whose nodes are in topological order."""
     facts = seed(model.graph, sizes)
-    for node in model.graph:
-        step(facts, node, model.opset_imports.get(node.domain, 1))
+    _infer_graph(facts, model.graph, model.opset_imports)
     return facts
+
+
+def _infer_graph(facts: Facts, graph: ir.Graph, opsets: Mapping[str, int]) -> None:
+    for node in graph:
+        inner = bodies(node)
+        while inner:
+            enter(facts, node)
+            taken = _taken(facts, node)
+            for key, body in inner.items():
+                problems = len(facts.problems)
+                _infer_graph(facts, body, opsets)
+                if taken not in (None, key):
+                    del facts.problems[problems:]  # this never runs at these sizes
+            varying = {
+                b for _, b, c, _ in carried(node) if b in facts.shapes and facts.shapes.get(c) != facts.shapes[b]
+            }
+            if not varying:
+                break
+            facts.varying |= varying  # once more, without the shapes of the first round
+            for name in [name for body in inner.values() for n in walk(body) for name in names(n.outputs)] + [*varying]:
+                for known in (facts.shapes, facts.types, facts.values):
+                    known.pop(name, None)
+        step(facts, node, opsets.get(node.domain, 1))
+
+
+# Bodies ----------------------------------------------------------------------------------------------------------
+
+
+def control(node: ir.Node) -> str:
+    """If, Loop or Scan, where the bodies fit the node; else nothing (other operators, Scan before opset 9)."""
+    inner = bodies(node)
+    if node.domain not in ("", "ai.onnx") or not inner:
+        return ""
+    body = next(iter(inner.values()))
+    if node.op_type == "If":
+        fits = len(inner) == 2 and all(len(b.outputs) == len(node.outputs) and not b.inputs for b in inner.values())
+    elif node.op_type == "Loop":
+        fits = 2 <= len(node.inputs) == len(body.inputs) <= len(body.outputs) + 1
+        fits = fits and len(body.outputs) - 1 >= len(node.outputs)
+    elif node.op_type == "Scan" and "num_scan_inputs" in node.attributes:
+        count = node.attributes["num_scan_inputs"].as_int()
+        fits = 1 <= count <= len(node.inputs) == len(body.inputs) <= len(body.outputs) + count
+        fits = fits and len(body.outputs) >= len(node.outputs)
+    else:
+        return ""
+    return node.op_type if fits else ""
+
+
+def _taken(facts: Facts, node: ir.Node) -> str | None:
+    """Which branch an If takes, where that is known."""
+    asked = facts.values.get(names(node.inputs)[0]) if control(node) == "If" and node.inputs else None
+    return None if asked is None else "then_branch" if asked.all() else "else_branch"
+
+
+def carried(node: ir.Node) -> list[tuple[str, str, str, str]]:
+    """(input, body's input, body's output, output) of each value that a Loop or Scan carries from round to round."""
+    if control(node) not in ("Loop", "Scan"):
+        return []
+    body = next(iter(bodies(node).values()))
+    count = len(body.inputs) - (2 if node.op_type == "Loop" else node.attributes["num_scan_inputs"].as_int())
+    skip = 2 if node.op_type == "Loop" else 0
+    inputs, inner = names(node.inputs)[skip:], names(body.inputs)[skip:]
+    given, outputs = names(body.outputs)[skip // 2 :], [*names(node.outputs), *[""] * count]
+    return list(zip(inputs[:count], inner, given, outputs, strict=False))
+
+
+def enter(facts: Facts, node: ir.Node) -> None:
+    """Note what a node gives to the inputs of its bodies, as far as it is the same in every round."""
+    for source, name, _, _ in carried(node):
+        if name not in facts.varying and source in facts.shapes:
+            facts.shapes[name] = facts.shapes[source]
+        if source in facts.types:
+            facts.types[name] = facts.types[source]
+    kind = control(node)
+    if kind == "Loop":
+        own = next(iter(bodies(node).values())).inputs[:2]
+        for value, dtype in zip(own, (ir.DataType.INT64, ir.DataType.BOOL), strict=True):
+            rank = len(value.shape) if value.shape is not None else 0
+            facts.shapes[str(value.name)], facts.types[str(value.name)] = (1,) * rank, int(dtype)
+    if kind == "Scan":
+        count = node.attributes["num_scan_inputs"].as_int()
+        axes = _integers(node, "scan_input_axes", count)
+        inner = names(next(iter(bodies(node).values())).inputs)[-count:]
+        for source, name, axis in zip(names(node.inputs)[-count:], inner, axes, strict=False):
+            if source in facts.shapes and -len(facts.shapes[source]) <= axis < len(facts.shapes[source]):
+                sizes = list(facts.shapes[source])
+                sizes.pop(axis)
+                facts.shapes[name] = tuple(sizes)
+            if source in facts.types:
+                facts.types[name] = facts.types[source]
+
+
+def _integers(node: ir.Node, key: str, count: int) -> list[int]:
+    """A list attribute, by default zeros."""
+    return list(node.attributes[key].as_ints()) if key in node.attributes else [0] * count
+
+
+def _leave(facts: Facts, node: ir.Node) -> None:
+    """Shapes of a node's outputs from those of its bodies; whatever differs from branch to branch stays unknown."""
+    outputs = names(node.outputs)
+    given = [names(body.outputs) for body in bodies(node).values()]
+    kind = control(node)
+    if not kind:
+        _declared(facts, node)
+    elif kind == "If":
+        for name, *inner in zip(outputs, *given, strict=False):
+            shapes = {facts.shapes.get(other) for other in inner}
+            if len(shapes) == 1 and (shape := shapes.pop()) is not None:
+                facts.shapes[name] = shape
+            if (known := next((other for other in inner if other in facts.types), None)) is not None:
+                facts.types[name] = facts.types[known]
+    else:
+        count = len(carried(node))
+        for _, first, last, name in carried(node):
+            if facts.shapes.get(last) is not None and facts.shapes.get(first) == facts.shapes[last]:
+                facts.shapes[name] = facts.shapes[last]
+            facts.types |= {name: facts.types[last]} if last in facts.types else {}
+        rounds = _rounds(facts, node)
+        axes = _integers(node, "scan_output_axes", len(outputs) - count)
+        for other, name, axis in zip(given[0][count + (kind == "Loop") :], outputs[count:], axes, strict=False):
+            if other in facts.shapes and rounds is not None:
+                sizes = list(facts.shapes[other])
+                sizes.insert(axis if axis >= 0 else len(sizes) + 1 + axis, rounds)
+                facts.shapes[name] = tuple(sizes)
+            facts.types |= {name: facts.types[other]} if other in facts.types else {}
+    for known in (facts.shapes, facts.types):
+        known.pop("", None)  # an output that nobody takes
+
+
+def _rounds(facts: Facts, node: ir.Node) -> int | None:
+    """How often a body runs, where no condition computed inside decides that."""
+    inputs = names(node.inputs)
+    if node.op_type == "Scan":
+        count = node.attributes["num_scan_inputs"].as_int()
+        axis, shape = _integers(node, "scan_input_axes", count)[0], facts.shapes.get(inputs[-count])
+        return shape[axis] if shape is not None and -len(shape) <= axis < len(shape) else None
+    body = next(iter(bodies(node).values()))
+    going: ir.Value | None = body.outputs[0]
+    while going is not None and (maker := going.producer()) is not None and maker.op_type == "Identity":
+        going = maker.inputs[0]
+    always = going is body.inputs[1] or (going is not None and _true(facts, str(going.name)))
+    started = len(inputs) < 2 or not inputs[1] or _true(facts, inputs[1])
+    most = facts.values.get(inputs[0])
+    return max(0, int(most.reshape(-1)[0])) if always and started and most is not None and most.size == 1 else None
+
+
+def _true(facts: Facts, name: str) -> bool:
+    value = facts.values.get(name)
+    return value is not None and bool(value.all())
 
 
 # From the cheapest on: attention over every pixel grows with the fourth power of an image's side.
@@ -404,6 +613,22 @@ def _dependences(dimensions: Mapping[str, Kind]) -> Iterable[Callable[[Tables], 
     for total in reversed(lengths if 3 <= len(lengths) <= SUMMANDS else []):
         for parts in combinations([one for one in lengths if one != total], 2):
             yield summed(total, parts)
+
+
+def other_probes(model: ir.Model, sizes: Mapping[str, int]) -> list[Sizes]:
+    """The same sizes with lengths of quite another scale, for what must hold at every length."""
+    kinds = {name: _kind(model.graph, places)[0] for name, places in symbols(model.graph).items()}
+    named = [name for name, kind in kinds.items() if kind == "length"]
+    rows = [scale["length"][0] for scale in SCALES] if named else []
+    return [dict(sizes) | {name: lengths[k % len(lengths)] for k, name in enumerate(named)} for lengths in rows]
+
+
+def single_lengths(model: ir.Model, given: Mapping[str, int]) -> list[Sizes]:
+    """Sizes that are one but for a single length, for models whose unnamed dimensions have to agree."""
+    kinds = {name: _kind(model.graph, places)[0] for name, places in symbols(model.graph).items()}
+    ones = dict.fromkeys(kinds, 1)
+    long = [name for name, kind in kinds.items() if kind == "length" and name not in given][:2]
+    return [ones | {name: row[0]} | dict(given) for name in long for scale in SCALES for row in scale["length"]]
 
 
 def _kind(graph: ir.Graph, places: list[tuple[str, int]]) -> Kind:

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxprune.dims import DimGraph
+from onnxprune.infer import home, walk
 from onnxprune.model import free_name, register
 from onnxprune.types import Axis, Mask, OpNode, Positions, View
 
@@ -68,7 +69,7 @@ def _survivors(
 def narrow(model: ir.Model, nodes: Iterable[Narrowed], types: Mapping[str, int]) -> None:
     """Compute these nodes of a dense model over the survivors; `types` are element types by value."""
     graph = model.graph
-    by_output = {str(node.outputs[0].name): node for node in graph}
+    by_output = {str(node.outputs[0].name): node for node in walk(graph)}
     for item in nodes:
         node = by_output[item.node]
         for (k, axis), keep in item.inputs.items():
@@ -77,7 +78,7 @@ def narrow(model: ir.Model, nodes: Iterable[Narrowed], types: Mapping[str, int])
             picked = _node(
                 graph, "Gather", [value, register(graph, "survivors", np.flatnonzero(keep.reshape(-1)))], axis=axis
             )
-            graph.insert_before(node, picked)
+            home(node).insert_before(node, picked)
             node.replace_input_with(k, picked.outputs[0])
         for k, keep in item.numbers.items():
             _renumber(graph, node, k, keep)
@@ -90,7 +91,7 @@ def _renumber(graph: ir.Graph, node: ir.Node, k: int, keep: Mask) -> None:
     value = node.outputs[k]
     uses = list(value.uses())
     numbers = _node(graph, "Gather", [register(graph, "numbers", np.flatnonzero(keep.reshape(-1))), value], axis=0)
-    graph.insert_after(node, numbers)
+    home(node).insert_after(node, numbers)
     for reader, place in uses:
         reader.replace_input_with(place, numbers.outputs[0])
 
@@ -98,15 +99,14 @@ def _renumber(graph: ir.Graph, node: ir.Node, k: int, keep: Mask) -> None:
 def _put_back(graph: ir.Graph, node: ir.Node, k: int, axis: int, keep: Mask, types: Mapping[str, int]) -> None:
     """Zeros where nothing survives, for all readers of an output."""
     value = node.outputs[k]
-    uses = list(value.uses())
     alive = keep.reshape(-1)
     places = register(graph, "places", np.where(alive, np.cumsum(alive) - 1, 0))
     spread = _node(graph, "Gather", [value, places], axis=axis)
     zero = register(graph, "zero", np.zeros((), ir.DataType(types[str(value.name)]).numpy()))
     filled = _node(graph, "Where", [register(graph, "alive", keep), spread.outputs[0], zero])
-    graph.insert_after(node, [spread, filled])
-    for reader, place in uses:
-        reader.replace_input_with(place, filled.outputs[0])
+    value.replace_all_uses_with(filled.outputs[0], replace_graph_outputs=True)
+    spread.replace_input_with(0, value)
+    home(node).insert_after(node, [spread, filled])
 
 
 def _node(graph: ir.Graph, op: str, inputs: list[ir.Value], **attributes: int) -> ir.Node:

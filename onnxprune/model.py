@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
 
 from onnxprune import ops
 from onnxprune.errors import InputError
-from onnxprune.infer import Facts, evaluate, infer, moving, names, op_node, probes, symbol, symbols, true_inputs
+from onnxprune.infer import (
+    Facts,
+    bodies,
+    body_name,
+    control,
+    evaluate,
+    graphs,
+    infer,
+    initializers,
+    moving,
+    names,
+    op_node,
+    other_probes,
+    probes,
+    symbol,
+    symbols,
+    true_inputs,
+    walk,
+)
 from onnxprune.types import Array, Axis, Mask, Shape, Stored, View
 
 Model = ir.Model  # what the rest of the package passes around without looking inside
 Graph = ir.Graph
+NESTING = 100  # functions inside functions
 SMALL = 1024  # elements up to which a matrix that serves several readers is mere storage
+EXPANDED = (100_000, 2**31)  # nodes, and bytes of constants, up to which local functions are inlined
 PASSES = frozenset("Identity Transpose Reshape Cast Squeeze Unsqueeze Flatten Expand Concat Split Slice Gather".split())
 
 
@@ -72,23 +92,25 @@ def input_sizes(model: ir.Model, given: Mapping[str, Shape]) -> dict[str, int]:
 
 
 def prepare(model: ir.Model, given: Mapping[str, int] | None = None) -> Prepared:
-    """Lift constants, infer at two sets of sizes, and write static computed sizes down as constants.
+    """Normalise, infer at two sets of sizes, and write static computed sizes and choices down.
 
     The model is changed in place; names of initializers and nodes stay, and a Constant becomes an initializer under
     the name of its output. After this, only sizes that depend on a dynamic dimension are computed at run time, so a
     scale such as 1/sqrt(head_dim) that was read from a shape keeps its dense value.
     """
-    graph = model.graph
-    lift_constants(graph)
+    normalise(model)
     first, second = probes(model, given or {})
     facts, other, moves = _known(model, first, second)
+    chosen: tuple[str, ...] = ()
+    while fresh := _choose(model, facts, _static(facts, moves)):  # what follows a branch is known only then
+        chosen += fresh
+        facts, other, moves = _known(model, first, second)
     folded = _fold(model, facts, _static(facts, moves))
     statistics = _fold_statistics(model)
     if folded or statistics:
         facts, other, moves = _known(model, first, second)
-    return Prepared(
-        model, first, facts, second, other, _static(facts, moves), moves, statistics | folded, frozenset(statistics)
-    )
+    written = {name: name for name in chosen} | statistics | folded
+    return Prepared(model, first, facts, second, other, _static(facts, moves), moves, written, frozenset(statistics))
 
 
 def _known(
@@ -98,20 +120,132 @@ def _known(
     if not symbols(model.graph):
         return facts, facts, {}
     other = infer(model, second)
-    return facts, other, moving(model, facts, other)
+    moves = moving(model, facts, other)
+    if any(control(node) == "If" for node in walk(model.graph)):  # a strided length may be one at many lengths, not all
+        for probe in other_probes(model, first):
+            found = infer(model, probe)
+            for name, mask in moving(model, facts, found).items():
+                if name in found.values:
+                    moves[name] = moves[name] | mask
+    return facts, other, moves
 
 
 def _static(facts: Facts, moves: Mapping[str, Mask]) -> frozenset[str]:
     return frozenset(name for name in facts.values if name not in moves or not moves[name].any())
 
 
-def lift_constants(graph: ir.Graph) -> None:
+def normalise(model: ir.Model, *, inline: bool = True) -> None:
+    """One graph to look at: functions inlined, every value a name of its own, constants lifted to initializers.
+
+    A name in a body that was used before gets the body's name in front. What a body hands out is made by a node of its
+    own. The model is changed in place, each time alike.
+    """
+    graph = model.graph
+    made = {value for node in walk(graph) for value in node.outputs}
+    calls = {value.name for node in walk(graph) if node.op_identifier() in model.functions for value in node.outputs}
+    if inline:
+        _inline(model)
+    _unique_names(graph, lambda value: value.producer() is None or value in made or value.name in calls)
+    for inner in graphs(graph)[1:]:
+        for k, value in enumerate(inner.outputs):
+            maker = value.producer()
+            if maker is None or maker.graph is not inner or maker.op_type == "Constant":
+                passed = ir.node("Identity", [value])
+                passed.outputs[0].name = passed.name = free_name(graph, f"{value.name}_out")
+                passed.outputs[0].type = value.type
+                inner.append(passed)
+                inner.outputs[k] = passed.outputs[0]
+    for inner in graphs(graph):
+        _lift_constants(inner)
+
+
+def _unique_names(graph: ir.Graph, own: Callable[[ir.Value], bool]) -> None:
+    """Rename what is called as something else is; the file's own values before others, outer graphs before inner."""
+    taken: set[str] = set()
+
+    def rename(value: ir.Value, scope: str) -> None:
+        wish = name = str(value.name)
+        count = 1
+        while name in taken:
+            name = f"{scope}/{wish}" if scope and count == 1 else f"{wish}_{count}"
+            count += 1
+        taken.add(name)
+        if name != wish:
+            value.name = name
+
+    for scope, value in sorted(_named_values(graph), key=lambda pair: not own(pair[1])):
+        rename(value, scope)
+    for node in walk(graph):
+        if not node.outputs[0].name:  # nodes go by the name of their first output
+            node.outputs[0].name = next((str(v.name) for v in node.outputs if v.name), node.op_type) + "_first"
+            rename(node.outputs[0], "")
+
+
+def _named_values(graph: ir.Graph, scope: str = "") -> list[tuple[str, ir.Value]]:
+    """(name of the body, value) of everything that a graph defines, and after it what the bodies in it do."""
+    values = dict.fromkeys((*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs)))
+    found = [(scope, value) for value in values if value.name]
+    for node in graph:
+        for key, body in bodies(node).items():
+            found += _named_values(body, body_name(node, key))
+    return found
+
+
+def _inline(model: ir.Model) -> None:
+    """Put local functions in the place of their calls, unless they are odd or too much would come of it."""
+    functions = model.functions
+    sizes: dict[ir.OperatorIdentifier, tuple[int, int]] = {}
+
+    def size(nodes: Iterable[ir.Node], above: tuple[ir.OperatorIdentifier, ...]) -> tuple[int, int]:
+        """(nodes, bytes of constants) after inlining."""
+        count = weight = 0
+        for node in nodes:
+            key = node.op_identifier()
+            if key in above or len(above) > NESTING:
+                return EXPANDED[0] + 1, 0  # calls itself
+            if key in functions:
+                if key not in sizes:
+                    sizes[key] = size(functions[key].all_nodes(), (*above, key))
+                count, weight = count + sizes[key][0], weight + sizes[key][1]
+            held = [
+                a.as_tensor().nbytes
+                for a in node.attributes.values()
+                if a.type == ir.AttributeType.TENSOR and not a.is_ref()
+            ]
+            count, weight = count + 1, weight + sum(held)
+        return count, weight
+
+    if not functions or any(n > most for n, most in zip(size(model.graph.all_nodes(), ()), EXPANDED, strict=True)):
+        return
+    for node in list(model.graph.all_nodes()):
+        if node.op_identifier() in functions:
+            for k, value in enumerate(node.outputs):
+                if not value.name:  # the value inside would lose its name to it
+                    value.name = free_name(model.graph, f"{node.name or node.op_type}_output_{k}")
+    InlinePass(lambda function: _plain(function, model))(model)
+    model.graph.meta.pop("names", None)
+
+
+def _plain(function: ir.Function, model: ir.Model) -> bool:
+    """Whether a function can be inlined: the model's operator sets, outputs of its own, no graphs as arguments."""
+    own = all(value.producer() is not None for value in function.outputs)
+    distinct = len(set(function.outputs)) == len(function.outputs)
+    graph = any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in function.attributes.values())
+    same = all(model.opset_imports.get(key, version) == version for key, version in function.opset_imports.items())
+    return own and distinct and same and not graph
+
+
+def _lift_constants(graph: ir.Graph) -> None:
     """Constant nodes become initializers under the name of their output."""
     for node in list(graph):
         if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
             continue
         value, (key, attribute) = node.outputs[0], next(iter(node.attributes.items()))
-        if value.is_graph_output() or key not in ("value", "value_int", "value_float", "value_ints", "value_floats"):
+        if (
+            value.is_graph_output()
+            or attribute.is_ref()
+            or key not in ("value", "value_int", "value_float", "value_ints", "value_floats")
+        ):
             continue
         tensor = (
             attribute.as_tensor()
@@ -127,11 +261,60 @@ def lift_constants(graph: ir.Graph) -> None:
         graph.register_initializer(fresh)
 
 
+def _choose(model: ir.Model, facts: Facts, static: frozenset[str]) -> tuple[str, ...]:
+    """Put the branch in the place of every If whose condition is static; the first outputs of these Ifs."""
+    chosen = []
+    asked = {node: str(node.inputs[0].name) for node in walk(model.graph) if control(node) == "If" and node.inputs[0]}
+    asked = {node: name for node, name in asked.items() if name in static and facts.values[name].size == 1}
+    for node, condition in asked.items():
+        home = node.graph
+        if not isinstance(home, ir.Graph):
+            continue  # inside a branch that has gone
+        inner = bodies(node)
+        taken = inner.pop("then_branch" if facts.values[condition].all() else "else_branch")
+        for name, value in list(taken.initializers.items()):
+            taken.initializers.pop(name)
+            model.graph.register_initializer(value)
+        results = list(taken.outputs)
+        taken.outputs.clear()
+        inside = list(taken)
+        taken.remove(inside)
+        home.insert_before(node, inside)
+        chosen.append(str(node.outputs[0].name))
+        for old, new in zip(node.outputs, results, strict=True):
+            if old.is_graph_output():
+                passed = ir.node("Identity", [new])
+                new = passed.outputs[0]
+                passed.name = new.name = old.name
+                new.shape, new.type = old.shape, old.type
+                home.insert_before(node, passed)
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+        for other in inner.values():
+            dismantle(other)
+        home.remove(node, safe=True)
+    if chosen:
+        RemoveUnusedNodesPass()(model)
+    return tuple(chosen)
+
+
+def dismantle(graph: ir.Graph) -> None:
+    """Empty a body that goes, so that its nodes no longer count as readers of what they captured."""
+    nodes = list(walk(graph))
+    for inner in graphs(graph):
+        inner.outputs.clear()
+    for node in nodes:
+        for k in range(len(node.inputs)):
+            node.replace_input_with(k, None)
+    for node in nodes:
+        if node.graph is not None:
+            node.graph.remove(node)
+
+
 def _fold(model: ir.Model, facts: Facts, static: frozenset[str]) -> dict[str, str]:
     """Write down static values where a node that must stay reads them; {value: initializer}."""
     graph = model.graph
     places: dict[ir.Value, list[tuple[ir.Node, int]]] = defaultdict(list)
-    for node in graph:
+    for node in walk(graph):
         if all(name in facts.values for name in names(node.outputs) if name):
             continue  # evaluated itself
         for k, value in enumerate(node.inputs):
@@ -182,14 +365,14 @@ def _fold_statistics(model: ir.Model) -> dict[str, str]:
     """
     graph = model.graph
     cones: set[ir.Node] = set()
-    for node in graph:
+    for node in walk(graph):
         k = WEIGHTS.get(node.op_type, 0)
         if k and k < len(node.inputs):
             cones |= _cone(node.inputs[k])
     apart: set[ir.Value] = set()  # statistics, numbers, and what is computed from nothing else
     folded: dict[str, str] = {}
     arrays: dict[str, Array] = {}
-    for node in [node for node in graph if node in cones]:
+    for node in [node for node in walk(graph) if node in cones]:
         inputs = [value for value in node.inputs if value is not None]
         arrays |= {str(v.name): v.const_value.numpy() for v in inputs if v.const_value is not None}
         apart |= {value for value in inputs if value.const_value is not None and value.const_value.size == 1}
@@ -261,8 +444,8 @@ def free_name(graph: ir.Graph, wish: str) -> str:
     """A value name that the graph does not use yet."""
     taken = graph.meta.get("names")
     if taken is None:
-        taken = {str(v.name) for v in graph.inputs} | set(graph.initializers)
-        taken |= {str(v.name) for node in graph.all_nodes() for v in node.outputs}
+        taken = {str(v.name) for inner in graphs(graph) for v in (*inner.inputs, *inner.initializers.values())}
+        taken |= {str(v.name) for node in walk(graph) for v in node.outputs}
         graph.meta["names"] = taken
     name, count = wish, 0
     while name in taken:
@@ -291,9 +474,11 @@ def view(prepared: Prepared) -> View:
     partly = {name: np.ma.array(facts.values[name], mask=mask) for name, mask in moves if mask.any()}
     nodes = []
     shapes: dict[str, Shape] = {}
-    for node in graph:
+    homes = {body: body_name(node, key) for node in walk(graph) for key, body in bodies(node).items()}
+    for node in walk(graph):
         opset = prepared.model.opset_imports.get(node.domain, 1)
-        nodes.append(op_node(node, opset, facts, consts, aliases.get(node, {}), partly))
+        seen = op_node(node, opset, facts, consts, aliases.get(node, {}), partly)
+        nodes.append(replace(seen, within=homes[node.graph]) if node.graph in homes else seen)
         shapes |= nodes[-1].shapes
     inputs = tuple(names(true_inputs(graph)))
     for name in (*inputs, *names(graph.outputs)):
@@ -306,7 +491,7 @@ def view(prepared: Prepared) -> View:
         for k, size in enumerate(shape)
         if prepared.other.shapes.get(name, shape)[k : k + 1] != (size,)
     }
-    return View(tuple(nodes), shapes, inputs, tuple(names(graph.outputs)), stored, _captured(graph), frozenset(dynamic))
+    return View(tuple(nodes), shapes, inputs, tuple(names(graph.outputs)), stored, frozenset(dynamic))
 
 
 def _stored(prepared: Prepared) -> tuple[dict[str, Stored], dict[ir.Node, dict[int, str]]]:
@@ -315,11 +500,12 @@ def _stored(prepared: Prepared) -> tuple[dict[str, Stored], dict[ir.Node, dict[i
     stored: dict[str, Stored] = {}
     aliases: dict[ir.Node, dict[int, str]] = {}
     outputs = set(names(graph.outputs))
-    for name, value in graph.initializers.items():
+    nodes = set(walk(graph))
+    for name, value in initializers(graph).items():
         shape = prepared.facts.shapes.get(name)
         if shape is None or value.const_value is None:
             continue
-        uses = [(use.node, use.idx) for use in value.uses() if use.node.graph is graph]
+        uses = [(use.node, use.idx) for use in value.uses() if use.node in nodes]
         uses.sort(key=lambda use: (str(use[0].outputs[0].name), use[1]))
         dtype = value.const_value.dtype.name
         storage = len(uses) > 1 and (len(shape) < 2 or int(np.prod(shape, dtype=np.int64)) <= SMALL)
@@ -353,13 +539,3 @@ def _role(node: ir.Node, k: int, dtype: str) -> str:
 
 def _slot(node: ir.Node, k: int) -> str:
     return f"{node.op_type}.{k}"
-
-
-def _captured(graph: ir.Graph) -> frozenset[str]:
-    """Values of the main graph that nodes inside subgraphs read."""
-    found = set()
-    for node in graph.all_nodes():
-        if node.graph is graph:
-            continue
-        found |= {str(value.name) for value in node.inputs if value is not None and value.graph is graph}
-    return frozenset(found)

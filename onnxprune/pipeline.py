@@ -297,7 +297,7 @@ def _one(
                 found = _quality(files, prover, evaluation, options, worker, analysis)
             if options.measure and not options.dry_run:
                 with clock.stage("measure"):
-                    feed = _usual_feed(analysis, evaluation[0], prover, options)
+                    feed = prover.typical(worker, _usual_feed(analysis, evaluation[0], prover, options))
                     rows = latency.measure(files, feed, backend=options.backend, threads=options.threads)
     dense, pruned = _models(analysis, path, proven, size, rows)
     touched = [g for g in analysis.groups if not proven.plan.keep.get(g.id, np.ones(1, np.bool_)).all()]
@@ -321,7 +321,7 @@ def _one(
                 differences=[asdict(d) for d in proven.differences or ()],
                 unproven=[f"group {k}" for k in proven.unproven],
             ),
-            warnings=_warnings(analysis, proven, options, rows),
+            warnings=[*_warnings(analysis, proven, options, rows), *prover.warnings()],
         ),
     )
 

@@ -10,9 +10,11 @@ import numpy as np
 from onnxprune import feeds, storage, verify
 from onnxprune.analysis import Analysis, cost_shapes
 from onnxprune.errors import ImpossibleError, InputError, MachineError, PruneError
+from onnxprune.infer import control, single_lengths, walk
+from onnxprune.infer import seed as seed_facts
 from onnxprune.model import Model
 from onnxprune.runtime import ort
-from onnxprune.types import Array, Mask
+from onnxprune.types import Array, Mask, Shape
 from onnxprune.worker import Worker
 
 RANDOM = 2  # random feeds that a proof runs on, of those that the dense model accepts
@@ -29,11 +31,18 @@ class Prover:
         graph = analysis.dense.graph
         self.samples = list(samples[:SAMPLES])
         self.feeds: list[Mapping[str, Array]] = []
+        self.seed = seed
+        self.sizes: list[Mapping[str, Shape]] = []
+        self.unseen: list[dict[str, int]] = []
         self.problem: PruneError | None = None
         try:
             usual = cost_shapes(analysis.dense, analysis.given)
-            for k, shapes in enumerate((analysis.prepared.facts.shapes, analysis.prepared.other.shapes, usual)):
-                self.feeds.append(feeds.random_feed(graph, shapes, seed + k))
+            sizes: list[Mapping[str, Shape]] = [analysis.prepared.facts.shapes, analysis.prepared.other.shapes, usual]
+            for k, shapes in enumerate(sizes):
+                feeds.random_feed(graph, shapes, seed + k)
+            if any(control(node) == "If" for node in walk(graph)):
+                sizes += [seed_facts(graph, s).shapes for s in single_lengths(analysis.dense, analysis.given)]
+            self.sizes = sizes
         except ImpossibleError as error:
             self.problem = error
 
@@ -48,29 +57,66 @@ class Prover:
 
         return verify.compare(self.analysis.reference(gone, alive), candidate, self.feeds, run)
 
+    def typical(self, worker: Worker, usual: Mapping[str, Array]) -> Mapping[str, Array]:
+        """A feed of the usual sizes if the dense model accepts it, else one of those that the proof runs on."""
+        with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+            path = str(storage.dump(self.analysis.dense, folder, "dense"))
+            try:
+                worker.call(ort.run, path, [usual], threads=self.threads)
+            except InputError:
+                return self.feeds[0]
+        return usual
+
+    def warnings(self) -> list[str]:
+        """What no feed could reach."""
+        return [
+            f"no random input ran with {', '.join(f'{name} = {value}' for name, value in row.items())}: "
+            "what only this reaches is not proven; pass --calibration"
+            for row in self.unseen
+        ]
+
     def check_dense(self, worker: Worker) -> None:
         """Keep the feeds that the dense model accepts. Raises InputError or ImpossibleError if there are none."""
+        if self.feeds:
+            return  # asked before, for another target
         with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
             path = str(storage.dump(self.analysis.dense, folder, "dense"))
             for sample in self.samples:
                 worker.call(ort.run, path, [sample], threads=self.threads)
             accepted: list[Mapping[str, Array]] = []
-            for feed in self.feeds:
-                if len(accepted) == RANDOM:
-                    break
-                try:
-                    outputs = worker.call(ort.run, path, [feed], threads=self.threads)
-                    if _says_something(outputs[0]):
-                        accepted.append(feed)
-                    else:
-                        self.problem = InputError("no output is finite on random inputs; pass --calibration")
-                except (InputError, MachineError) as error:  # what is too large at one size may fit at another
-                    self.problem = error
+            combinations = feeds.combinations(self.analysis.dense.graph) if self.sizes else 0
+            for choice in range(combinations):  # each at sizes that suit it
+                found = self._accepted(worker, path, choice, max(1, RANDOM // combinations))
+                row = feeds.combination(self.analysis.dense.graph, choice)
+                if not found and not any(_takes(sample, row) for sample in self.samples):
+                    self.unseen.append(row)
+                accepted += found
         self.feeds = [*self.samples, *accepted]
-        self.samples = []  # they are among the feeds now, also when this is asked again
         if not self.feeds:
             problem = self.problem or InputError("it accepts no input")
             raise type(problem)(problem.message, file=self.analysis.source.path, object=problem.object)
+
+    def _accepted(self, worker: Worker, path: str, choice: int, most: int) -> list[Mapping[str, Array]]:
+        """Up to `most` random feeds that the dense model runs with."""
+        found: list[Mapping[str, Array]] = []
+        for k, shapes in enumerate(self.sizes):
+            if len(found) == most:
+                break
+            try:
+                feed = feeds.random_feed(self.analysis.dense.graph, shapes, self.seed + k, choice)
+                outputs = worker.call(ort.run, path, [feed], threads=self.threads)
+            except (InputError, MachineError) as error:  # what is too large at one size may fit at another
+                self.problem = error
+                continue
+            if _says_something(outputs[0]):
+                found.append(feed)
+            else:
+                self.problem = InputError("no output is finite on random inputs; pass --calibration")
+        return found
+
+
+def _takes(sample: Mapping[str, Array], row: Mapping[str, int]) -> bool:
+    return all(name in sample and bool((sample[name] == value).all()) for name, value in row.items())
 
 
 def _says_something(outputs: Mapping[str, Array]) -> bool:

@@ -79,8 +79,6 @@ class Relations:
             self.freeze(name, None, "graph output")
         for name in view.inputs:
             self.freeze(name, None, "graph input")
-        for name in sorted(view.captured):
-            self.freeze(name, None, "read inside a subgraph")
         for name, stored in view.stored.items():
             if stored.role == "index" and "INT" in stored.dtype and stored.slot != "Gather.1":
                 self.freeze(name, None, "an integer table numbers these positions")
@@ -108,13 +106,14 @@ class Relations:
 
     def relate(self, node: OpNode) -> None:
         """Apply a node's rule; freeze what it does not mention."""
-        operands = [name for name in (*node.inputs, *node.outputs) if name]
+        inner = [name for body in node.bodies.values() for name in (*body.inputs, *body.outputs)]
+        operands = [name for name in (*node.inputs, *node.outputs, *inner) if name]
         unknown = [name for name in operands if name not in self.shapes]
         try:
             answer = ops.relations(node)
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # attributes that contradict the shapes
             answer = f"{node.op_type}: its attributes and shapes do not go together ({type(error).__name__})"
-        if unknown and not isinstance(answer, str):
+        if unknown and not node.bodies and not isinstance(answer, str):
             answer = f"{node.op_type}: the shape of '{unknown[0].split(chr(0))[0]}' is not known"
         label = f"{node.op_type} {node.name}".strip()
         if isinstance(answer, str):

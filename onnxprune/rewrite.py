@@ -17,8 +17,8 @@ from onnxprune import ops
 from onnxprune.branches import SKIP_NORMS, Branches, cut_edges, operands
 from onnxprune.dims import DimGraph, keep_of
 from onnxprune.errors import InternalError
-from onnxprune.infer import Facts, note_initializer, op_node, seed, step
-from onnxprune.model import Prepared, add_initializer, free_name, register
+from onnxprune.infer import Facts, bodies, enter, home, initializers, note_initializer, op_node, seed, step, walk
+from onnxprune.model import Prepared, add_initializer, dismantle, free_name, register
 from onnxprune.types import Array, Axis, Mask, OpNode, Shape, View
 
 Keep = Callable[[Axis], Mask]
@@ -45,22 +45,28 @@ def apply(prepared: Prepared, dims: DimGraph, view: View, alive: Mask, branches:
     goes = ~alive[len(dims.frozen) :]
     if branches is not None and goes.any():
         _bypass(model, nodes, branches, goes)
-    for node in model.graph:
+    interface = set(model.graph.outputs)
+    for node in walk(model.graph):
+        inner = [value for body in bodies(node).values() for value in (*body.inputs, *body.outputs)]
         for value in node.outputs:
-            if not value.is_graph_output():  # what exporters wrote down is stale now
+            if value not in interface:  # what exporters wrote down is stale now
                 value.shape, value.type = None, None
+        for value in inner:  # a round's number is a scalar or not, as is written down
+            if (name := str(value.name)) in wanted and wanted[name] != view.shapes[name]:
+                value.shape = None
     return model
 
 
 def _slice_initializers(graph: ir.Graph, view: View, wanted: Mapping[str, Shape], keep: Keep) -> None:
     """Take the survivors of every initializer; readers that lose different positions get copies of their own."""
-    nodes = {str(node.outputs[0].name): node for node in graph}
+    nodes = {str(node.outputs[0].name): node for node in walk(graph)}
+    values = initializers(graph)
     variants: dict[str, dict[tuple[bytes, ...], list[str]]] = defaultdict(lambda: defaultdict(list))
     for name, stored in view.stored.items():
         masks = tuple(keep(Axis(name, k)).tobytes() for k in range(len(stored.shape)))
         variants[stored.initializer][masks].append(name)
     for initializer, by_mask in variants.items():
-        value = graph.initializers[initializer]
+        value = values[initializer]
         others = sum(1 for _ in value.uses()) - sum(len(view.stored[n].uses) for ns in by_mask.values() for n in ns)
         for aliases in by_mask.values():
             stored = view.stored[aliases[0]]
@@ -88,15 +94,17 @@ def _slice_initializers(graph: ir.Graph, view: View, wanted: Mapping[str, Shape]
                 for reader, k in view.stored[alias].uses:
                     nodes[reader].replace_input_with(k, fresh)
         if not value.uses() and not value.is_graph_output():
-            graph.initializers.pop(initializer)
+            (value.graph or graph).initializers.pop(initializer)
 
 
 def _resize_nodes(model: ir.Model, prepared: Prepared, view: View, wanted: Mapping[str, Shape], keep: Keep) -> None:
     """Walk the smaller graph; where sizes are written down in a node, write down the new ones."""
     graph = model.graph
     facts = seed(graph, prepared.sizes)
+    facts.varying = prepared.facts.varying
     dense_nodes = {node.outputs[0]: node for node in view.nodes}
-    for node in list(graph):
+    for node in walk(graph, lambda node: enter(facts, node)):
+        _keep_results(model, node, facts, prepared)
         dense = dense_nodes[str(node.outputs[0].name)]
         opset = model.opset_imports.get(node.domain, 1)
         _keep_numbers(model, node, facts, prepared)
@@ -133,6 +141,19 @@ def _keep_numbers(model: ir.Model, node: ir.Node, facts: Facts, prepared: Prepar
             node.replace_input_with(k, _dense_copy(model, node, value, facts, prepared))
 
 
+def _keep_results(model: ir.Model, node: ir.Node, facts: Facts, prepared: Prepared) -> None:
+    """A number computed from sizes that a body hands out keeps its dense value: who reads it outside is not known."""
+    for body in bodies(node).values():
+        for k, value in enumerate(body.outputs):
+            now, dense = facts.values.get(str(value.name)), prepared.facts.values.get(str(value.name))
+            if now is not None and dense is not None and now.shape == dense.shape and not np.array_equal(now, dense):
+                passed = ir.node("Identity", [value])
+                passed.outputs[0].name = passed.name = free_name(model.graph, f"{value.name}_kept")
+                body.append(passed)
+                passed.replace_input_with(0, _dense_copy(model, passed, value, facts, prepared))
+                body.outputs[k] = passed.outputs[0]
+
+
 def _dense_copy(model: ir.Model, reader: ir.Node, value: ir.Value, facts: Facts, prepared: Prepared) -> ir.Value:
     """The same computation from the dense sizes, inserted before its reader."""
     producer, name = value.producer(), str(value.name)
@@ -151,7 +172,7 @@ def _dense_copy(model: ir.Model, reader: ir.Node, value: ir.Value, facts: Facts,
     for fresh, old in zip(copy.outputs, producer.outputs, strict=True):
         fresh.name = free_name(model.graph, f"{old.name}_dense")
     copy.name = copy.outputs[0].name
-    model.graph.insert_before(reader, copy)
+    home(reader).insert_before(reader, copy)
     step(facts, copy, model.opset_imports.get(copy.domain, 1))
     return copy.outputs[producer.outputs.index(value)]
 
@@ -228,7 +249,7 @@ def _corrected(model: ir.Model, node: ir.Node, old: ir.Value, facts: Facts, want
     for fresh, tail in ((multiply, "scaled"), (divide, "sizes")):
         fresh.outputs[0].name = free_name(graph, f"{old.name}_{tail}")
         fresh.name = fresh.outputs[0].name
-    graph.insert_before(node, [multiply, divide])
+    home(node).insert_before(node, [multiply, divide])
     for value in (times, over):
         note_initializer(facts, str(value.name), value)
     for fresh in (multiply, divide):
@@ -257,6 +278,8 @@ def _bypass(model: ir.Model, nodes: list[ir.Node], branches: Branches, goes: Mas
     read = {name for name, value in graph.initializers.items() if value.uses()}
     for node in reversed(list(graph)):
         if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+            for body in bodies(node).values():
+                dismantle(body)
             graph.remove(node, safe=True)
     inputs = {name for branch in dropped for name in branch.inputs}
     for name in read:

@@ -26,11 +26,20 @@ class Axis(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Body:
+    """A graph inside a node: its name, and its inputs and outputs, which the node's rule relates to its own."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class OpNode:
     """One node as a rule sees it. `shapes` are concrete: dynamic sizes stand at the probe's values.
 
     `consts` are whole values; `partly` are computed ones of which some elements are masked, as they follow a dynamic
-    size.
+    size. `bodies` are the graphs inside it by attribute, `within` names the body that it stands in itself.
     """
 
     name: str
@@ -43,6 +52,8 @@ class OpNode:
     shapes: Mapping[str, Shape]
     consts: Mapping[str, Array]
     partly: Mapping[str, np.ma.MaskedArray[Any, Any]] = field(default_factory=dict)
+    bodies: Mapping[str, Body] = field(default_factory=dict)
+    within: str = ""
 
     def attr(self, name: str, default: Any = None) -> Any:
         """The attribute as a Python value, or `default`."""
@@ -243,12 +254,14 @@ class Stored:
 
 @dataclass(frozen=True)
 class View:
-    """A model as coupling sees it: nodes in topological order, concrete shapes, what is stored, what is fixed."""
+    """A model as coupling sees it: nodes in topological order, concrete shapes, what is stored, what is fixed.
+
+    Nodes inside the bodies of a node come before it.
+    """
 
     nodes: tuple[OpNode, ...]
     shapes: Mapping[str, Shape]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     stored: Mapping[str, Stored]
-    captured: frozenset[str]
     dynamic: frozenset[Axis]

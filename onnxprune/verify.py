@@ -17,8 +17,9 @@ import onnx_ir as ir
 from onnxprune import ops
 from onnxprune.branches import NOTHING, Dropped
 from onnxprune.errors import InternalError
+from onnxprune.infer import home, initializers, walk
 from onnxprune.masked import Narrowed, narrow
-from onnxprune.model import free_name, lift_constants, write_down
+from onnxprune.model import free_name, normalise, write_down
 from onnxprune.storage import dump
 from onnxprune.types import Array, Group, Member, Plan
 
@@ -94,16 +95,17 @@ def reference(
     branches add is zero too, whatever they compute; outputs that go with them are not compared. `constants` are
     computed values that keep what they are, as initializers: {value: initializer}.
     """
-    model = dense.clone()
+    gone, mixed = list(gone), list(mixed)
+    changed = {*(item.node for item in mixed), *(node for node, _, _ in dropped.zeroed), *(constants or ())}
+    model = _normal(dense, gone, changed)
     graph = model.graph
-    graph.meta.pop("names", None)
-    lift_constants(graph)
-    nodes = {str(node.outputs[0].name): node for node in graph}
-    computed = {str(value.name): value for node in graph for value in node.outputs}
+    nodes = {str(node.outputs[0].name): node for node in walk(graph)}
+    computed = {str(value.name): value for node in walk(graph) for value in node.outputs}
     for name, constant in (constants or {}).items():
         value, tensor = computed[name], constant.const_value
         assert tensor is not None
         write_down(graph, value, str(constant.name), tensor, [(use.node, use.idx) for use in value.uses()])
+    values = initializers(graph)
     by_place: dict[tuple[str, tuple[tuple[str, int], ...] | None], list[Removal]] = {}
     for removal in gone:
         if removal.role not in ZEROED or removal.removed == "all":
@@ -112,7 +114,7 @@ def reference(
         for use in readers:
             by_place.setdefault((removal.initializer, use), []).append(removal)
     for (name, uses), entries in by_place.items():
-        value = graph.initializers[name]
+        value = values[name]
         assert value.const_value is not None
         array = np.array(value.const_value.numpy(), copy=True)
         for removal in entries:
@@ -158,8 +160,31 @@ def _add_nothing(model: ir.Model, node: ir.Node, k: int, dtype: ir.DataType) -> 
         made = [size, ir.node("Expand", [zero, size.outputs[0]])]
     for fresh in made:
         fresh.outputs[0].name = free_name(graph, f"{value.name}_nothing")
-    graph.insert_before(node, made)
+    home(node).insert_before(node, made)
     node.replace_input_with(k, made[-1].outputs[0])
+
+
+def _normal(dense: ir.Model, gone: Sequence[Removal], changed: set[str]) -> ir.Model:
+    """A copy that keeps its functions, if what goes lies outside of them, so that the proof covers inlining."""
+    model = dense.clone()
+    model.graph.meta.pop("names", None)
+    if model.functions:
+        normalise(model, inline=False)
+        plain = [node for node in walk(model.graph) if node.op_identifier() not in model.functions]
+        readers = {str(value.name) for node in plain for value in node.outputs}
+        tensors = {name: value.const_value for name, value in initializers(model.graph).items()}
+        outside = all(
+            (tensor := tensors.get(r.initializer)) is not None
+            and tensor.dtype.is_floating_point()
+            and all(node in readers for node, _ in r.uses or ())
+            for r in gone
+            if r.role in ZEROED and r.removed != "all"
+        )
+        if outside and changed <= readers:
+            return model
+        model = dense.clone()
+    normalise(model)
+    return model
 
 
 def _zero(value: ir.Value, array: Array) -> Array:
@@ -227,12 +252,12 @@ class Difference:
 
 def tolerance_of(model: ir.Model) -> float:
     """What counts as noise, from the coarsest arithmetic in the model."""
-    if any(node.op_type.startswith(("QLinear", "QuantizeLinear", "DynamicQuantize")) for node in model.graph):
+    if any(node.op_type.startswith(("QLinear", "QuantizeLinear", "DynamicQuantize")) for node in walk(model.graph)):
         return QUANTISED
     types = {
-        value.const_value.dtype.name for value in model.graph.initializers.values() if value.const_value is not None
+        value.const_value.dtype.name for value in initializers(model.graph).values() if value.const_value is not None
     }
-    types |= {value.dtype.name for node in model.graph for value in node.outputs if value.dtype is not None}
+    types |= {value.dtype.name for node in walk(model.graph) for value in node.outputs if value.dtype is not None}
     return max(TOLERANCE[COARSEST[t]] if t in COARSEST else TOLERANCE["float32"] for t in types | {"FLOAT"})
 
 

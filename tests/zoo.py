@@ -32,23 +32,52 @@ def i8(*shape: int) -> np.ndarray:
 
 
 def entry(name: str, inputs: str, outputs: str, weights: Weights, body: str, opset: int = 18, ir: int = 8) -> None:
-    """A model in ONNX text; a weight is a shape to fill with random numbers, or an array. Variances are positive."""
+    """A model in ONNX text; a weight is a shape to fill with random numbers, or an array. Variances are positive.
+
+    A weight goes where the text has it: in a Constant of that name, among the initializers of a branch that declares
+    it, else among those of the model.
+    """
 
     @cache
     def build() -> onnx.ModelProto:
         contrib = ', "com.microsoft": 1' if "com.microsoft." in body else ""
+        contrib += ', "local": 1' if "local." in body else ""
         header = f'<ir_version: {ir}, opset_import: ["": {opset}{contrib}]>'
-        model = parser.parse_model(f"{header}\nzoo ({inputs}) => ({outputs}) {{\n{body}\n}}")
+        main, _, functions = body.partition("\n---\n")
+        model = parser.parse_model(f"{header}\nzoo ({inputs}) => ({outputs}) {{\n{main}\n}}\n{functions}")
         rng = np.random.default_rng(sum(map(ord, name)))
+        graphs, constants = bodies(model)
         for key, value in weights.items():
             if not re.search(rf"\b{key}\b", body):  # a loop below offers the same weights to every operator
                 continue
             array = value if isinstance(value, np.ndarray) else random(rng, key, value)
-            model.graph.initializer.append(numpy_helper.from_array(array, key))
+            tensor = numpy_helper.from_array(array, key)
+            homes = [graph for graph in graphs if any(info.name == key for info in graph.value_info)]
+            for constant in constants.get(key, ()):
+                constant.attribute[0].CopyFrom(onnx.helper.make_attribute("value", tensor))
+            for graph in homes:
+                graph.initializer.append(tensor)
+            if not homes and key not in constants:
+                model.graph.initializer.append(tensor)
         return model
 
     assert name not in ZOO, name
     ZOO[name] = build
+
+
+def bodies(model: onnx.ModelProto) -> tuple[list[onnx.GraphProto], dict[str, list[onnx.NodeProto]]]:
+    """The graphs inside nodes, and the Constants of all graphs and functions by name."""
+    pending = [model.graph.node, *(function.node for function in model.functions)]
+    graphs: list[onnx.GraphProto] = []
+    constants: dict[str, list[onnx.NodeProto]] = {}
+    while pending:
+        for node in pending.pop():
+            if node.op_type == "Constant":
+                constants.setdefault(node.output[0], []).append(node)
+            inner = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+            graphs += inner
+            pending += [graph.node for graph in inner]
+    return graphs, constants
 
 
 def random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -888,6 +917,203 @@ entry(
     "k = Transpose<perm = [0,1,3,2]>(k4)\ns0 = MatMul(q, k)\ns1 = Add(s0, mask)\np0 = Softmax(s1)\no0 = MatMul(p0, v)\n"
     "o1 = Transpose<perm = [0,2,1,3]>(o0)\no = Reshape(o1, join)\nh = MatMul(o, w1)\ng = Relu(h)\ny = MatMul(g, w2)",
 )  # fmt: skip
+
+# Control flow and functions ----------------------------------------------------------------------------------------
+
+entry(
+    "weights in both branches",
+    "float[n,3] x, bool flag",
+    "float[n,2] y",
+    {"w0": (3, 7), "w1": (7, 11), "b1": (11,), "w2": (7, 5), "w3": (5, 11), "w4": (11, 2)},
+    "a = MatMul(x, w0)\n"
+    "d = If(flag) <then_branch = yes () => (float[n,11] p) <float[11] b1> { q = MatMul(a, w1) p = Add(q, b1) },\n"
+    "  else_branch = no () => (float[n,11] r) <float[5,11] w3> { w2 = Constant<value_int = 0>() s = Relu(a) t = MatMul(s, w2)\n"
+    "    u = Tanh(t) r = MatMul(u, w3) }>\n"
+    "e = Relu(d)\ny = MatMul(e, w4)",
+)
+entry(
+    "one initializer in both branches",
+    "float[n,3] x, bool flag",
+    "float[n,2] y",
+    {"w0": (3, 7), "w1": (7, 41), "b": (41,), "w4": (41, 2)},
+    "a = MatMul(x, w0)\nc = If(flag) <then_branch = yes () => (float[n,41] p) { q = MatMul(a, w1) p = Add(q, b) },\n"
+    "  else_branch = no () => (float[n,41] r) { s = Neg(a) t = MatMul(s, w1) r = Sub(t, b) }>\n"
+    "e = Relu(c)\ny = MatMul(e, w4)",
+)
+entry(
+    "a branch gives a constant",
+    "float[n,3] x, bool flag",
+    "float[n,2] y",
+    {"w0": (3, 7), "b": (7,), "w1": (7, 2), "zero": i64(0)},
+    "a = MatMul(x, w0)\n"
+    "c, d = If(flag) <then_branch = yes () => (float[7] b, float[n,7] r) { b = Constant<value_int = 0>() r = Tanh(a) },\n"
+    "  else_branch = no () => (float[7] p, float[n,7] q) { q = Relu(a) p = ReduceSum<keepdims = 0>(q, zero) }>\n"
+    "e = Add(d, c)\ny = MatMul(e, w1)",
+)
+entry(
+    "branches inside branches",
+    "float[n,3] x, bool flag, bool other",
+    "float[n,2] y",
+    {"w0": (3, 7), "w1": (7, 5), "w2": (7, 5), "w3": (7, 11), "w5": (11, 5), "w4": (5, 2)},
+    "a = MatMul(x, w0)\nb = Relu(a)\n"
+    "d = If(flag) <then_branch = yes () => (float[n,5] p) {\n"
+    "  w3 = Constant<value_int = 0>() c = MatMul(b, w3) f = Sigmoid(c)\n"
+    "  p = If(other) <then_branch = yes2 () => (float[n,5] p2) { w5 = Constant<value_int = 0>() p2 = MatMul(f, w5) },\n"
+    "    else_branch = no2 () => (float[n,5] r2) { r2 = MatMul(b, w1) }> },\n"
+    "  else_branch = no () => (float[n,5] r) { r = MatMul(b, w2) }>\n"
+    "e = Relu(d)\ny = MatMul(e, w4)",
+)
+entry(
+    "a branch that is always taken",
+    "float[n,3,1] x",
+    "float[n,2] y",
+    {"w0": (7, 3, 1), "w1": (7, 11), "w2": (11, 2), "w3": (7, 2), "one": i64(1), "two": i64(2), "i": np.array(2)},
+    "a = Conv(x, w0)\nb = Shape(a)\nc = Gather(b, i)\nd = Equal(c, one)\n"
+    "e = If(d) <then_branch = yes () => (float[n,7] p) { p = Squeeze(a, two) },\n"
+    "  else_branch = no () => (float[n,7,1] q) { q = Identity(a) }>\n"
+    "f = Shape(e)\ng = Size(f)\nh = Equal(g, i)\n"
+    "y = If(h) <then_branch = yes () => (float[n,2] p) { w1 = Constant<value_int = 0>() q = MatMul(e, w1) r = Relu(q) p = MatMul(r, w2) },\n"
+    "  else_branch = no () => (float[n,2] p) { p = MatMul(e, w3) }>",
+)
+entry(
+    "the same names in both branches and outside",
+    "float[n,3] x, bool flag",
+    "float[n,2] y",
+    {"w0": (3, 7), "w1": (7, 5), "w2": (5, 11), "w4": (11, 2)},
+    "a = MatMul(x, w0)\nb = Relu(a)\n"
+    "d = If(flag) <then_branch = yes () => (float[n,11] p) { w1 = Constant<value_int = 0>() q = MatMul(b, w1) r = Relu(q) p = MatMul(r, w2) },\n"
+    "  else_branch = no () => (float[n,11] p) { w1 = Constant<value_int = 0>() q = MatMul(b, w1) r = Tanh(q) p = MatMul(r, w2) }>\n"
+    "y = MatMul(d, w4)",
+)
+entry(
+    "shapes that depend on the branch",
+    "float[n,3] x, bool flag",
+    "float[n,2] y",
+    {"w0": (3, 7), "w1": (7, 11), "w2": (11, 7), "w3": (7, 2), "one": i64(1), "back": i64(0, 7)},
+    "a = MatMul(x, w0)\nb = MatMul(a, w1)\nc = Relu(b)\nd = MatMul(c, w2)\n"
+    "e = If(flag) <then_branch = yes () => (float[n,1,7] p) { p = Unsqueeze(d, one) },\n"
+    "  else_branch = no () => (float[n,7] q) { q = Identity(d) }>\n"
+    "f = Reshape(e, back)\ny = MatMul(f, w3)",
+)
+entry(
+    "a residual sum around branches",
+    "float[n,3] x, bool flag",
+    "float[n,2] y",
+    {"w0": (3, 7), "w1": (7, 11), "w2": (11, 7), "w3": (7, 7), "w4": (7, 13), "w5": (13, 7), "w6": (7, 2)},
+    "a = MatMul(x, w0)\nb = MatMul(a, w1)\n"
+    "c = If(flag) <then_branch = yes () => (float[n,11] p) { p = Relu(b) }, else_branch = no () => (float[n,11] q) { q = Neg(b) }>\n"
+    "d = MatMul(c, w2)\ne = Add(a, d)\n"
+    "f = If(flag) <then_branch = yes2 () => (float[n,7] r) { r = MatMul(e, w3) },\n"
+    "  else_branch = no2 () => (float[n,7] s) { t = MatMul(e, w4) u = Tanh(t) v = MatMul(u, w5) s = Add(e, v) }>\n"
+    "g = Add(e, f)\ny = MatMul(g, w6)",
+)
+entry(
+    "softmax in a branch",
+    "float[n,3] x, bool flag",
+    "float[n,2] y",
+    {"w0": (3, 7), "w1": (7, 11), "w2": (7, 11), "w3": (11, 2)},
+    "a = MatMul(x, w0)\nb = Relu(a)\n"
+    "d = If(flag) <then_branch = yes () => (float[n,11] p) { q = MatMul(b, w1) p = Softmax<axis = -1>(q) },\n"
+    "  else_branch = no () => (float[n,11] r) { s = MatMul(b, w2) r = Sigmoid(s) }>\n"
+    "y = MatMul(d, w3)",
+)
+entry(
+    "numbers from sizes in a branch",
+    "float[n,3] x, bool flag",
+    "float[n,2] y",
+    {"w0": (3, 7), "w1": (7, 11), "w3": (11, 2), "one": i64(1), "two": np.array(2)},
+    "a = MatMul(x, w0)\nb = Relu(a)\n"
+    "c, k = If(flag) <then_branch = yes () => (float[n,11] p, int64 e) { p = MatMul(b, w1) f = Size(p) e = Cast<to = 7>(f) },\n"
+    "  else_branch = no () => (float[n,11] r, int64 g) { h = Neg(b) r = MatMul(h, w1) i = Shape(b) g = ReduceProd<keepdims = 0>(i) }>\n"
+    "l = Cast<to = 1>(k)\nm = Div(c, l)\ny = MatMul(m, w3)",
+)
+LOOP = "a = MatMul(x, w0)\nh0 = MatMul(x, w1)\n"
+entry(
+    "a state in a loop",
+    "float[n,3] x",
+    "float[n,2] y",
+    {"w0": (3, 7), "w1": (3, 7), "w2": (7, 7), "w3": (7, 11), "w4": (11, 7), "w5": (7, 2), "trip": np.array(3), "go": np.array(True)},
+    LOOP + "h = Loop(trip, go, h0) <body = round (int64 i, bool on, float[n,7] hi) => (bool on2, float[n,7] ho)\n"
+    "  { on2 = Identity(on) b = MatMul(hi, w2) c = Add(b, a) d = Tanh(c) w3 = Constant<value_int = 0>() e = MatMul(d, w3)\n"
+    "    f = Relu(e) ho = MatMul(f, w4) }>\n"
+    "y = MatMul(h, w5)",
+)  # fmt: skip
+entry(
+    "a loop that collects",
+    "float[n,3] x",
+    "float[n,2] y, float[n,5] z",
+    {"w0": (3, 7), "w1": (3, 11), "w2": (11, 7), "w3": (7, 11), "w5": (11, 2), "w6": (7, 5), "zero": i64(0), "count": np.array(3),
+     "go": np.array(True)},
+    LOOP + "h, all = Loop(count, go, h0) <body = round (int64 i, bool on, float[n,11] hi) => (bool on, float[n,11] ho, float[n,7] e)\n"
+    "  { b = MatMul(hi, w2) c = Add(b, a) e = Tanh(c) ho = MatMul(e, w3) }>\n"
+    "y = MatMul(h, w5)\nf = ReduceSum<keepdims = 0>(all, zero)\nz = MatMul(f, w6)",
+)  # fmt: skip
+entry(
+    "a loop that may end early",
+    "float[n,3] x",
+    "float[n,2] y, float[n,5] z",
+    {
+        "w0": (3, 7),
+        "w1": (3, 11),
+        "w2": (11, 7),
+        "w3": (7, 11),
+        "w5": (11, 2),
+        "w6": (7, 5),
+        "zero": i64(0),
+        "limit": np.array(2),
+        "trip": np.array(5),
+    },
+    LOOP
+    + "h, all = Loop(trip, , h0) <body = round (int64 i, bool on, float[n,11] hi) => (bool on2, float[n,11] ho, float[n,7] e)\n"
+    "  { b = MatMul(hi, w2) c = Add(b, a) e = Tanh(c) ho = MatMul(e, w3) on2 = Less(i, limit) }>\n"
+    "y = MatMul(h, w5)\nf = ReduceSum<keepdims = 0>(all, zero)\nz = MatMul(f, w6)",
+)
+entry(
+    "a loop whose state grows",
+    "float[n,3] x",
+    "float[n,2] y",
+    {"w0": (3, 7), "w1": (3, 7), "w2": (7, 7), "w3": (7, 11), "w4": (11, 7), "w5": (7, 2), "count": np.array(3), "go": np.array(True),
+     "zero": i64(0)},
+    LOOP + "h, s = Loop(count, go, h0, a) <body = round (int64 i, bool on, float[n,7] hi, float[m,7] si)\n"
+    "    => (bool on2, float[n,7] ho, float[m2,7] so)\n"
+    "  { on2 = Identity(on) b = MatMul(hi, w3) c = Relu(b) ho = MatMul(c, w4) so = Concat<axis = 0>(si, hi) }>\n"
+    "d = ReduceSum<keepdims = 1>(s, zero)\ne = Add(h, d)\ny = MatMul(e, w5)",
+)  # fmt: skip
+for axis, shape in ((0, "t,n,5"), (1, "n,t,5")):
+    entry(
+        f"a cell over time along axis {axis}",
+        f"float[{shape}] x",
+        f"float[{shape.replace('5', '2')}] y",
+        {"w0": (5, 7), "w1": (7, 11), "w2": (11, 11), "b2": (11,), "w3": (11, 2), "h0": (1, 11), "w4": (11, 13), "w5": (13, 11),
+         "size": i64(1), "i": np.array(1 - axis), "eleven": i64(11), "zero": i64(0)},
+        "a = MatMul(x, w0)\nb = Shape(x)\nc = Gather(b, i)\nd = Unsqueeze(c, zero)\ne = Concat<axis = 0>(d, eleven)\nhs = Expand(h0, e)\n"
+        f"h, s = Scan<num_scan_inputs = 1, scan_input_axes = [{axis}], scan_output_axes = [{axis - 3}],\n"
+        "  body = cell (float[n,11] hi, float[n,7] xi) => (float[n,11] ho, float[n,11] so)\n"
+        "  { f = MatMul(xi, w1) g = MatMul(hi, w2) k = Add(f, g) l = Add(k, b2) m = Tanh(l)\n"
+        "    w4 = Constant<value_int = 0>() p = MatMul(m, w4) q = Sigmoid(p) ho = MatMul(q, w5) so = Identity(ho) }>(hs, a)\n"
+        "y = MatMul(s, w3)",
+    )  # fmt: skip
+entry(
+    "a function with weights as arguments",
+    "float[n,3] x",
+    "float[n,2] y",
+    {"w0": (3, 7), "b0": (7,), "w1": (7, 11), "b1": (11,), "w2": (11, 2), "b2": (2,)},
+    "a = local.layer(x, w0, b0)\nb = local.layer(a, w1, b1)\ny = local.layer(b, w2, b2)\n---\n"
+    '<domain: "local", opset_import: ["": 18]>\nlayer (x, w, b) => (y) { a = MatMul(x, w) c = Add(a, b) y = Tanh(c) }',
+)
+entry(
+    "functions with constants inside",
+    "float[n,7] x, bool flag",
+    "float[n,7] y",
+    {"w": (7, 11), "v": (11, 7), "k": (7, 7)},
+    "a = local.block<slope = 0.3>(x)\n"
+    "b = If(flag) <then_branch = yes () => (float[n,7] c) { c = local.block<slope = 0.1>(a) },\n"
+    "  else_branch = no () => (float[n,7] w) { w = MatMul(a, k) }>\n"
+    "y = Add(a, b)\n---\n"
+    '<domain: "local", opset_import: ["": 18, "local": 1]>\nblock <slope> (x) => (y) {\n'
+    "  w = Constant<value_int = 0>() v = Constant<value_int = 0>() a = MatMul(x, w) b = local.act<slope: float = @slope>(a) y = MatMul(b, v) }\n"
+    '<domain: "local", opset_import: ["": 18]>\nact <slope> (x) => (y) { y = LeakyRelu<alpha: float = @slope>(x) }',
+)
 
 # Forms -------------------------------------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ class Resizing:
 ResizeFunction = Callable[[Resizing], Edit | None]
 ShapeFunction = Callable[[OpNode], Sequence[Shape]]
 
-FAMILIES = ("elementwise", "linear", "movement", "index", "mixing", "recurrent", "fused", "quant")
+FAMILIES = ("elementwise", "linear", "movement", "index", "mixing", "recurrent", "fused", "quant", "control")
 RULES: dict[tuple[str, str], RuleFunction] = {}
 RESIZES: dict[tuple[str, str], ResizeFunction] = {}
 ROLES: dict[tuple[str, str], Mapping[int, str]] = {}
