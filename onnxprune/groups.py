@@ -136,13 +136,15 @@ def _nodes(view: View) -> dict[tuple[str, int], str]:
 
 
 def find_frozen(dims: DimGraph, view: View, groups: tuple[Group, ...], chosen: frozenset[int]) -> list[Frozen]:
-    """Initializer axes of which something stays that no group of `chosen` may remove, with the reason."""
+    """Initializer axes of which something stays that no group of `chosen` may remove, with the reason; no index tables."""
     mixing = {label: "; ".join(g.mixing[:2]) for g in groups if g.id not in chosen for label in g.units.tolist()}
-    found = []
-    for stored, name, axis, labels in _homes(dims, view):
+    found: dict[Axis, Frozen] = {}
+    for stored, name, index, labels in _homes(dims, view):
+        axis = Axis(name.split("\0")[0], index)
+        if stored.role == "index" or axis in found:
+            continue
         reasons = [reason for label in np.unique(labels)[:64] if (reason := dims.reason(int(label)))]
         reasons += [f"{text} mixes its positions" for label in labels[:1] if (text := mixing.get(int(label)))]
         if reasons:
-            size = int(np.prod(stored.shape, dtype=np.int64))
-            found.append(Frozen(Axis(name.split("\0")[0], axis), reasons[0], size))
-    return found
+            found[axis] = Frozen(axis, reasons[0], int(np.prod(stored.shape, dtype=np.int64)))
+    return list(found.values())

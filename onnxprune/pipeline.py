@@ -45,8 +45,6 @@ class Result:
 def choose_groups(analysis: Analysis, options: Options) -> tuple[Group, ...]:
     """The groups that the options allow to shrink. Raises ImpossibleError if there are none."""
     wanted = set(KINDS) if "all" in options.remove else set(options.remove)
-    if unknown := wanted - set(KINDS):
-        raise InputError(f"unknown kind; there are {', '.join(KINDS)}, all", object=sorted(unknown)[0])
     chosen = []
     for group in analysis.groups:
         if group.kind == "layers" and options.ignore:

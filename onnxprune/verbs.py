@@ -15,6 +15,7 @@ from onnxprune.analysis import Analysis, cost_shapes, named, samples_of
 from onnxprune.errors import InputError
 from onnxprune.model import input_sizes
 from onnxprune.prove import Prover
+from onnxprune.recipe import KINDS
 from onnxprune.runtime import ort
 from onnxprune.types import Axis, Shape
 from onnxprune.worker import Worker
@@ -28,7 +29,7 @@ def rows(what: str) -> list[tuple[str, str]]:
         return sorted(runtime.KNOWN.items())
     if what == "ops":
         return ops.known()
-    return []
+    return list(KINDS.items()) if what == "passes" else [("none", "What stays keeps its values.")]
 
 
 def explain(analysis: Analysis, a: str, b: str) -> tuple[list[tuple[Any, str, Any]] | None, dict[str, str]]:
