@@ -136,7 +136,7 @@ def _nodes(view: View) -> dict[tuple[str, int], str]:
 
 
 def find_frozen(dims: DimGraph, view: View, groups: tuple[Group, ...], chosen: frozenset[int]) -> list[Frozen]:
-    """Initializer axes of which something stays that no group of `chosen` may remove, with the reason; no index tables."""
+    """Initializer axes of which something stays that no group of `chosen` may remove, and why; no index tables."""
     mixing = {label: "; ".join(g.mixing[:2]) for g in groups if g.id not in chosen for label in g.units.tolist()}
     found: dict[Axis, Frozen] = {}
     for stored, name, index, labels in _homes(dims, view):

@@ -289,6 +289,11 @@ def _infer(facts: Facts, node: ir.Node, proto: onnx.NodeProto, opset: int) -> No
         empty = [name for name in names(node.outputs) if 0 in facts.shapes.get(name, ())]
         if empty and not any(0 in facts.shapes.get(name, ()) for name in present):
             facts.problems.append(f"node '{node.name}': nothing is left of its input")
+    if node.op_type == "Gather" and not node.domain and present[0] in facts.shapes:
+        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+        size, picked = facts.shapes[present[0]][axis], facts.value(present[1])
+        if picked is not None and picked.size and not -size <= picked.min() <= picked.max() < size:
+            facts.problems.append(f"node '{node.name}': picks position {picked.max()} of {size}")
     if node.op_type == "Reshape" and present[0] in facts.shapes:
         before, after = facts.shapes[present[0]], facts.shapes.get(str(node.outputs[0].name))
         if after is not None and prod(before) != prod(after):
@@ -541,6 +546,7 @@ SCALES: tuple[dict[str, tuple[tuple[int, ...], tuple[int, ...]]], ...] = (
     {"image": ((224, 320), (256, 416)), "length": ((1024, 1536), (2560, 3072))},
     {"image": ((224, 224), (256, 256)), "length": ((16384,), (24576,))},
 )
+WRITTEN = 24  # sizes in a graph that are tried as lengths
 SUMMANDS = 4  # lengths up to which sums are tried
 BATCHES = (((3, 7, 11), (5, 13, 17)), ((1,), (1,)))  # some exports bake batch 1 in and still call it dynamic
 
@@ -566,6 +572,12 @@ def probes(model: ir.Model, given: Mapping[str, int]) -> tuple[dict[str, int], d
             if problems == 0:
                 return first, second
     assert best is not None
+    for sizes in _written_down(model, dimensions):
+        sizes |= given
+        if (problems := 2 * len(infer(model, sizes).problems)) < best[0]:
+            best = (problems, sizes, sizes)
+        if problems == 0:
+            break
     return best[1], best[2]
 
 
@@ -613,6 +625,26 @@ def _dependences(dimensions: Mapping[str, Kind]) -> Iterable[Callable[[Tables], 
     for total in reversed(lengths if 3 <= len(lengths) <= SUMMANDS else []):
         for parts in combinations([one for one in lengths if one != total], 2):
             yield summed(total, parts)
+
+
+def _written_down(model: ir.Model, dimensions: Mapping[str, Kind]) -> Iterator[Sizes]:
+    """Lengths that values have whatever the feed, the most frequent first: some exports only run at those."""
+    lengths = [name for name, (kind, _) in dimensions.items() if kind == "length"]
+    if not lengths:
+        return
+    shapes = infer(model, dict.fromkeys(dimensions, 1)).shapes
+    found = Counter(size for node in walk(model.graph) for n in names(node.outputs) for size in set(shapes.get(n, ())))
+    for (length, _), ((batch, *_), _) in product(found.most_common(WRITTEN), BATCHES):
+        yield {name: length if name in lengths else batch for name in dimensions}
+
+
+def alternatives(model: ir.Model, given: Mapping[str, int]) -> Iterator[Sizes]:
+    """Sizes to run a model at that refuses the usual ones: depending on each other, or written down in it."""
+    dimensions = {name: _kind(model.graph, places) for name, places in symbols(model.graph).items()}
+    for scale, k in product(SCALES[:1], (0, 1)):
+        tables = {kind: table[k] for kind, table in {"batch": BATCHES[0], **scale}.items()}
+        yield from (relate(tables) | dict(given) for relate in _dependences(dimensions))
+    yield from (sizes | dict(given) for sizes in _written_down(model, dimensions))
 
 
 def other_probes(model: ir.Model, sizes: Mapping[str, int]) -> list[Sizes]:

@@ -10,9 +10,9 @@ import numpy as np
 from onnxprune import feeds, storage, verify
 from onnxprune.analysis import Analysis, cost_shapes
 from onnxprune.errors import ImpossibleError, InputError, MachineError, PruneError
-from onnxprune.infer import control, single_lengths, walk
+from onnxprune.infer import alternatives, control, single_lengths, walk
 from onnxprune.infer import seed as seed_facts
-from onnxprune.model import Model
+from onnxprune.model import Model, normalise
 from onnxprune.runtime import ort
 from onnxprune.types import Array, Mask, Shape
 from onnxprune.worker import Worker
@@ -84,13 +84,20 @@ class Prover:
             for sample in self.samples:
                 worker.call(ort.run, path, [sample], threads=self.threads)
             accepted: list[Mapping[str, Array]] = []
-            combinations = feeds.combinations(self.analysis.dense.graph) if self.sizes else 0
+            graph = self.analysis.dense.graph
+            combinations = feeds.combinations(graph) if self.sizes else 0
             for choice in range(combinations):  # each at sizes that suit it
                 found = self._accepted(worker, path, choice, max(1, RANDOM // combinations))
-                row = feeds.combination(self.analysis.dense.graph, choice)
-                if not found and not any(_takes(sample, row) for sample in self.samples):
+                row = feeds.combination(graph, choice)
+                if row and not found and not any(_takes(sample, row) for sample in self.samples):
                     self.unseen.append(row)
                 accepted += found
+            if not accepted and not self.samples and self.sizes:
+                plain = self.analysis.dense.clone()
+                normalise(plain)
+                sizes = alternatives(plain, self.analysis.given)
+                self.sizes = [seed_facts(graph, chosen).shapes for chosen in sizes]
+                accepted = self._accepted(worker, path, 0, RANDOM)
         self.feeds = [*self.samples, *accepted]
         if not self.feeds:
             problem = self.problem or InputError("it accepts no input")

@@ -514,6 +514,14 @@ entry(
     "a = Gemm(x, w1, b1)\nb = Relu(a)\nc = Gemm(b, w2, b2)\nd = Relu(c)\ne = Gemm(d, w2, b2)\nf = Relu(e)\ny = MatMul(f, w3)",
 )
 entry(
+    "a length that is called dynamic and is written down",
+    "float[n,t,3] x",
+    "float[n,t,2] y",
+    {"places": (6, 3), "w1": (3, 7), "b1": (7,), "w2": (7, 2), "last": np.array(5), "one": i64(1)},
+    "a = Add(x, places)\nb = MatMul(a, w1)\nc = Add(b, b1)\nd = Gather<axis = 1>(c, last)\ne = Unsqueeze(d, one)\nf = Mul(c, e)\n"
+    "y = MatMul(f, w2)",
+)
+entry(
     "sizes of every kind",
     "float[n,3] x",
     "float[n,2] y",

@@ -18,8 +18,9 @@ import onnx
 import onnxruntime as ort
 from onnx import numpy_helper
 
-from onnxprune import feeds
 from onnxprune.analysis import Analysis
+from onnxprune.prove import Prover
+from onnxprune.worker import Worker
 
 ZEROED = ("weight", "bias", "norm")
 TOLERANCE = 1e-3
@@ -136,7 +137,10 @@ def run(model: onnx.ModelProto, samples: list[dict[str, np.ndarray]]) -> list[li
 
 def difference(analysis: Analysis, dense: Path, pruned: Path, report: dict) -> float:
     """Largest difference over all outputs, relative to each output's largest value."""
-    samples = [feeds.random_feed(analysis.dense.graph, analysis.prepared.facts.shapes, 7)]
+    prover = Prover(analysis, [], seed=7)
+    with Worker() as worker:
+        prover.check_dense(worker)  # only for inputs that the dense model accepts
+    samples = [dict(prover.feeds[0])]
     reference = zeroed(frozen(onnx.load(dense), report["rewrites"], samples[0]), report["removed"])
     wanted, found = (run(model, samples) for model in (reference, onnx.load(pruned)))
     worst = 0.0
