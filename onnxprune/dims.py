@@ -129,7 +129,9 @@ def couple(view: View, inside_heads: bool = False) -> DimGraph:
         at = np.arange(class_sizes[c]) if positions_or_none is None else positions_or_none
         np.minimum.at(frozen, labels[offsets[c] + at], number)
     frozen[frozen == np.iinfo(np.int64).max] = -1
-    return DimGraph(relations, classes, offsets, labels, frozen, tuple(reasons), _inner(products, cuts, heads))
+    return DimGraph(
+        relations, classes, offsets, labels, frozen, tuple(reasons), _inner(relations, classes, products, cuts, heads)
+    )
 
 
 def _heads(relations: Relations, classes: Positions, products: list[Product]) -> frozenset[int]:
@@ -141,12 +143,15 @@ def _heads(relations: Relations, classes: Positions, products: list[Product]) ->
     return frozenset(batch)
 
 
-def _inner(products: list[Product], cuts: list[Cut], batch: frozenset[int]) -> frozenset[int]:
-    """Classes that are cut inside every head: the free atom stands beside one that attention runs along in a batch."""
+def _inner(
+    relations: Relations, classes: Positions, products: list[Product], cuts: list[Cut], batch: frozenset[int]
+) -> frozenset[int]:
+    """Classes that are cut inside every head: they take part in such products, beside the atom that counts these."""
+    within = {int(classes[number]) for number in relations.multiplied}
     atoms_of: dict[int, set[int]] = defaultdict(set)
     for merged, atoms in products:
         atoms_of[merged].update(atom for atom, _, _ in atoms)
-    return frozenset(atom for merged, atom, _, _ in cuts if atom not in batch and atoms_of[merged] & batch)
+    return frozenset(atom for merged, atom, _, _ in cuts if atom in within - batch and atoms_of[merged] & batch)
 
 
 def _components(total: int, a: list[Array], b: list[Array]) -> Positions:

@@ -66,6 +66,7 @@ class Relations:
         self.freezes: list[tuple[int, Positions | None, str]] = []
         self.mixing: list[Mixing] = []
         self.batch: dict[int, bool] = {}
+        self.multiplied: set[int] = set()
         self.avoid: set[int] = set()
         self.least: dict[int, int] = {}
         self.numbers: list[tuple[OpNode, Numbers]] = []
@@ -213,6 +214,8 @@ class Relations:
             self.compose(node, names, pattern, letters, numbers[0], label)
         for letter, numbers in letters.items():
             dots = letter.startswith("...")
+            if pattern.batch:
+                self.multiplied.add(numbers[0])
             if letter in pattern.mixes:
                 text = f"{label} over {self.axes[numbers[0]]}"
                 self.mixing.append(Mixing(numbers[0], node.outputs[0], text))

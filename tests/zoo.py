@@ -471,6 +471,17 @@ entry(
     "o = Reshape(o1, join)\ny = MatMul(o, wo)",
 )  # fmt: skip
 entry(
+    "grouped convolutions around heads",
+    "float[n,6,t] x",
+    "float[n,6,t] y",
+    {"wq": (12, 2, 1), "wk": (12, 2, 1), "wv": (15, 2, 1), "wo": (6, 5, 1), "w1": (21, 2, 1), "w2": (6, 7, 1),
+     "four": i64(0, 3, 4, -1), "five": i64(0, 3, 5, -1), "join": i64(0, 15, -1)},
+    "q0 = Conv<group = 3>(x, wq)\nk0 = Conv<group = 3>(x, wk)\nv0 = Conv<group = 3>(x, wv)\nq1 = Reshape(q0, four)\n"
+    "k = Reshape(k0, four)\nv = Reshape(v0, five)\nq = Transpose<perm = [0,1,3,2]>(q1)\ns = MatMul(q, k)\np = Softmax(s)\n"
+    "pt = Transpose<perm = [0,1,3,2]>(p)\no0 = MatMul(v, pt)\no = Reshape(o0, join)\na = Conv<group = 3>(o, wo)\n"
+    "b = Conv<group = 3>(a, w1)\nc = Relu(b)\ny = Conv<group = 3>(c, w2)",
+)  # fmt: skip
+entry(
     "grouped queries, rotary, computed sizes",
     "float[n,t,6] x",
     "float[n,t,2] y",
