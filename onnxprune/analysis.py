@@ -17,9 +17,10 @@ from onnxprune.cost import Cost, Costs
 from onnxprune.dims import DimGraph, couple
 from onnxprune.errors import InputError, PruneError
 from onnxprune.groups import find_frozen, find_groups
-from onnxprune.infer import cost_sizes, infer, initializers
+from onnxprune.infer import infer, initializers
 from onnxprune.masked import narrowed
 from onnxprune.model import Graph, Model, Prepared, input_sizes, prepare, view
+from onnxprune.probes import cost_sizes
 from onnxprune.rewrite import apply
 from onnxprune.types import Array, Frozen, Group, Mask, Plan, Shape, View
 

@@ -24,8 +24,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnxprune.errors import ImpossibleError, InputError
-from onnxprune.infer import Facts, cost_sizes, infer, probes, symbols, true_inputs
+from onnxprune.infer import Facts, infer, symbols, true_inputs
 from onnxprune.model import Model, free_name, register
+from onnxprune.probes import cost_sizes, probes
 from onnxprune.runtime import ort
 from onnxprune.storage import dump
 from onnxprune.types import Array, Shape

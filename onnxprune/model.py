@@ -24,13 +24,12 @@ from onnxprune.infer import (
     moving,
     names,
     op_node,
-    other_probes,
-    probes,
     symbol,
     symbols,
     true_inputs,
     walk,
 )
+from onnxprune.probes import other_probes, probes
 from onnxprune.types import Array, Axis, Mask, Shape, Stored, View
 
 Model = ir.Model  # what the rest of the package passes around without looking inside

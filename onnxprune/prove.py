@@ -10,9 +10,10 @@ import numpy as np
 from onnxprune import feeds, storage, verify
 from onnxprune.analysis import Analysis, cost_shapes
 from onnxprune.errors import ImpossibleError, InputError, MachineError, PruneError
-from onnxprune.infer import alternatives, control, single_lengths, walk
+from onnxprune.infer import control, walk
 from onnxprune.infer import seed as seed_facts
 from onnxprune.model import Model, normalise
+from onnxprune.probes import alternatives, single_lengths
 from onnxprune.runtime import ort
 from onnxprune.types import Array, Mask, Shape
 from onnxprune.worker import Worker
