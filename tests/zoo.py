@@ -40,7 +40,8 @@ def entry(name: str, inputs: str, outputs: str, weights: Weights, body: str, ops
 
     @cache
     def build() -> onnx.ModelProto:
-        contrib = ', "com.microsoft": 1' if "com.microsoft." in body else ""
+        domains = (("com.microsoft", 1), ("ai.onnx.ml", 3))
+        contrib = "".join(f', "{domain}": {version}' for domain, version in domains if f"{domain}." in body)
         contrib += ', "local": 1' if "local." in body else ""
         header = f'<ir_version: {ir}, opset_import: ["": {opset}{contrib}]>'
         main, _, functions = body.partition("\n---\n")
@@ -607,6 +608,15 @@ entry(
     "k = Transpose<perm = [1,0,3,2]>(k0)\nv = Transpose<perm = [1,0,2,3]>(v0)\ns0 = MatMul(q, k)\ns1 = Mul(s0, scale)\n"
     "p = Softmax(s1)\no0 = MatMul(p, v)\no1 = Transpose<perm = [0,2,1,3]>(o0)\no = Reshape(o1, join)\ny0 = MatMul(o, wo)\n"
     "m = MatMul(w1, w2)\ne = GatherND(m, corner)\ng = ReduceSum(e)\ny = Mul(y0, g)",
+)  # fmt: skip
+
+entry(
+    "a classifier with its pipeline",
+    "float[n,3] x",
+    "float[n,2] y, int64[1,n] label",
+    {"w1": (3, 7), "b1": (7,), "w2": (7, 2), "labels": i64(10, 20)},
+    "s = ai.onnx.ml.Scaler<offset = [0.1, 0.2, 0.3], scale = [1.0, 2.0, 0.5]>(x)\na = MatMul(s, w1)\nb = Add(a, b1)\nc = Relu(b)\n"
+    "y = MatMul(c, w2)\nd = ArgMax<axis = 1, keepdims = 0>(y)\nlabel = ai.onnx.ml.ArrayFeatureExtractor(labels, d)",
 )  # fmt: skip
 
 # Recurrent ---------------------------------------------------------------------------------------------------------

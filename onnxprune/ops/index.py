@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune.ops import Edit, Resizing, resize, rule
+from onnxprune.ops import Edit, Resizing, frozen, resize, rule, stand_in
 from onnxprune.types import Axis, Freeze, Mask, Numbers, OpNode, Pattern, Positions, Relation, Take
 
 
@@ -361,3 +361,8 @@ def trilu(node: OpNode) -> Iterable[Relation]:
     """X -> Y: rows and columns are numbered and stay; leading axes pass through."""
     names = [*(f"a{k}" for k in range(len(node.shape(0)) - 2)), "!", "!"]
     yield Pattern(f"{' '.join(names)}, -> {' '.join(names)}")
+
+
+frozen("ai.onnx.ml::ArrayFeatureExtractor", "ArrayFeatureExtractor picks features by their numbers")
+frozen("ai.onnx.ml::Scaler", "the offsets and scales of Scaler are attributes")
+stand_in("ai.onnx.ml::Scaler", "Identity", (0,))
