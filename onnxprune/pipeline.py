@@ -410,7 +410,13 @@ def _proven(
         left = [(g, s) for g, s in zip(groups, importance, strict=True) if g.id not in unproven]
         if groups and not left:
             raise InternalError("no group could be proven", file=analysis.source.path.name)
-        plan = _selected(analysis, [g for g, _ in left], [s for _, s in left], options)
+        try:
+            plan = _selected(analysis, [g for g, _ in left], [s for _, s in left], options)
+        except ImpossibleError as error:
+            if not unproven:
+                raise
+            reason = f"groups {unproven} could not be proven, and without them {error.message}"
+            raise InternalError(reason, file=analysis.source.path) from None
         touched = [k for k, keep in plan.keep.items() if not keep.all()]
         if unproven and not touched:
             raise InternalError("nothing that could be proven can be removed", file=analysis.source.path.name)
