@@ -140,7 +140,7 @@ def slice_bounds(this: Resizing) -> Edit | None:
 
 @rule("Gather", roles={1: "index"}, carries=(0,))
 def gather(node: OpNode) -> Iterable[Relation]:
-    """Data axes pass through around the indices' axes; constant indices pick positions, others freeze the axis."""
+    """Data axes pass through around those of the indices; constant ones pick positions, others number them."""
     data, indices = node.shape(0), node.shape(1)
     axis = node.attr("axis", 0) % len(data)
     left = ["_" if k == axis else f"a{k}" for k in range(len(data))]
@@ -288,7 +288,7 @@ def _elements(node: OpNode) -> tuple[list[str], int]:
 
 @rule("GatherND", roles={1: "index"}, carries=(0,))
 def gather_nd(node: OpNode) -> Iterable[Relation]:
-    """Data (b, indexed, rest), indices (b, i, m) -> Y (b, i, rest): constant ones pick positions, others stay."""
+    """Data (b, indexed, rest), indices (b, i, m) -> Y (b, i, rest): constant ones pick positions, others number them."""
     data, indices, batch = node.shape(0), node.shape(1), node.attr("batch_dims", 0)
     depth = batch + indices[-1]
     shared = [f"b{k}" for k in range(batch)]
