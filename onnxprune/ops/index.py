@@ -288,7 +288,7 @@ def _elements(node: OpNode) -> tuple[list[str], int]:
 
 @rule("GatherND", roles={1: "index"}, carries=(0,))
 def gather_nd(node: OpNode) -> Iterable[Relation]:
-    """Data (b, indexed, rest), indices (b, i, m) -> Y (b, i, rest): constant ones pick positions, others number them."""
+    """Data (b, indexed, rest), indices (b, i, m) -> Y (b, i, rest): constant ones pick positions, others number."""
     data, indices, batch = node.shape(0), node.shape(1), node.attr("batch_dims", 0)
     depth = batch + indices[-1]
     shared = [f"b{k}" for k in range(batch)]
