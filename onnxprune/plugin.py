@@ -38,13 +38,50 @@ class Weights:
         return np.bincount(member.units, self.power(member, order), units)
 
 
+@dataclass(frozen=True)
+class Reader:
+    """A linear operator that reads a group: it sums x W over columns, of which each unit owns as many.
+
+    weight float64[columns, outputs]; columns int64[units, of each unit]; moments float64[columns, columns] are the means
+    of x x^T over the calibration data, of the centred x where `intercept` says that a constant costs nothing.
+    """
+
+    node: str
+    weight: Array
+    columns: Array
+    moments: Array
+    intercept: bool
+
+    def energy(self) -> float:
+        """The operator's mean squared output, summed over its outputs."""
+        return float(np.einsum("io,ij,jo->", self.weight, self.moments, self.weight, optimize=True))
+
+
+class Evidence:
+    """What criteria may look at: weights and a seed always, readers with their inputs where there is calibration data."""
+
+    def __init__(
+        self, weights: Weights, seed: int = 0, readers: Callable[[Group], Sequence[Reader]] | None = None
+    ) -> None:
+        self.weights, self.seed, self._readers = weights, seed, readers
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether there is calibration data."""
+        return self._readers is not None
+
+    def readers(self, group: Group) -> Sequence[Reader]:
+        """The linear operators that read a group; none without calibration data."""
+        return self._readers(group) if self._readers is not None else ()
+
+
 @runtime_checkable
 class Criterion(Protocol):
     """Scores units: `importance` answers float64[units], higher stays, or None where it has nothing to go by."""
 
     missing: ClassVar[str]
 
-    def importance(self, group: Group, weights: Weights, seed: int) -> Array | None:
+    def importance(self, group: Group, evidence: Evidence) -> Array | None:
         """One number for each unit of a group, comparable between groups."""
         ...
 
@@ -60,7 +97,84 @@ class Allocator(Protocol):
         ...
 
 
-KINDS = {"criteria": "criterion", "allocators": "allocator"}
+@dataclass(frozen=True)
+class Knob:
+    """Something of which more or less may go: `table[r]` units really go where r are to go; all of a group, or a branch."""
+
+    kind: str
+    table: Array
+
+    @property
+    def most(self) -> int:
+        """How many units can go."""
+        return int(self.table[-1])
+
+
+@dataclass(frozen=True)
+class Search:
+    """Find how far to turn each knob: `cost` of a state (units gone, by knob) is at most 1 where every target is met.
+
+    `damage` measures states: the divergence of the outputs from the dense model's, after repair, on samples that the
+    repair does not see. What it costs is one repair each.
+    """
+
+    knobs: tuple[Knob, ...]
+    cost: Callable[[Sequence[int]], float]
+    damage: Callable[[Sequence[Sequence[int]]], Array]
+
+
+@runtime_checkable
+class Searcher(Protocol):
+    """An allocator that measures: `search` answers how many units of each knob go."""
+
+    def search(self, problem: Search) -> list[int]:
+        """See Search."""
+        ...
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One site to fit: find a change of the weight with which `current` comes nearest to `wanted`.
+
+    x float32[groups, rows, columns], weight float64[groups, columns, outputs] as it is, wanted and current
+    float32[rows, groups * outputs]; `held_out` bool[rows] is not to be fitted to. Readers see only what lies between
+    `bounds`. With `intercept` a constant may be added as well. `ridge` is a damping that was found before.
+    """
+
+    x: Array
+    weight: Array
+    wanted: Array
+    current: Array
+    held_out: Array
+    bounds: tuple[float, float]
+    intercept: bool
+    ridge: float | None = None
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What is added: weight float64[groups, columns, outputs], shift float64[groups * outputs]; the damping taken."""
+
+    weight: Array
+    shift: Array
+    ridge: float
+
+    def predict(self, x: Array) -> Array:
+        """float32[rows, groups * outputs]: by how much a site changes."""
+        product = x @ self.weight.astype(np.float32)
+        return np.asarray(product.swapaxes(0, 1).reshape(x.shape[1], -1) + self.shift.astype(np.float32))
+
+
+@runtime_checkable
+class Reconstructor(Protocol):
+    """Fits one site at a time: `solve` answers the change, or None where leaving it alone is better."""
+
+    def solve(self, problem: Problem) -> Solution | None:
+        """See Problem; called in the child process."""
+        ...
+
+
+KINDS = {"criteria": "criterion", "allocators": "allocator", "reconstructors": "reconstructor"}
 
 
 def available(kind: str) -> dict[str, type[Any]]:

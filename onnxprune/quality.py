@@ -58,6 +58,49 @@ def cosine(outputs: Outputs, dense: Outputs, labels: Array | None) -> float:
         return float(np.mean((x * y).sum(axis=1) / norms))
 
 
+def divergence(found: Sequence[Outputs], dense: Sequence[Outputs]) -> float:
+    """How far outputs are from the dense ones, without labels: lower is better, zero is equal.
+
+    For scores (two or three axes, the last of at least three positions) the mean KL divergence of their softmax, or
+    of themselves where they are probabilities already; for anything, a hundredth of the squared error relative to the
+    dense output's variance, which counts alone for what is no score. Outputs are averaged.
+    """
+    totals = []
+    for name, whole in dense[0].items():
+        if name not in found[0] or (whole.dtype.kind != "f" and whole.dtype.name != "bfloat16"):
+            continue
+        pairs = [(row[name].astype(np.float64), other[name].astype(np.float64)) for row, other in zip(found, dense, strict=True)]
+        if any(x.shape != y.shape or not np.array_equal(np.isfinite(x), np.isfinite(y)) for x, y in pairs):
+            return float("inf")
+        pairs = [(np.where(np.isfinite(x), x, 0), np.where(np.isfinite(y), y, 0)) for x, y in pairs]
+        size = sum(y.size for _, y in pairs)
+        mean = sum(y.sum() for _, y in pairs) / max(size, 1)
+        spread = sum(((y - mean) ** 2).sum() for _, y in pairs) or 1.0
+        error = sum(((x - y) ** 2).sum() for x, y in pairs) / spread
+        scores = whole.ndim in (2, 3) and whole.shape[-1] >= 3
+        totals.append(0.01 * error + _kl(pairs) if scores else error)
+    return float(np.mean(totals)) if totals else 0.0
+
+
+def _kl(pairs: Sequence[tuple[Array, Array]]) -> float:
+    """Mean KL divergence of the second from the first, over rows along the last axis."""
+    likely = all((y >= 0).all() and np.allclose(y.sum(axis=-1), 1, atol=1e-3) for _, y in pairs)
+    total = rows = 0.0
+    for x, y in pairs:
+        p, q = (_log(np.maximum(v, 1e-12) if likely else v, likely) for v in (y, x))
+        total += float((np.exp(p) * (p - q)).sum())
+        rows += x.size / x.shape[-1]
+    return total / max(rows, 1)
+
+
+def _log(values: Array, likely: bool) -> Array:
+    """Logarithms of probabilities, given as such or as scores."""
+    if likely:
+        return np.asarray(np.log(values / values.sum(axis=-1, keepdims=True)))
+    shifted = values - values.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+
 METRICS: Mapping[str, Callable[[Outputs, Outputs, Array | None], float]] = {
     "accuracy": accuracy,
     "agreement": agreement,

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from onnxprune.plugin import Weights
+from onnxprune.plugin import Evidence
 from onnxprune.types import Array, Group
 
 
@@ -21,12 +21,12 @@ class BatchNormScale:
 
     missing: ClassVar[str] = "no BatchNormalization scale is left in it"
 
-    def importance(self, group: Group, weights: Weights, seed: int) -> Array | None:
+    def importance(self, group: Group, evidence: Evidence) -> Array | None:
         """float64[units], higher stays; None where the group passes no BatchNormalization."""
         scales = [m for m in group.members if m.slot == "BatchNormalization.1"]
         if not scales or group.kind == "layers":  # no scale speaks for a whole branch
             return None
-        count = len(group.units)
+        count, weights = len(group.units), evidence.weights
         raw: Array = np.mean(
             [weights.per_unit(m, 1, count) / np.maximum(np.bincount(m.units, minlength=count), 1) for m in scales],
             axis=0,

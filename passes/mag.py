@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from onnxprune.plugin import Weights
+from onnxprune.plugin import Evidence
 from onnxprune.types import Array, Group
 
 
@@ -25,9 +25,9 @@ class Magnitude:
         if self.order not in (1, 2):
             raise ValueError("mag: order is 1 or 2")
 
-    def importance(self, group: Group, weights: Weights, seed: int) -> Array | None:
+    def importance(self, group: Group, evidence: Evidence) -> Array | None:
         """float64[units], higher stays; biases and index tables say nothing about a unit's weight and are left out."""
-        count = len(group.units)
+        count, weights = len(group.units), evidence.weights
         slices = [weights.per_unit(m, self.order, count) for m in group.members if m.role in ("weight", "norm")]
         if not slices:
             slices = [weights.per_unit(m, self.order, count) for m in group.members if m.role == "bias"]

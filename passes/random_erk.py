@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from onnxprune.plugin import Weights
+from onnxprune.plugin import Evidence
 from onnxprune.types import Array, Group
 
 
@@ -27,10 +27,10 @@ class RandomErk:
 
     missing: ClassVar[str] = "it has no weights"
 
-    def importance(self, group: Group, weights: Weights, seed: int) -> Array | None:
+    def importance(self, group: Group, evidence: Evidence) -> Array | None:
         """float64[units], higher stays; the same for the same seed and group id."""
-        shapes = [weights.array(m.initializer).shape for m in group.members if m.role == "weight"]
+        shapes = [evidence.weights.array(m.initializer).shape for m in group.members if m.role == "weight"]
         if not shapes:
             return None
-        draws = np.random.default_rng([seed, group.id]).uniform(1e-9, 1, len(group.units))
+        draws = np.random.default_rng([evidence.seed, group.id]).uniform(1e-9, 1, len(group.units))
         return erk_density(shapes[0]) / draws

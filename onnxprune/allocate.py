@@ -1,0 +1,98 @@
+"""How much goes from where: an order of units and a budget, or a search that measures what removal does to the outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from onnxprune import reconstruct
+from onnxprune.analysis import Analysis
+from onnxprune.dims import keep_of
+from onnxprune.errors import InternalError
+from onnxprune.model import Model
+from onnxprune.plugin import Knob, Reconstructor, Search, Searcher
+from onnxprune.select import Rounding
+from onnxprune.sites import Site, find_sites
+from onnxprune.types import Array, Axis, Group, Mask, Plan, Positions
+from onnxprune.worker import Worker
+
+Feeds = Sequence[Mapping[str, Array]]
+
+
+def sites_of(analysis: Analysis, plan: Plan, pruned: Model, stays: Sequence[str] = ()) -> list[Site]:
+    """Where the model of a plan can be repaired; initializers in `stays` keep their values."""
+    alive, shapes = analysis.alive(plan), analysis.view.shapes
+
+    def keep(axis: Axis) -> Mask:
+        return keep_of(analysis.dims, alive, axis, shapes[axis.value][axis.index])
+
+    return find_sites(pruned, analysis.prepared.model, shapes, keep, stays)
+
+
+@dataclass
+class Trials:
+    """Plans tried out: pruned, repaired with one half of the samples and judged by the other; each only once."""
+
+    analysis: Analysis
+    groups: Sequence[Group]
+    importance: Sequence[Array]
+    rounding: Rounding
+    cost: Callable[[Mask], float]
+    worker: Worker
+    reconstructor: Reconstructor | None
+    floor: float = 0.0
+    stays: Sequence[str] = ()
+    progress: Callable[[int], None] = lambda done: None
+    ridges: dict[str, float] = field(default_factory=dict)
+    found: dict[tuple[int, ...], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.knobs: list[Knob] = []
+        self.orders: list[tuple[Group, Positions]] = []
+        for group, scores in zip(self.groups, self.importance, strict=True):
+            order = np.argsort(scores, kind="stable")
+            if group.kind == "layers":
+                for k in order.tolist():
+                    self.knobs.append(Knob(group.kind, np.array([0, 1])))
+                    self.orders.append((group, np.array([k])))
+            else:
+                self.knobs.append(Knob(group.kind, self.rounding.table(group, self.floor)))
+                self.orders.append((group, order))
+
+    def plan(self, state: Sequence[int]) -> Plan:
+        """The plan of a state: how many units of each knob go."""
+        keep = {group.id: np.ones(len(group.units), np.bool_) for group in self.groups}
+        for (group, order), count in zip(self.orders, state, strict=True):
+            keep[group.id][order[:count]] = False
+        return self.analysis.settled(Plan(keep))
+
+    def cost_of(self, state: Sequence[int]) -> float:
+        """The largest ratio of a state's cost to its limit."""
+        return self.cost(self.analysis.alive(self.plan(state)))
+
+    def damage(self, states: Sequence[Sequence[int]]) -> Array:
+        """float64[states]: the divergence that is left after repair; infinite where a plan cannot be carried out."""
+        return np.array([self._damage(tuple(state)) for state in states])
+
+    def _damage(self, state: tuple[int, ...]) -> float:
+        if state not in self.found:
+            self.found[state] = self._measured(self.plan(state))
+            self.progress(len(self.found))
+        return self.found[state]
+
+    def _measured(self, plan: Plan) -> float:
+        try:
+            pruned = self.analysis.rewrite(plan)
+        except InternalError:
+            return float("inf")
+        sites = sites_of(self.analysis, plan, pruned, self.stays)
+        found = reconstruct.repair(
+            self.worker, pruned, sites, self.reconstructor, judge=True, keep=True, ridges=self.ridges
+        )
+        return found.divergence if np.isfinite(found.divergence) else float("inf")
+
+    def search(self, searcher: Searcher) -> Plan:
+        """The plan that an allocator finds by measuring."""
+        return self.plan(searcher.search(Search(tuple(self.knobs), self.cost_of, self.damage)))

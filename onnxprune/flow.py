@@ -1,0 +1,214 @@
+"""A graph run piece by piece over all samples, in the child process: a piece ends where a weight is to be changed.
+
+Weights are inputs of a piece, so that a piece is loaded once and serves every set of weights, and every plan under
+which its operators stay the same. Between pieces only what later ones read is kept.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxprune.errors import InputError
+from onnxprune.infer import bodies, walk
+from onnxprune.runtime import ort
+from onnxprune.sites import Slot, stored
+from onnxprune.types import Array
+
+LOADED = 1024  # pieces that stay loaded
+FED = frozenset(("float32", "float16", "float64"))  # types of initializers that are inputs of a piece
+
+
+class Sessions:
+    """Loaded pieces by what they are; the oldest go first."""
+
+    def __init__(self, threads: int = 1) -> None:
+        self.threads = threads
+        self._made: OrderedDict[bytes, ort.OrtSession] = OrderedDict()
+
+    def session(self, model: bytes) -> ort.OrtSession:
+        """The piece as ONNX Runtime loads it, as written."""
+        if model not in self._made:
+            self._made[model] = ort.BACKENDS["cpu"].session(model, threads=self.threads, optimise=False, arena=False)
+            if len(self._made) > LOADED:
+                self._made.popitem(last=False)
+        self._made.move_to_end(model)
+        return self._made[model]
+
+
+class Flow:
+    """What a model computes from a list of feeds, as far as it was asked for."""
+
+    def __init__(
+        self,
+        model: ir.Model,
+        feeds: Sequence[Mapping[str, Array]],
+        sessions: Sessions,
+        pinned: Collection[str] = (),
+    ) -> None:
+        self.model, self.sessions = model, sessions
+        self.nodes = list(model.graph)
+        self.stored = {str(value.name): value for value in model.graph.initializers.values()}
+        self.reads = [_reads(node) for node in self.nodes]
+        self.maker = {str(out.name): k for k, node in enumerate(self.nodes) for out in node.outputs}
+        self.waiting = Counter(name for names in self.reads for name in names)
+        self.done = [False] * len(self.nodes)
+        self.outputs = {str(value.name) for value in model.graph.outputs} | set(pinned)
+        given = {str(value.name) for value in model.graph.inputs} - set(self.stored)
+        self.live: dict[str, list[Array]] = {name: [np.asarray(feed[name]) for feed in feeds] for name in given}
+        self.count = len(feeds)
+        self._changed: dict[Slot, Array] = {}
+        self._arrays: dict[str, Array] = {}
+        self._slots: dict[Slot, str] = {
+            (str(node.outputs[0].name), k): str(value.name)
+            for node in self.nodes
+            for k, value in enumerate(map(stored, node.inputs))
+            if value is not None
+        }
+
+    def array(self, slot: Slot) -> Array:
+        """What is stored for one input of one node."""
+        changed = self._changed.get(slot)
+        return self._stored(self._slots[slot]) if changed is None else changed
+
+    def change(self, slot: Slot, array: Array) -> None:
+        """Let one input of one node, not yet run, read this from now on."""
+        self._changed[slot] = array
+
+    def values(self, names: Sequence[str]) -> list[list[Array]]:
+        """For each name its arrays, one for each feed."""
+        wanted = [name for name in names if name not in self.live and name not in self.stored]
+        if wanted:
+            self._run(self._ancestors(wanted), set(wanted))
+        return [self.live[n] if n in self.live else [self._stored(n)] * self.count for n in names]
+
+    def _stored(self, name: str) -> Array:
+        if name not in self._arrays:
+            tensor = self.stored[name].const_value
+            assert tensor is not None
+            self._arrays[name] = np.asarray(tensor.numpy())
+        return self._arrays[name]
+
+    def _ancestors(self, names: Iterable[str]) -> list[int]:
+        """Nodes that must still run for these values, in order."""
+        found: set[int] = set()
+        stack = list(names)
+        while stack:
+            name = stack.pop()
+            k = self.maker.get(name)
+            if name in self.live or k is None or k in found:
+                continue
+            if self.done[k]:
+                raise RuntimeError(f"asked for after it went {name} {self.waiting[name]} {name in self.outputs} {names}")
+            found.add(k)
+            stack.extend(self.reads[k])
+        return sorted(found)
+
+    def _run(self, todo: Sequence[int], wanted: set[str]) -> None:
+        """Run these nodes over all feeds; keep what is wanted or read later."""
+        inside = Counter(name for k in todo for name in self.reads[k])
+        made = [str(out.name) for k in todo for out in self.nodes[k].outputs if out.name]
+        later = [n for n in made if n in wanted or n in self.outputs or self.waiting[n] > inside[n]]
+        piece, weights = self._piece(todo, later)
+        session = self.sessions.session(piece)
+        entering = [port.name for port in session.interface.inputs if port.name not in weights]
+        results: dict[str, list[Array]] = {name: [] for name in later}
+        for k in range(self.count):
+            found = session.run({**weights, **{name: self.live[name][k] for name in entering}})
+            for name in later:
+                results[name].append(found[name])
+        self.live |= results
+        self.waiting -= inside
+        for k in todo:
+            self.done[k] = True
+        for name in [n for n in self.live if not self.waiting[n] and n not in wanted and n not in self.outputs]:
+            del self.live[name]
+
+    def gone(self, name: str) -> bool:
+        """Whether a value was computed and forgotten."""
+        k = self.maker.get(name)
+        return k is not None and self.done[k] and name not in self.live
+
+    def _piece(self, todo: Sequence[int], outputs: Sequence[str]) -> tuple[bytes, dict[str, Array]]:
+        """(a model of these nodes, {its inputs that are weights: array})."""
+        import onnx
+
+        weights: dict[str, Array] = {}
+        constants: dict[str, ir.Value] = {}
+        made: set[str] = set()
+        entering: dict[str, Array] = {}
+        protos = []
+        for k in todo:
+            node = self.nodes[k]
+            proto = ir.serde.serialize_node(node)
+            for out in proto.output:
+                made.add(out)
+            proto.ClearField("metadata_props")
+            proto.ClearField("doc_string")
+            for i, name in enumerate(proto.input):
+                slot = (str(node.outputs[0].name), i)
+                if slot in self._changed:
+                    proto.input[i] = f"{name}\0{slot[0]}\0{i}"
+                    weights[proto.input[i]] = self._changed[slot]
+            protos.append(proto)
+            for name in self.reads[k]:
+                if name in self.stored and not (name in self.live):
+                    value = self.stored[name]
+                    if value.const_value is not None and value.const_value.size > 1 and _kind(value) in FED:
+                        weights.setdefault(name, self._stored(name))
+                    else:
+                        constants[name] = value
+                elif name not in made:
+                    entering[name] = self.live[name][0]
+        read = {name for proto in protos for name in proto.input} | {n for k in todo for n in _captured(self.nodes[k])}
+        weights = {name: array for name, array in weights.items() if name in read}
+        graph = onnx.GraphProto(name="piece", node=protos)
+        for name, array in (*entering.items(), *weights.items()):
+            graph.input.append(onnx.helper.make_tensor_value_info(name, _element(array), None))
+        for name in outputs:
+            graph.output.append(onnx.ValueInfoProto(name=name))
+        for name, value in constants.items():
+            tensor = ir.serde.serialize_tensor(ir.tensor(value.const_value.numpy(), name=name) if value.const_value.__class__.__name__ == "ExternalTensor" else value.const_value)  # type: ignore[union-attr]
+            tensor.name = name
+            graph.initializer.append(tensor)
+        opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in self.model.opset_imports.items()]
+        model = onnx.ModelProto(ir_version=min(self.model.ir_version or 8, 10), opset_import=opsets, graph=graph)
+        return model.SerializeToString(deterministic=True), weights
+
+
+def _kind(value: ir.Value) -> str:
+    return str(value.const_value.numpy().dtype) if value.const_value is not None else ""
+
+
+def _element(array: Array) -> int:
+    import onnx
+
+    return int(onnx.helper.np_dtype_to_tensor_dtype(array.dtype))
+
+
+def _reads(node: ir.Node) -> list[str]:
+    """Names of the values that a node reads, those that its bodies capture among them."""
+    found = dict.fromkeys(str(value.name) for value in node.inputs if value is not None)
+    return list(found | dict.fromkeys(_captured(node)))
+
+
+def _captured(node: ir.Node) -> list[str]:
+    """Names of outer values that the bodies of a node read."""
+    found: dict[str, None] = {}
+    for body in bodies(node).values():
+        own = {value.name for value in (*body.inputs, *body.initializers.values())}
+        inner = list(walk(body))
+        own |= {out.name for one in inner for out in one.outputs}
+        for one in inner:
+            for graph in bodies(one).values():
+                own |= {value.name for value in (*graph.inputs, *graph.initializers.values())}
+        for value in (v for one in inner for v in (*one.inputs,)):
+            if value is not None and value.name not in own:
+                found[str(value.name)] = None
+        for value in body.outputs:
+            if value.name not in own:
+                found[str(value.name)] = None
+    return list(found)

@@ -1,0 +1,118 @@
+"""Least squares in closed form: centred, damped, pulled towards nothing; how much damping is found on held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.linalg import LinAlgError, cho_factor, cho_solve
+
+from onnxprune.types import Array, Mask
+
+RIDGES = (1e-3, 1e-2, 1e-1, 5e-1)  # shares of the mean diagonal of the second moments
+
+
+@dataclass(frozen=True)
+class Fit:
+    """x @ weight + shift, where x is [rows, columns]: weight float64[columns, outputs], shift float64[outputs]."""
+
+    weight: Array
+    shift: Array
+
+    def __call__(self, x: Array) -> Array:
+        """float32[rows, outputs]."""
+        return np.asarray(x @ self.weight.astype(np.float32) + self.shift.astype(np.float32))
+
+
+class Regression:
+    """Second moments of the rows of x (float32[rows, columns]); solves for any number of targets and dampings.
+
+    With `intercept` the moments are centred and the shift is not damped, else it is zero.
+    """
+
+    def __init__(self, x: Array, intercept: bool = True) -> None:
+        self.x = x
+        self.mean = x.mean(axis=0, dtype=np.float64) if intercept and len(x) else np.zeros(x.shape[1])
+        self._centred = x - self.mean.astype(np.float32) if intercept else x
+        self.moments = (self._centred.T @ self._centred).astype(np.float64) / max(len(x), 1)
+        self.scale = float(np.trace(self.moments)) / max(x.shape[1], 1)
+        self._intercept = intercept
+        self._factors: dict[float, tuple[Array, bool]] = {}
+
+    def solve(self, y: Array, ridge: float) -> Fit:
+        """The weights that bring x nearest to y, float32[rows, outputs], with `ridge` x the mean diagonal as damping."""
+        y_mean = y.mean(axis=0, dtype=np.float64) if self._intercept else np.zeros(y.shape[1])
+        cross = (self._centred.T @ y).astype(np.float64) / max(len(y), 1)
+        if not self._intercept or abs(self._centred).size == 0:
+            pass
+        weight = np.asarray(cho_solve(self._factor(ridge), cross)) if self.scale > 0 else np.zeros_like(cross)
+        return Fit(weight, y_mean - self.mean @ weight)
+
+    def _factor(self, ridge: float) -> tuple[Array, bool]:
+        """Cholesky factor of the damped moments; more damping where it fails."""
+        while ridge not in self._factors:
+            damped = self.moments + ridge * self.scale * np.eye(len(self.moments))
+            try:
+                self._factors[ridge] = cho_factor(damped, overwrite_a=True, check_finite=False)
+            except LinAlgError:
+                return self._factor(max(ridge, 1e-8) * 10)
+        return self._factors[ridge]
+
+
+def seen(value: Array, bounds: tuple[float, float]) -> Array:
+    """What readers see of a value behind a ReLU or Clip."""
+    return value if bounds == (-np.inf, np.inf) else np.clip(value, *bounds)
+
+
+def goal(wanted: Array, predicted: Array, bounds: tuple[float, float]) -> Array:
+    """What to aim at: where readers see the wanted value, that; elsewhere anything that they do not see either."""
+    low, high = bounds
+    found = np.where(wanted <= low, np.minimum(predicted, low), wanted) if np.isfinite(low) else wanted
+    return np.where(wanted >= high, np.maximum(predicted, high), found) if np.isfinite(high) else found
+
+
+def fit(
+    x: Array,
+    wanted: Array,
+    current: Array,
+    held_out: Mask,
+    *,
+    bounds: tuple[float, float] = (-np.inf, np.inf),
+    ridges: Sequence[float] = RIDGES,
+    rounds: int = 5,
+    intercept: bool = True,
+) -> tuple[Fit, float] | None:
+    """(change, ridge) that brings `current` + change(x) nearest to `wanted`, as its readers see it.
+
+    All float32[rows, ...]. The damping is the one that does best on the held-out rows (bool[rows]), and the change is
+    then fitted to all of them. None where leaving everything alone does better there.
+    """
+    part = Regression(x[~held_out], intercept)
+    known = [a[~held_out] for a in (wanted, current)]
+    probe = [a[held_out] for a in (wanted, current)]
+    before = _error(probe[0], probe[1], bounds)
+    best: tuple[float, float] | None = None
+    for ridge in ridges:
+        change = _rounds(part, *known, bounds, ridge, rounds if len(ridges) == 1 else min(rounds, 2))
+        error = _error(probe[0], probe[1] + change(x[held_out]), bounds)
+        if np.isfinite(error) and (best is None or error < best[0]):
+            best = (error, ridge)
+    if best is None or best[0] >= before:
+        return None
+    return _rounds(Regression(x, intercept), wanted, current, bounds, best[1], rounds), best[1]
+
+
+def _error(wanted: Array, found: Array, bounds: tuple[float, float]) -> float:
+    return float(np.mean((seen(wanted, bounds) - seen(found, bounds)) ** 2, dtype=np.float64))
+
+
+def _rounds(
+    moments: Regression, wanted: Array, current: Array, bounds: tuple[float, float], ridge: float, rounds: int
+) -> Fit:
+    """Solve, aim anew where readers do not look, and again; the moments of x stay the same."""
+    change = moments.solve(goal(wanted, current, bounds) - current, ridge)
+    for _ in range(rounds if bounds != (-np.inf, np.inf) else 0):
+        predicted = current + change(moments.x)
+        change = moments.solve(goal(wanted, predicted, bounds) - current, ridge)
+    return change

@@ -1,0 +1,422 @@
+"""The frame for repair: what stays is fitted, operator by operator, to what the dense model computes.
+
+Sites are visited in topological order. Each is fitted on what the *pruned* model, repaired so far, feeds it, towards
+what the dense model has in its place: errors are taken up where they arise instead of adding up. Producers are
+fitted as well as consumers, and all operators of a residual sum together. How one site is fitted is a reconstructor's
+business (passes/); the sampling of rows, the layouts and the order are the same for all of them. Everything that runs
+the models does so in the child process; the dense side is kept there from one call to the next.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxprune import quality
+from onnxprune.flow import Flow, Sessions
+from onnxprune.model import Model, add_initializer, free_name
+from onnxprune.plugin import Problem, Reconstructor
+from onnxprune.sites import Operator, Site, Slot, stored
+from onnxprune.storage import dump
+from onnxprune.types import Array, Mask, Positions
+from onnxprune.worker import Worker
+
+Feeds = Sequence[Mapping[str, Array]]
+ROWS = 20_000  # rows of one site that are enough
+NOTHING = 1e-9  # share of a site's variance below which it is not off
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How many rows of each site are used, drawn with `seed`; `padding` names the input that is zero for padded tokens."""
+
+    rows: int = ROWS
+    seed: int = 0
+    padding: str | None = None
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What a repair changed, {slot: array}, the damping that each site took, and the divergence that is left."""
+
+    changes: Mapping[Slot, Array]
+    ridges: Mapping[str, float]
+    divergence: float = float("nan")
+
+
+# In the parent -------------------------------------------------------------------------------------------------------
+
+
+def begin(
+    worker: Worker, dense: Model, feeds: Feeds, sampling: Sampling, *, judged: Feeds = (), threads: int = 1
+) -> None:
+    """Hand the dense model to the child, with the samples to fit to, and those to judge by."""
+    with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+        worker.call(_begin, str(dump(dense, folder, "dense")), list(feeds), list(judged), sampling, threads)
+
+
+def repair(
+    worker: Worker,
+    pruned: Model,
+    sites: Sequence[Site],
+    reconstructor: Reconstructor | None,
+    *,
+    judge: bool = False,
+    keep: bool = False,
+    ridges: Mapping[str, float] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Repair:
+    """Fit every site of a pruned model in turn; see `begin`, which comes first.
+
+    With `judge` its divergence from the dense model is measured; with `keep` the dense side remembers its rows for the
+    next plan. `ridges` are dampings that were found before. Raises what Worker.call raises.
+    """
+    with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+        path = str(dump(pruned, folder, "pruned"))
+        worker.call(_load, path, list(sites) if reconstructor else [], keep)
+        for k in range(len(sites) if reconstructor else 0):
+            worker.call(_fit, k, reconstructor, dict(ridges or {}))
+            progress(k + 1, len(sites))
+        found: Repair = worker.call(_finish, judge)
+    return found
+
+
+def apply(model: Model, changes: Mapping[Slot, Array]) -> list[str]:
+    """Write a repair into the pruned model; the names of the initializers that changed.
+
+    One that other nodes read as well stays for them, and a copy takes its place.
+    """
+    graph = model.graph
+    nodes = {str(node.outputs[0].name): node for node in graph}
+    names = []
+    for (reader, k), array in changes.items():
+        node = nodes[reader]
+        value = stored(node.inputs[k])
+        assert value is not None and value.const_value is not None
+        tensor = ir.Tensor(array, dtype=value.const_value.dtype, name=value.name)
+        if value is node.inputs[k] and len(value.uses()) == 1 and not value.is_graph_output():
+            value.const_value, value.shape = tensor, ir.Shape(array.shape)
+        else:
+            name = free_name(graph, str(value.name))
+            tensor = ir.Tensor(array, dtype=value.const_value.dtype, name=name)
+            value = ir.Value(name=name, shape=ir.Shape(array.shape), type=value.type, const_value=tensor)
+            add_initializer(graph, value)
+            node.replace_input_with(k, value)
+        names.append(str(value.name))
+    return sorted(names)
+
+
+# In the child --------------------------------------------------------------------------------------------------------
+
+
+class _Dense:
+    """The dense model over all samples: rows of its values, each computed once."""
+
+    def __init__(self, path: str, fitted: Feeds, judged: Feeds, sampling: Sampling, threads: int) -> None:
+        self.model, self.feeds, self.sampling = ir.load(path), [*fitted, *judged], sampling
+        self.fitted = len(fitted)
+        self.sessions = Sessions(threads)
+        self.counts = [_samples(feed, self.model.graph) for feed in fitted]
+        self._outputs: list[dict[str, Array]] = []
+        self.rows: dict[tuple[str, int], Array] = {}
+        self.flow: Flow | None = None
+
+    def take(self, site: Site, rows: Rows, keep: bool, later: Sequence[Site]) -> Array:
+        """float32[rows, channels of the dense value]."""
+        key = (site.dense, site.axis)
+        if key not in self.rows:
+            if self.flow is None or self.flow.gone(site.dense):
+                self.flow = Flow(self.model, self.feeds[: self.fitted], self.sessions, {s.dense for s in (site, *later)})
+            arrays = self.flow.values([site.dense])[0][: self.fitted]
+            found = rows.of(arrays, site.axis)
+            if not keep:
+                return found
+            self.rows[key] = found
+        return self.rows[key]
+
+
+    def divergence(self, flow: Flow) -> float:
+        """How far a model's outputs are from the dense ones on the samples that are judged by."""
+        if not self._outputs:
+            self._outputs = self._results(Flow(self.model, self.feeds[self.fitted :], self.sessions))
+        names = set(flow.outputs) & set(self._outputs[0])
+        found = [{name: row[name] for name in names} for row in self._results(flow)]
+        return quality.divergence(found[-len(self._outputs) :], self._outputs)
+
+    @staticmethod
+    def _results(flow: Flow) -> list[dict[str, Array]]:
+        names = [str(value.name) for value in flow.model.graph.outputs]
+        return [dict(zip(names, row, strict=True)) for row in zip(*flow.values(names), strict=True)]
+
+
+class Rows:
+    """Which rows of a value are used: the same for every value that has as many, dense or pruned.
+
+    `chosen` has the numbers of the rows for each feed; `held_out` bool[rows] marks a fifth of the samples.
+    """
+
+    def __init__(self, arrays: Sequence[Array], axis: int, counts: Sequence[int], masks: Sequence[Array | None], sampling: Sampling) -> None:
+        totals = [array.size // array.shape[axis] for array in arrays]
+        whole = max(sum(totals), 1)
+        rng = np.random.default_rng([sampling.seed, whole])
+        self.chosen: list[Positions] = []
+        held, first = [], 0
+        for array, total, count, mask in zip(arrays, totals, counts, masks, strict=True):
+            real = _real(array, axis, mask, total)
+            wanted = min(len(real), -(-sampling.rows * total // whole))
+            picked = real if wanted == len(real) else np.sort(rng.choice(real, wanted, replace=False))
+            self.chosen.append(picked)
+            held.append(first + picked * count // max(total, 1))
+            first += count
+        sample = np.concatenate(held)
+        by = sample if first >= 10 else np.arange(len(sample))
+        self.held_out: Mask = by % 5 == 2
+
+    def of(self, arrays: Sequence[Array], axis: int) -> Array:
+        """float32[rows, channels] of a value."""
+        found = []
+        for array, rows in zip(arrays, self.chosen, strict=True):
+            flat = np.moveaxis(array, axis, -1)
+            flat = flat.reshape(-1, array.shape[axis])
+            found.append(flat[rows].astype(np.float32))
+        return np.concatenate(found)
+
+    def patches(self, arrays: Sequence[Array], operator: Operator, weight: Array) -> Array:
+        """float32[groups, rows, columns]: what a convolution multiplies by its weight."""
+        attrs, spatial = operator.attrs, weight.ndim - 2
+        strides = list(attrs.get("strides", [1] * spatial))
+        dilations = list(attrs.get("dilations", [1] * spatial))
+        pads = list(attrs.get("pads", [0] * 2 * spatial))
+        groups = int(attrs.get("group", 1))
+        kernel = weight.shape[2:]
+        found = []
+        for array, rows in zip(arrays, self.chosen, strict=True):
+            padded = np.pad(array, [(0, 0), (0, 0), *zip(pads[:spatial], pads[spatial:], strict=True)])
+            extent = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
+            windows = np.lib.stride_tricks.sliding_window_view(padded, extent, axis=tuple(range(2, 2 + spatial)))
+            step = (slice(None), slice(None), *(slice(None, None, s) for s in strides))
+            inner = (*(slice(None) for _ in range(spatial)), *(slice(None, None, d) for d in dilations))
+            windows = windows[step][(slice(None), slice(None), *inner)]
+            place = np.unravel_index(rows, (windows.shape[0], *windows.shape[2 : 2 + spatial]))
+            taken = windows[(place[0], slice(None), *place[1:])]
+            found.append(taken.reshape(len(rows), groups, -1).astype(np.float32))
+        return np.ascontiguousarray(np.concatenate(found).swapaxes(0, 1))
+
+
+def _real(array: Array, axis: int, mask: Array | None, total: int) -> Positions:
+    """Numbers of the rows that are not padding, where a value's leading axes are batch and length."""
+    every = np.arange(total)
+    if mask is None:
+        return every
+    flat = mask.reshape(-1) != 0
+    shape = [size for k, size in enumerate(array.shape) if k != axis % array.ndim]
+    if tuple(shape[:2]) == mask.shape or (shape and shape[0] == flat.size):
+        return every[np.repeat(flat, total // flat.size)]
+    return every
+
+
+def _samples(feed: Mapping[str, Array], graph: ir.Graph) -> int:
+    """How many samples a feed stacks: the length of the first axis of the first input that leaves it open."""
+    for value in graph.inputs:
+        if value.name in feed and value.shape and not isinstance(value.shape[0], int):
+            return max(1, len(feed[str(value.name)]))
+    return 1
+
+
+@dataclass
+class _Task:
+    flow: Flow
+    sites: Sequence[Site]
+    keep: bool
+    changes: dict[Slot, Array] = field(default_factory=dict)
+    ridges: dict[str, float] = field(default_factory=dict)
+
+
+_dense: _Dense | None = None
+_task: _Task | None = None
+
+
+def _begin(path: str, fitted: Feeds, judged: Feeds, sampling: Sampling, threads: int) -> None:
+    global _dense
+    _dense = _Dense(path, fitted, judged, sampling, threads)
+
+
+def _load(path: str, sites: Sequence[Site], keep: bool) -> None:
+    global _task
+    assert _dense is not None
+    _task = _Task(Flow(ir.load(path), _dense.feeds, _dense.sessions), sites, keep)
+
+
+def _finish(judge: bool) -> Repair:
+    global _task
+    assert _task is not None and _dense is not None
+    task, _task = _task, None
+    return Repair(task.changes, task.ridges, _dense.divergence(task.flow) if judge else float("nan"))
+
+
+def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> None:
+    """Fit one site and change its weights."""
+    assert _task is not None and _dense is not None
+    task, dense, site = _task, _dense, _task.sites[k]
+    flow = task.flow
+    names = [operator.x for operator in site.operators]
+    arrays = [found[: dense.fitted] for found in flow.values([*names, *site.rest])]
+    inputs, rest = arrays[: len(names)], arrays[len(names) :]
+    shape_source = [_result_shape(site, o, x, flow) for o, x in zip(site.operators, inputs, strict=True)][0]
+    padding = dense.sampling.padding
+    masks = [feed.get(padding) if padding else None for feed in dense.feeds[: dense.fitted]]
+    rows = Rows(shape_source, site.axis, dense.counts, masks, dense.sampling)
+    wanted = dense.take(site, rows, task.keep, task.sites[k + 1 :])
+    if site.kept is not None:
+        wanted = wanted[:, site.kept]
+    parts = [_Part(flow, operator, x, rows) for operator, x in zip(site.operators, inputs, strict=True)]
+    current = sum((part.output() for part in parts), np.zeros(1, np.float32))
+    for value in rest:
+        current = current + rows.of(value, site.axis)
+    off = float(np.mean((wanted - current) ** 2, dtype=np.float64))
+    if off <= NOTHING * float(np.var(wanted, axis=0, dtype=np.float64).mean() + 1e-30):
+        return
+    batches = [parts] if all(part.groups == 1 for part in parts) else [[part] for part in parts]
+    for batch in batches:
+        home = next((part for part in batch if part.home is not None), None)
+        known = ridges.get(site.value)
+        problem = Problem(
+            x=np.concatenate([part.x for part in batch], axis=2),
+            weight=np.concatenate([part.effective() for part in batch], axis=1),
+            wanted=wanted,
+            current=current,
+            held_out=rows.held_out,
+            bounds=site.bounds,
+            intercept=home is not None,
+            ridge=known,
+        )
+        solution = reconstructor.solve(problem)
+        if solution is None:
+            continue
+        task.ridges[site.value] = solution.ridge
+        current = current + solution.predict(problem.x)
+        start = 0
+        for part in batch:
+            columns = part.x.shape[2]
+            part.add(solution.weight[:, start : start + columns])
+            start += columns
+        if home is not None:
+            home.shift(solution.shift)
+    for part in parts:
+        for slot, array in part.changes.items():
+            flow.change(slot, array)
+            task.changes[slot] = array
+
+
+def _result_shape(site: Site, operator: Operator, x: Sequence[Array], flow: Flow) -> list[Array]:
+    """Arrays without memory that have the shape of the operator's output for each feed."""
+    weight = flow.array(operator.weight)
+    found = []
+    for array in x:
+        shape: tuple[int, ...]
+        if operator.op_type == "Conv":
+            attrs, spatial = operator.attrs, weight.ndim - 2
+            strides, dilations = attrs.get("strides", [1] * spatial), attrs.get("dilations", [1] * spatial)
+            pads = attrs.get("pads", [0] * 2 * spatial)
+            sizes = [
+                (array.shape[2 + d] + pads[d] + pads[d + spatial] - dilations[d] * (weight.shape[2 + d] - 1) - 1) // strides[d] + 1
+                for d in range(spatial)
+            ]
+            shape = (array.shape[0], weight.shape[0], *sizes)
+        else:
+            outputs = weight.shape[0 if operator.transposed else 1]
+            lead = array.shape[1:] if operator.attrs.get("transA", 0) else array.shape[:-1]
+            shape = (*lead, outputs)
+        found.append(np.broadcast_to(np.float32(0), shape))
+    return found
+
+
+class _Part:
+    """One operator of a site: its rows, and its weight as a matrix whichever way it is stored."""
+
+    def __init__(self, flow: Flow, operator: Operator, x: Sequence[Array], rows: Rows) -> None:
+        self.operator = operator
+        self.stored = flow.array(operator.weight)
+        self.conv = operator.op_type == "Conv"
+        self.groups = int(operator.attrs.get("group", 1)) if self.conv else 1
+        self.changes: dict[Slot, Array] = {}
+        self.matrix = self._matrix()
+        self.outputs = self.groups * self.matrix.shape[2]
+        if self.conv:
+            self.x = rows.patches(x, operator, self.stored)
+        else:
+            axis = 0 if operator.attrs.get("transA", 0) else -1
+            self.x = rows.of(x, axis)[None]
+        self._chain(flow)
+
+    def _matrix(self) -> Array:
+        """float64[groups, columns, outputs]."""
+        w = self.stored.astype(np.float64)
+        if self.conv:
+            return np.asarray(w.reshape(self.groups, len(w) // self.groups, -1).swapaxes(1, 2))
+        return np.asarray((w.T if self.operator.transposed else w)[None])
+
+    def _chain(self, flow: Flow) -> None:
+        """What the steps make of the product: product * gain + constant; where a shift can be put, and its gain."""
+        gain, constant = np.ones(self.outputs), np.zeros(self.outputs)
+        self.home: tuple[Slot, Array, Array] | None = None
+
+        def read(slot: Slot) -> Array:
+            return np.broadcast_to(flow.array(slot).astype(np.float64).reshape(-1), self.outputs)
+
+        def settle(slot: Slot) -> None:
+            if flow.array(slot).size == self.outputs:
+                self.home = (slot, flow.array(slot), np.ones(self.outputs))
+
+        if self.operator.bias is not None:
+            constant = constant + read(self.operator.bias)
+            settle(self.operator.bias)
+        for step in self.operator.steps:
+            values = [read(slot) for slot in step.slots]
+            if step.kind == "add":
+                constant = constant + values[0]
+                if self.home is None:
+                    settle(step.slots[0])
+                continue
+            factor, offset = values[0], np.zeros(self.outputs)
+            if step.kind == "norm":
+                factor = values[0] / np.sqrt(values[3] + step.epsilon)
+                offset = values[1] - values[2] * factor
+            gain, constant = gain * factor, constant * factor + offset
+            if self.home is not None:
+                self.home = (self.home[0], self.home[1], self.home[2] * factor)
+            if step.kind == "norm":
+                settle(step.slots[1])
+        self.gain, self.constant = gain, constant
+
+    def effective(self) -> Array:
+        """float64[groups, columns, outputs]: the weight with the gain of the steps."""
+        return self.matrix * self.gain.reshape(self.groups, 1, -1)
+
+    def output(self) -> Array:
+        """float32[rows, outputs]: what the operator adds to the site."""
+        product = self.x @ self.effective().astype(np.float32)
+        return np.asarray(product.swapaxes(0, 1).reshape(product.shape[1], -1) + self.constant.astype(np.float32))
+
+    def add(self, change: Array) -> None:
+        """Add float64[groups, columns, outputs], with the gain in it, to the weight."""
+        gain = self.gain.reshape(self.groups, 1, -1)
+        usable = np.abs(gain) > 1e-6 * np.abs(gain).max()
+        self.matrix = self.matrix + np.divide(change, gain, out=np.zeros_like(change), where=np.broadcast_to(usable, change.shape))
+        w = self.matrix
+        w = w.swapaxes(1, 2).reshape(self.stored.shape) if self.conv else w[0].T if self.operator.transposed else w[0]
+        self.changes[self.operator.weight] = np.ascontiguousarray(w, self.stored.dtype)
+
+    def shift(self, change: Array) -> None:
+        """Add float64[outputs] to what the operator adds to the site."""
+        if self.home is None:
+            return
+        slot, stored, gain = self.home
+        usable = np.abs(gain) > 1e-6 * np.abs(gain).max()
+        moved = np.divide(change, gain, out=np.zeros_like(change), where=usable).reshape(stored.shape)
+        self.changes[slot] = (stored.astype(np.float64) + moved).astype(stored.dtype)

@@ -1,0 +1,300 @@
+"""Where a pruned model can be repaired: linear operators with stored weights, and the sums that they feed.
+
+An operator's output may pass a bias, a gain and additions before anything else reads it. What is fitted is the value
+at the end of that chain, the *site*: all operators that end in one site are fitted together, so that a residual sum
+comes out right whatever its shortcut lost.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxprune.infer import attributes, bodies, walk
+from onnxprune.types import Array, Axis, Mask, Positions, Shape
+
+Slot = tuple[str, int]  # first output of a node, number of its input
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+SPATIAL = ("strides", "pads", "dilations", "group", "kernel_shape", "auto_pad")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a site's chain does to each channel: `add` or `mul` one number, or `norm` with running statistics."""
+
+    kind: str
+    slots: tuple[Slot, ...]
+    epsilon: float = 0.0
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A Conv, Gemm or MatMul whose weight is stored for it alone.
+
+    `transposed` where the stored matrix is [outputs, inputs]; `columns` are the positions of the dense operator's
+    columns (within a conv group) that are left, None for all of them.
+    """
+
+    node: str
+    op_type: str
+    x: str
+    weight: Slot
+    bias: Slot | None
+    transposed: bool
+    attrs: Mapping[str, Any]
+    steps: tuple[Step, ...]
+    columns: Positions | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """A value of the pruned model that should equal `kept` positions of `dense`, its counterpart, along `axis`.
+
+    It is the sum of its operators, through their steps, and of the values in `rest`. Only what lies between `bounds`
+    is seen by its readers.
+    """
+
+    value: str
+    dense: str
+    axis: int
+    kept: Positions | None
+    operators: tuple[Operator, ...]
+    rest: tuple[str, ...]
+    bounds: tuple[float, float] = (-np.inf, np.inf)
+
+
+@dataclass
+class _Chain:
+    value: ir.Value
+    steps: list[Step] = field(default_factory=list)
+    rest: list[ir.Value] = field(default_factory=list)
+    path: list[str] = field(default_factory=list)
+
+
+def find_sites(
+    pruned: ir.Model,
+    dense: ir.Model,
+    shapes: Mapping[str, Shape],
+    keep: Callable[[Axis], Mask],
+    stays: Collection[str] = (),
+) -> list[Site]:
+    """Sites in topological order; `shapes` and `keep` speak of the dense model, initializers in `stays` keep their values."""
+    found: dict[str, list[tuple[int, Operator, _Chain]]] = defaultdict(list)
+    readers = _readers(dense)
+    for index, node in enumerate(pruned.graph):
+        operator = _operator(node, shapes, keep, stays)
+        if operator is None:
+            continue
+        chain = _follow(node, _axis(node, shapes), shapes)
+        found[str(chain.value.name)].append((index, _with(operator, tuple(chain.steps)), chain))
+    places = {str(out.name): index for index, node in enumerate(pruned.graph) for out in node.outputs}
+    sites = []
+    for name, parts in found.items():
+        value = parts[0][2].value
+        axis = _axis(pruned.graph.node(parts[0][0]), shapes)
+        counterpart = _counterpart(value, readers, shapes)
+        if any(not keep(Axis(counterpart, k)).all() for k in range(len(shapes[counterpart])) if k != axis):
+            continue
+        paths = {p for _, _, chain in parts for p in chain.path}
+        rest = dict.fromkeys(str(v.name) for _, _, chain in parts for v in chain.rest if v.name not in paths)
+        mask = keep(Axis(counterpart, axis))
+        kept = None if mask.all() else np.flatnonzero(mask)
+        operators = tuple(operator for _, operator, _ in parts)
+        sites.append((places[name], Site(name, counterpart, axis, kept, operators, tuple(rest), _bounds(value))))
+    return [site for _, site in sorted(sites, key=lambda pair: pair[0])]
+
+
+def _readers(dense: ir.Model) -> dict[Slot, str]:
+    """{(node, input): value} of the dense model."""
+    return {
+        (str(node.outputs[0].name), k): str(value.name)
+        for node in walk(dense.graph)
+        for k, value in enumerate(node.inputs)
+        if value is not None
+    }
+
+
+def _counterpart(value: ir.Value, readers: Mapping[Slot, str], shapes: Mapping[str, Shape]) -> str:
+    """The dense value that all readers saw in this place: a later one, where a branch in between is gone."""
+    seen = {readers.get((str(use.node.outputs[0].name), use.idx)) for use in value.uses()}
+    name = next(iter(seen), None) if len(seen) == 1 else None
+    if name is None or value.is_graph_output() or shapes.get(name) != shapes[str(value.name)]:
+        return str(value.name)
+    return name
+
+
+def _axis(node: ir.Node, shapes: Mapping[str, Shape]) -> int:
+    """The axis of a linear operator's output channels."""
+    return 1 if node.op_type != "MatMul" else len(shapes[str(node.outputs[0].name)]) - 1
+
+
+def _operator(
+    node: ir.Node, shapes: Mapping[str, Shape], keep: Callable[[Axis], Mask], stays: Collection[str]
+) -> Operator | None:
+    """The node as an operator that may be fitted, or None."""
+    if node.domain not in ("", "ai.onnx") or node.op_type not in ("Conv", "Gemm", "MatMul"):
+        return None
+    x, given = node.inputs[0], node.inputs[1]
+    output = str(node.outputs[0].name)
+    if x is None or given is None or x.const_value is not None or output not in shapes or str(x.name) not in shapes:
+        return None
+    weight, flips = _weight(given)
+    if weight is None or str(weight.name) in stays or len(weight.shape or ()) < 2:
+        return None
+    attrs = attributes(node)
+    transposed = flips
+    if node.op_type == "Gemm":
+        if attrs.get("alpha", 1.0) != 1.0 or attrs.get("beta", 1.0) != 1.0:
+            return None
+        transposed ^= bool(attrs.get("transB", 0))
+    elif node.op_type == "MatMul":
+        if len(weight.shape or ()) != 2 or len(shapes[str(x.name)]) < 2:
+            return None
+    elif flips or attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID", b"NOTSET", b"VALID"):
+        return None
+    owner = weight.uses()[0]
+    bias = None
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        value = stored(node.inputs[2])
+        if value is None or value.const_value is None:
+            return None
+        if value.const_value.size == _outputs(node, weight, transposed) and str(value.name) not in stays:
+            bias = (output, 2)
+        elif value.const_value.size != 1:
+            return None
+    columns = _columns(node, attrs, str(x.name), shapes, keep)
+    spatial = {key: attrs[key] for key in (*SPATIAL, "transA") if key in attrs}
+    slot = (str(owner.node.outputs[0].name), owner.idx)
+    return Operator(output, node.op_type, str(x.name), slot, bias, transposed, spatial, (), columns)
+
+
+def _weight(value: ir.Value) -> tuple[ir.Value | None, bool]:
+    """(the initializer behind a weight, if it serves this one reader; whether it is transposed on the way)."""
+    flips = False
+    while True:
+        if len(value.uses()) != 1 or value.is_graph_output() or value.is_graph_input():
+            return None, flips
+        if value.const_value is not None and value.is_initializer():
+            return (value if value.dtype in FLOATS else None), flips
+        node = value.producer()
+        if node is None or node.op_type != "Transpose" or node.inputs[0] is None:
+            return None, flips
+        order = attributes(node).get("perm")
+        if len(node.inputs[0].shape or ()) != 2 or (order is not None and list(order) != [1, 0]):  # type: ignore[call-overload]
+            return None, flips
+        flips, value = not flips, node.inputs[0]
+
+
+def stored(value: ir.Value | None) -> ir.Value | None:
+    """The initializer that a value is, through Identity; None for what is computed or given."""
+    while value is not None and (node := value.producer()) is not None and node.op_type == "Identity":
+        value = node.inputs[0]
+    if value is None or value.const_value is None or value.producer() is not None or value.is_graph_input():
+        return None
+    return value
+
+
+def _outputs(node: ir.Node, weight: ir.Value, transposed: bool) -> int:
+    shape = weight.const_value.shape.numpy() if weight.const_value is not None else (0,)
+    return int(shape[0] if node.op_type == "Conv" or transposed else shape[-1])
+
+
+def _columns(
+    node: ir.Node, attrs: Mapping[str, Any], x: str, shapes: Mapping[str, Shape], keep: Callable[[Axis], Mask]
+) -> Positions | None:
+    """Positions of the dense operator's columns, of one conv group, that are left."""
+    rank = len(shapes[x])
+    axis = 1 if node.op_type == "Conv" else rank - (2 if attrs.get("transA", 0) else 1)
+    mask = keep(Axis(x, axis))
+    if mask.all():
+        return None
+    if node.op_type != "Conv":
+        return np.flatnonzero(mask)
+    weight = node.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    patch = int(np.prod(weight.const_value.shape.numpy()[2:]))
+    if attrs.get("group", 1) != 1:
+        return None
+    return np.asarray((np.flatnonzero(mask)[:, None] * patch + np.arange(patch)).reshape(-1))
+
+
+def _with(operator: Operator, steps: tuple[Step, ...]) -> Operator:
+    from dataclasses import replace
+
+    return replace(operator, steps=steps)
+
+
+def _follow(node: ir.Node, axis: int, shapes: Mapping[str, Shape]) -> _Chain:
+    """What happens to an operator's output until something else than a gain, a shift or a sum reads it."""
+    chain = _Chain(node.outputs[0], path=[str(node.outputs[0].name)])
+    start = shapes[str(node.outputs[0].name)]
+    while len(chain.value.uses()) == 1 and not chain.value.is_graph_output():
+        use = chain.value.uses()[0]
+        reader, k = use.node, use.idx
+        if reader.graph is not node.graph or bodies(reader) or reader.domain not in ("", "ai.onnx"):
+            break
+        out = reader.outputs[0]
+        if shapes.get(str(out.name)) != start:
+            break
+        slot = str(out.name)
+        other = reader.inputs[1 - k] if reader.op_type in ("Add", "Mul") and len(reader.inputs) == 2 else None
+        if reader.op_type == "Identity":
+            pass
+        elif reader.op_type == "Add" and other is not None and _per_channel(other, axis, start):
+            chain.steps.append(Step("add", ((slot, 1 - k),)))
+        elif reader.op_type == "Add" and other is not None and shapes.get(str(other.name)) == start and other is not chain.value:
+            chain.rest.append(other)
+        elif chain.rest:
+            break
+        elif reader.op_type == "Mul" and other is not None and _per_channel(other, axis, start):
+            chain.steps.append(Step("mul", ((slot, 1 - k),)))
+        elif reader.op_type == "BatchNormalization" and k == 0 and axis == 1 and len(reader.outputs) == 1:
+            epsilon = float(attributes(reader).get("epsilon", 1e-5))  # type: ignore[arg-type]
+            if any(stored(v) is None for v in reader.inputs[1:5]):
+                break
+            chain.steps.append(Step("norm", tuple((slot, i) for i in range(1, 5)), epsilon))
+        else:
+            break
+        chain.value = out
+        chain.path.append(slot)
+    return chain
+
+
+def _per_channel(value: ir.Value, axis: int, shape: Shape) -> bool:
+    """Whether a stored value has one number for each channel."""
+    source = stored(value)
+    if source is None or source.const_value is None:
+        return False
+    own = tuple(int(d) for d in source.const_value.shape.numpy())
+    if len(own) > len(shape):
+        return False
+    padded = (1,) * (len(shape) - len(own)) + own
+    return all(size == 1 for k, size in enumerate(padded) if k != axis) and (padded[axis] > 1 or shape[axis] == 1)
+
+
+def _bounds(value: ir.Value) -> tuple[float, float]:
+    """What readers see of a value: everything, or what a ReLU or Clip lets through."""
+    if value.is_graph_output() or not value.uses():
+        return -np.inf, np.inf
+    found = {_passes(use.node) for use in value.uses()}
+    return found.pop() if len(found) == 1 else (-np.inf, np.inf)
+
+
+def _passes(node: ir.Node) -> tuple[float, float]:
+    if node.op_type == "Relu":
+        return 0.0, np.inf
+    if node.op_type != "Clip":
+        return -np.inf, np.inf
+    limits: list[float] = []
+    for k, (key, other) in enumerate((("min", -np.inf), ("max", np.inf)), start=1):
+        value = node.inputs[k] if k < len(node.inputs) else None
+        if value is not None and value.const_value is None:
+            return -np.inf, np.inf
+        tensor: Array | None = value.const_value.numpy() if value is not None and value.const_value is not None else None
+        limits.append(float(tensor.reshape(-1)[0]) if tensor is not None else float(attributes(node).get(key, other)))  # type: ignore[arg-type]
+    return limits[0], limits[1]
