@@ -11,7 +11,8 @@ from onnxprune import reconstruct
 from onnxprune.analysis import Analysis
 from onnxprune.dims import keep_of
 from onnxprune.errors import InternalError
-from onnxprune.model import Model
+from onnxprune.feeds import noisy, padding_of
+from onnxprune.model import Graph, Model
 from onnxprune.plugin import Knob, Reconstructor, Search, Searcher
 from onnxprune.select import Rounding
 from onnxprune.sites import Site, find_sites
@@ -19,6 +20,8 @@ from onnxprune.types import Array, Axis, Group, Mask, Plan, Positions
 from onnxprune.worker import Worker
 
 Feeds = Sequence[Mapping[str, Array]]
+NOISE = 0.25  # standard deviations
+TRIAL_ROWS = 4_000  # rows of one site while plans are compared
 
 
 def sites_of(analysis: Analysis, plan: Plan, pruned: Model, stays: Sequence[str] = ()) -> list[Site]:
@@ -29,6 +32,38 @@ def sites_of(analysis: Analysis, plan: Plan, pruned: Model, stays: Sequence[str]
         return keep_of(analysis.dims, alive, axis, shapes[axis.value][axis.index])
 
     return find_sites(pruned, analysis.prepared.model, shapes, keep, stays)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Calibration feeds, what marks their padding, and how they are split: one half to fit to, the other to judge by.
+
+    What is judged by carries noise as well: samples that a model was trained on say too little about others.
+    """
+
+    feeds: Feeds
+    padding: str | None
+    seed: int = 0
+
+    @classmethod
+    def of(cls, graph: Graph, feeds: Feeds, seed: int) -> Samples:
+        """From the feeds of `--calibration`."""
+        return cls(feeds, padding_of(graph, feeds), seed)
+
+    @property
+    def fitted(self) -> Feeds:
+        """The half that is fitted to; everything where there is a single feed."""
+        return self.feeds[::2]
+
+    @property
+    def judged(self) -> Feeds:
+        """The half that is judged by."""
+        other = self.feeds[1::2] or self.feeds
+        return [*other, *noisy(other, NOISE, self.seed)]
+
+    def sampling(self, rows: int = reconstruct.ROWS) -> reconstruct.Sampling:
+        """How rows are drawn from them."""
+        return reconstruct.Sampling(rows, self.seed, self.padding)
 
 
 @dataclass
@@ -91,6 +126,7 @@ class Trials:
         found = reconstruct.repair(
             self.worker, pruned, sites, self.reconstructor, judge=True, keep=True, ridges=self.ridges
         )
+        self.ridges = {**found.ridges, **self.ridges}
         return found.divergence if np.isfinite(found.divergence) else float("inf")
 
     def search(self, searcher: Searcher) -> Plan:

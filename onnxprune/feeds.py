@@ -112,6 +112,38 @@ def random_feed(graph: ir.Graph, shapes: Mapping[str, Shape], seed: int, choice:
     return feed
 
 
+def padding_of(graph: ir.Graph, feeds: Sequence[Mapping[str, Array]]) -> str | None:
+    """The input [batch, length] that is one for tokens and, at an end of some rows, zero for padding; None without."""
+    for value in true_inputs(graph):
+        arrays = [np.asarray(feed[name]) for feed in feeds if (name := str(value.name)) in feed]
+        if not arrays or any(a.ndim != 2 or not a.size or not np.isin(a, (0, 1)).all() for a in arrays):
+            continue
+        steps = [np.diff(a.astype(np.int8), axis=1) for a in arrays]
+        ends = all(((s != 0).sum(axis=1) <= 1).all() for s in steps)
+        if ends and any((a == 0).any() for a in arrays) and all((a != 0).any(axis=1).all() for a in arrays):
+            return str(value.name)
+    return None
+
+
+def noisy(feeds: Sequence[Mapping[str, Array]], share: float, seed: int) -> list[dict[str, Array]]:
+    """Feeds whose float inputs carry noise of `share` of their standard deviation; none where no input is one."""
+    rng = np.random.default_rng(seed)
+    spread = {
+        name: float(np.std(np.concatenate([np.asarray(f[name], np.float64).reshape(-1) for f in feeds])))
+        for name, array in (feeds[0].items() if feeds else ())
+        if array.dtype.kind == "f" and array.ndim > 1
+    }
+    if not any(spread.values()):
+        return []
+    return [
+        {
+            name: (array + rng.normal(0, share * spread[name], array.shape)).astype(array.dtype) if name in spread else array
+            for name, array in feed.items()
+        }
+        for feed in feeds
+    ]
+
+
 BATCH = 32  # samples in one feed where the batch is dynamic
 
 

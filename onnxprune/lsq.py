@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,8 +43,6 @@ class Regression:
         """The weights that bring x nearest to y, float32[rows, outputs], with `ridge` x the mean diagonal as damping."""
         y_mean = y.mean(axis=0, dtype=np.float64) if self._intercept else np.zeros(y.shape[1])
         cross = (self._centred.T @ y).astype(np.float64) / max(len(y), 1)
-        if not self._intercept or abs(self._centred).size == 0:
-            pass
         weight = np.asarray(cho_solve(self._factor(ridge), cross)) if self.scale > 0 else np.zeros_like(cross)
         return Fit(weight, y_mean - self.mean @ weight)
 
@@ -79,28 +76,29 @@ def fit(
     held_out: Mask,
     *,
     bounds: tuple[float, float] = (-np.inf, np.inf),
-    ridges: Sequence[float] = RIDGES,
+    ridge: float | None = None,
     rounds: int = 5,
     intercept: bool = True,
 ) -> tuple[Fit, float] | None:
     """(change, ridge) that brings `current` + change(x) nearest to `wanted`, as its readers see it.
 
-    All float32[rows, ...]. The damping is the one that does best on the held-out rows (bool[rows]), and the change is
-    then fitted to all of them. None where leaving everything alone does better there.
+    All float32[rows, ...]. Unless it is given, the damping is the one of RIDGES that does best on the held-out rows
+    (bool[rows]) when fitted to the others, and the change is then fitted to all of them. None where leaving everything
+    alone does better there.
     """
-    part = Regression(x[~held_out], intercept)
-    known = [a[~held_out] for a in (wanted, current)]
-    probe = [a[held_out] for a in (wanted, current)]
-    before = _error(probe[0], probe[1], bounds)
-    best: tuple[float, float] | None = None
-    for ridge in ridges:
-        change = _rounds(part, *known, bounds, ridge, rounds if len(ridges) == 1 else min(rounds, 2))
-        error = _error(probe[0], probe[1] + change(x[held_out]), bounds)
-        if np.isfinite(error) and (best is None or error < best[0]):
-            best = (error, ridge)
-    if best is None or best[0] >= before:
-        return None
-    return _rounds(Regression(x, intercept), wanted, current, bounds, best[1], rounds), best[1]
+    if ridge is None:
+        part = Regression(x[~held_out], intercept)
+        known = [a[~held_out] for a in (wanted, current)]
+        probe = [a[held_out] for a in (wanted, current)]
+        errors = [
+            _error(probe[0], probe[1] + _rounds(part, *known, bounds, each, min(rounds, 2))(x[held_out]), bounds)
+            for each in RIDGES
+        ]
+        best = int(np.argmin(np.nan_to_num(errors, nan=np.inf)))
+        if not errors[best] < _error(probe[0], probe[1], bounds):
+            return None
+        ridge = RIDGES[best]
+    return _rounds(Regression(x, intercept), wanted, current, bounds, ridge, rounds), ridge
 
 
 def _error(wanted: Array, found: Array, bounds: tuple[float, float]) -> float:

@@ -19,12 +19,14 @@ from onnxprune import feeds, plugin, quality, storage, verify
 from onnxprune import measure as latency
 from onnxprune import report as reports
 from onnxprune import select as selection
+from onnxprune.allocate import Trials
 from onnxprune.analysis import Analysis, cost_of, cost_shapes, named, samples_of
 from onnxprune.cost import Cost
 from onnxprune.errors import ImpossibleError, InputError, InternalError
 from onnxprune.model import Model
 from onnxprune.prove import Prover
-from onnxprune.recipe import KINDS, Options, check, recorded
+from onnxprune.recipe import KINDS, Methods, Options, check, recorded
+from onnxprune.recovery import Recovery
 from onnxprune.runtime import ort
 from onnxprune.types import Array, Axis, Frozen, Group, Mask, Plan
 from onnxprune.worker import Worker
@@ -83,18 +85,24 @@ def _unignored(analysis: Analysis, group: Group, patterns: Sequence[str]) -> Gro
     return replace(group, units=group.units[left], members=members)
 
 
-def score(analysis: Analysis, groups: Sequence[Group], options: Options) -> tuple[tuple[Group, ...], list[Array], Any]:
-    """Groups that the criterion can score, their importance, and the criterion."""
-    criterion = plugin.build("criteria", options.criterion)
+def score(
+    analysis: Analysis, groups: Sequence[Group], options: Options, evidence: plugin.Evidence
+) -> tuple[tuple[Group, ...], list[Array]]:
+    """Groups that the criterion can score, and their importance; what the default one cannot score, magnitude does."""
+    name = Methods.of(options).criterion
+    criterion = plugin.build("criteria", name)
+    spare = plugin.build("criteria", "mag") if options.criterion is None else None
     scored, importance = [], []
     for group in groups:
-        found = criterion.importance(group, analysis.weights, options.seed)
+        found = criterion.importance(group, evidence)
+        if found is None and spare is not None:
+            found = spare.importance(group, evidence)
         if found is not None:
             scored.append(group)
             importance.append(np.nan_to_num(np.asarray(found, np.float64)))
     if groups and not scored:
-        raise ImpossibleError(f"{options.criterion} scores no group: {criterion.missing}; use --criterion mag")
-    return tuple(scored), importance, criterion
+        raise ImpossibleError(f"{name} scores no group: {criterion.missing}; use --criterion mag")
+    return tuple(scored), importance
 
 
 def select(
@@ -104,15 +112,22 @@ def select(
     options: Options,
     limits: Mapping[str, float],
     overhead: float = 0.0,
+    trials: Callable[..., Trials] | None = None,
 ) -> Plan:
-    """Keep masks for the ratio, or for targets in absolute numbers; `overhead` is a file's bytes beyond its weights."""
+    """Keep masks for the ratio, or for targets in absolute numbers; `overhead` is a file's bytes beyond its weights.
+
+    `trials` makes what an allocator that measures needs.
+    """
     rounding = selection.Rounding(None if options.round_to == "auto" else int(options.round_to), options.min_keep)
     if options.ratio is not None:
         return selection.by_ratio(groups, importance, options.ratio, rounding)
-    allocator = plugin.build("allocators", options.allocate or "global-rank")
+    allocator = plugin.build("allocators", Methods.of(options).allocate)
     main = next(iter(limits))
     cost = analysis.costs.of_units(tuple(groups), main)
-    priority = allocator.priority(importance, cost)
+    searches = isinstance(allocator, plugin.Searcher)
+    if searches and trials is None:
+        raise InputError(f"{options.allocate} measures: it needs --calibration and a repair", object="--allocate")
+    priority = importance if searches else allocator.priority(importance, cost)
 
     def of(alive: Mask) -> Mapping[str, float]:
         found = analysis.costs.of(alive)
@@ -121,7 +136,14 @@ def select(
     def chosen() -> Plan:
         return selection.by_target(groups, priority, allocator.floor, rounding, limits, of, analysis.labels)
 
-    plan: Plan = named(analysis.source.path, chosen)
+    plan: Plan = named(analysis.source.path, chosen)  # also where nothing is searched: says what is out of reach
+    if searches and trials is not None:
+
+        def share(alive: Mask) -> float:
+            found = of(alive)
+            return max(found[metric] / most for metric, most in limits.items()) / (1 + 1e-9)
+
+        return trials(groups, importance, rounding, share, floor=allocator.floor).search(allocator)
     return plan
 
 
@@ -240,7 +262,9 @@ def family(
         with clock.stage("run the dense model"):
             _check_dense(prover, worker, first)
         for options, path in zip(variants, paths, strict=True):
-            results.append(_one(analysis, options, path, prover, worker, evaluation, clock, command))
+            results.append(
+                _one(analysis, options, path, prover, worker, calibration, evaluation, clock, command)
+            )
     if not first.dry_run:
         with clock.stage("write"):
             results = _write(results, paths, beside, analysis, first)
@@ -274,15 +298,21 @@ def _one(
     path: Path | None,
     prover: Prover,
     worker: Worker,
+    samples: Sequence[Mapping[str, Array]],
     evaluation: tuple[list[dict[str, Array]], Array | None],
     clock: Clock,
     command: Sequence[str],
 ) -> Result:
-    """Score, select, rewrite, prove, measure one target."""
+    """Score, select, rewrite, prove, repair, measure one target."""
+    recovery = Recovery(analysis, samples, options, worker, clock.progress)
     with clock.stage("score"):
-        groups, importance, _criterion = score(analysis, choose_groups(analysis, options), options)
+        groups = choose_groups(analysis, options)
+        groups, importance = score(analysis, groups, options, recovery.evidence(groups))
     with clock.stage("select, rewrite and prove"):
-        proven = _proven(analysis, groups, importance, options, prover, worker)
+        proven = _proven(analysis, groups, importance, options, prover, worker, recovery)
+    with clock.stage("repair"):
+        repaired = recovery.repair(proven.plan, proven.model)
+        proven = replace(proven, model=repaired.model)
     with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
         files = []
         for name, model in (("dense", analysis.dense), ("pruned", proven.model)):
@@ -319,7 +349,8 @@ def _one(
                 differences=[asdict(d) for d in proven.differences or ()],
                 unproven=[f"group {k}" for k in proven.unproven],
             ),
-            warnings=[*_warnings(analysis, proven, options, rows), *prover.warnings()],
+            repaired=repaired.names,
+            warnings=[*_warnings(analysis, proven, options, rows), *repaired.warnings, *prover.warnings()],
         ),
     )
 
@@ -403,6 +434,7 @@ def _proven(
     options: Options,
     prover: Prover,
     worker: Worker,
+    recovery: Recovery,
 ) -> Proven:
     """A plan that is proven, after leaving alone the groups that are not."""
     unproven: list[int] = []
@@ -411,7 +443,7 @@ def _proven(
         if groups and not left:
             raise InternalError("no group could be proven", file=analysis.source.path.name)
         try:
-            plan = _selected(analysis, [g for g, _ in left], [s for _, s in left], options)
+            plan = _selected(analysis, [g for g, _ in left], [s for _, s in left], options, recovery)
         except ImpossibleError as error:
             if not unproven:
                 raise
@@ -443,11 +475,18 @@ def _rewritten(analysis: Analysis, plan: Plan) -> Model:
     return analysis.dense.clone() if all(keep.all() for keep in plan.keep.values()) else analysis.rewrite(plan)
 
 
-def _selected(analysis: Analysis, groups: Sequence[Group], importance: Sequence[Array], options: Options) -> Plan:
+def _selected(
+    analysis: Analysis,
+    groups: Sequence[Group],
+    importance: Sequence[Array],
+    options: Options,
+    recovery: Recovery | None = None,
+) -> Plan:
     """Select; where `size` is a target, once more with the smaller file's real overhead."""
     overhead = analysis.source.bytes - analysis.costs.of(np.ones(analysis.labels, np.bool_))["size"]
     for _ in range(4):
-        chosen = select(analysis, groups, importance, options, _limits(analysis, options), overhead)
+        trials = recovery.trials if recovery is not None and recovery.reconstructor is not None else None
+        chosen = select(analysis, groups, importance, options, _limits(analysis, options), overhead, trials)
         plan = analysis.settled(_whole(analysis, groups, chosen))
         if "size" not in options.target:
             break

@@ -36,9 +36,12 @@ class Options:
     target: Mapping[str, float | str] = field(default_factory=dict)
     remove: tuple[str, ...] = ("channels", "heads")
     approximate: bool = False
-    criterion: str = "mag"
+    criterion: str | None = None
     allocate: str | None = None
     reconstruct: str | None = None
+    effort: str = "default"
+    no_new_bias: bool = False
+    memory: str = "1GB"
     calibration: str | None = None
     evaluation: str | None = None
     metric: str | None = None
@@ -56,6 +59,31 @@ class Options:
     dry_run: bool = False
     force: bool = False
     allow_interface_change: bool = False
+
+
+EFFORTS = ("quick", "default", "thorough")
+
+
+@dataclass(frozen=True)
+class Methods:
+    """Which criterion, allocator and reconstructor (None: nothing is repaired) a run takes."""
+
+    criterion: str
+    allocate: str
+    reconstruct: str | None
+
+    @classmethod
+    def of(cls, options: Options) -> Methods:
+        """What the options name, else the best that the given data and effort allow."""
+        calibrated = options.calibration is not None
+        repair = options.reconstruct or ("sequential" if calibrated else "none")
+        measured = {"quick": "uniform", "default": "measured", "thorough": "measured,rounds=16,trials=600"}
+        search = measured[options.effort] if calibrated and repair != "none" else "global-rank"
+        return cls(
+            options.criterion or ("obs-struct" if calibrated else "mag"),
+            options.allocate or ("uniform" if options.ratio is not None else search),
+            None if repair == "none" else repair,
+        )
 
 
 def check(options: Options) -> None:
@@ -83,11 +111,14 @@ def check(options: Options) -> None:
             raise InputError(f"at least {least} and at most {most}", object=f"--{name} {number}")
     if not options.timeout > 0:
         raise InputError("a number of seconds above 0", object=f"--timeout {options.timeout:g}")
-    plugin.build("criteria", options.criterion)
-    if options.allocate:
-        plugin.build("allocators", options.allocate)
-    if options.reconstruct not in (None, "none"):
-        raise InputError("unknown reconstructor; there is only 'none'", object=options.reconstruct)
+    if options.effort not in EFFORTS:
+        raise InputError(f"one of {', '.join(EFFORTS)}", object=f"--effort {options.effort}")
+    select.parse_size(options.memory)
+    methods = Methods.of(options)
+    for kind, name in (("criteria", methods.criterion), ("allocators", methods.allocate)):
+        plugin.build(kind, name)
+    if methods.reconstruct is not None:
+        plugin.build("reconstructors", methods.reconstruct)
     if options.metric:
         quality.metric(options.metric)
 

@@ -42,11 +42,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Repair:
-    """What a repair changed, {slot: array}, the damping that each site took, and the divergence that is left."""
+    """What a repair changed, {slot: array}, the damping that each site took, and the divergence that is left.
+
+    `rows` has (rows, columns) that each site was fitted with.
+    """
 
     changes: Mapping[Slot, Array]
     ridges: Mapping[str, float]
     divergence: float = float("nan")
+    rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 # In the parent -------------------------------------------------------------------------------------------------------
@@ -235,6 +239,7 @@ class _Task:
     keep: bool
     changes: dict[Slot, Array] = field(default_factory=dict)
     ridges: dict[str, float] = field(default_factory=dict)
+    rows: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 _dense: _Dense | None = None
@@ -256,7 +261,8 @@ def _finish(judge: bool) -> Repair:
     global _task
     assert _task is not None and _dense is not None
     task, _task = _task, None
-    return Repair(task.changes, task.ridges, _dense.divergence(task.flow) if judge else float("nan"))
+    left = _dense.divergence(task.flow) if judge else float("nan")
+    return Repair(task.changes, task.ridges, left, task.rows)
 
 
 def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> None:
@@ -299,6 +305,7 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
         if solution is None:
             continue
         task.ridges[site.value] = solution.ridge
+        task.rows[site.value] = problem.x.shape[1], problem.x.shape[2]
         current = current + solution.predict(problem.x)
         start = 0
         for part in batch:

@@ -104,6 +104,19 @@ def alive_labels(groups: Sequence[Group], plan: Plan, labels: int) -> Mask:
     return alive
 
 
+def parse_size(text: str) -> int:
+    """Bytes, as in 512MB or 2GiB. Raises InputError."""
+    digits = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+    unit = text.strip()[len(digits) :].strip().lower()
+    try:
+        number = float(digits) * UNITS[unit]
+    except (ValueError, KeyError):
+        number = float("nan")
+    if not np.isfinite(number) or number < 1 << 20:
+        raise InputError("a size of at least 1MB, as in 512MB or 2GiB", object=f"--memory {text}")
+    return int(number)
+
+
 def parse_target(metric: str, value: float | str) -> tuple[float, bool]:
     """(number, whether it is a share of the dense model). Raises InputError."""
     text = str(value).strip()

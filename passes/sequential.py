@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxprune.lsq import RIDGES, fit
+from onnxprune.lsq import fit
 from onnxprune.plugin import Problem, Solution
 
 
@@ -36,8 +36,8 @@ class Sequential:
                 problem.current[:, part],
                 problem.held_out,
                 bounds=problem.bounds,
-                ridges=RIDGES if problem.ridge is None else (problem.ridge,),
-                rounds=self.rounds,
+                ridge=problem.ridge,
+                rounds=self.rounds if problem.ridge is None else min(self.rounds, 2),
                 intercept=problem.intercept,
             )
             if found is not None:

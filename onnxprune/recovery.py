@@ -1,0 +1,140 @@
+"""Calibration data put to use for one run: evidence for criteria, trials for allocators, the final repair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import filter as matching
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from onnxprune import plugin, reconstruct
+from onnxprune.allocate import TRIAL_ROWS, Samples, Trials, sites_of
+from onnxprune.analysis import Analysis
+from onnxprune.evidence import evidence
+from onnxprune.model import Model
+from onnxprune.plugin import Reconstructor
+from onnxprune.recipe import Methods, Options
+from onnxprune.select import Rounding, parse_size
+from onnxprune.types import Array, Group, Mask, Plan
+from onnxprune.worker import Worker
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """A model after repair, the initializers that changed, and what is to be said about it."""
+
+    model: Model
+    names: list[str]
+    warnings: list[str]
+
+
+class Recovery:
+    """The samples of a run with everything that is done with them; nothing is, where there are none."""
+
+    def __init__(
+        self,
+        analysis: Analysis,
+        feeds: Sequence[Mapping[str, Array]],
+        options: Options,
+        worker: Worker,
+        progress: Progress = lambda text: None,
+    ) -> None:
+        self.analysis, self.options, self.worker, self.progress = analysis, options, worker, progress
+        self.samples = Samples.of(analysis.dense.graph, feeds, options.seed)
+        name = Methods.of(options).reconstruct
+        self.reconstructor: Reconstructor | None = plugin.build("reconstructors", name) if name and feeds else None
+
+    @cached_property
+    def stays(self) -> list[str]:
+        """Initializers that the user wants left alone."""
+        names = [str(name) for name in {s.initializer for s in self.analysis.view.stored.values()}]
+        return sorted({name for pattern in self.options.ignore for name in matching(names, pattern)})
+
+    def evidence(self, groups: Sequence[Group]) -> plugin.Evidence:
+        """What criteria may look at."""
+        return evidence(
+            self.analysis,
+            groups,
+            self.samples.feeds,
+            self.worker,
+            seed=self.options.seed,
+            padding=self.samples.padding,
+            threads=self.options.threads,
+            budget=parse_size(self.options.memory),
+        )
+
+    def trials(
+        self,
+        groups: Sequence[Group],
+        importance: Sequence[Array],
+        rounding: Rounding,
+        cost: Callable[[Mask], float],
+        floor: float,
+    ) -> Trials:
+        """What an allocator needs that measures plans."""
+        self._begin(self.samples.fitted, self.samples.judged, TRIAL_ROWS)
+        return Trials(
+            self.analysis,
+            groups,
+            importance,
+            rounding,
+            cost,
+            self.worker,
+            self.reconstructor,
+            floor,
+            self.stays,
+            lambda done: self.progress(f"measure plans ({done})"),
+        )
+
+    def repair(self, plan: Plan, pruned: Model) -> Repaired:
+        """The repaired model of a plan; as it is, where there is nothing to repair or repair makes it worse.
+
+        Whether it does is seen on the half of the samples that a first repair was not fitted to; the final one is
+        fitted to all of them.
+        """
+        if self.reconstructor is None or all(keep.all() for keep in plan.keep.values()):
+            return Repaired(pruned, [], [])
+        sites = sites_of(self.analysis, plan, pruned, self.stays)
+        if not sites:
+            return Repaired(pruned, [], ["nothing could be repaired: no linear operator has a float weight of its own"])
+        self._begin(self.samples.fitted, self.samples.judged, TRIAL_ROWS)
+        naive = reconstruct.repair(self.worker, pruned, sites, None, judge=True).divergence
+        tried = reconstruct.repair(self.worker, pruned, sites, self.reconstructor, judge=True).divergence
+        if not tried < naive:
+            why = f"repair made held-out samples worse ({naive:.3g} to {tried:.3g}), so nothing was repaired"
+            return Repaired(pruned, [], [f"{why}; more calibration samples would help"])
+        self._begin(self.samples.feeds, (), reconstruct.ROWS)
+        found = reconstruct.repair(
+            self.worker,
+            pruned,
+            sites,
+            self.reconstructor,
+            progress=lambda done, total: self.progress(f"repair ({done} of {total})"),
+        )
+        model = pruned.clone()
+        names = reconstruct.apply(model, found.changes)
+        return Repaired(model, names, _thin(found))
+
+    def _begin(self, fitted: Any, judged: Any, rows: int) -> None:
+        model = self.analysis.prepared.model
+        sampling = self.samples.sampling(rows)
+        reconstruct.begin(self.worker, model, fitted, sampling, judged=judged, threads=self.options.threads)
+
+
+ENOUGH = 3  # rows for each column below which a fit is thin
+
+
+def _thin(found: reconstruct.Repair) -> list[str]:
+    """A warning where there were few rows for the columns of a site."""
+    if not found.rows:
+        return []
+    site, (rows, columns) = min(found.rows.items(), key=lambda item: item[1][0] / max(item[1][1], 1))
+    if rows >= ENOUGH * columns:
+        return []
+    text = f"calibration gives {rows} rows for the {columns} input columns of '{site}', so weights were changed less"
+    return [f"{text}; more samples make a better repair"]
