@@ -9,6 +9,7 @@ import numpy as np
 
 from onnxprune import reconstruct
 from onnxprune.analysis import Analysis
+from onnxprune.bases import Bases, Start
 from onnxprune.dims import keep_of
 from onnxprune.errors import InternalError
 from onnxprune.feeds import noisy, padding_of
@@ -32,6 +33,12 @@ def sites_of(analysis: Analysis, plan: Plan, pruned: Model, stays: Sequence[str]
         return keep_of(analysis.dims, alive, axis, shapes[axis.value][axis.index])
 
     return find_sites(pruned, analysis.prepared.model, shapes, keep, stays)
+
+
+def started(analysis: Analysis, plan: Plan, pruned: Model, bases: Bases | None, stays: Sequence[str] = ()) -> Start:
+    """Where the model of a plan can be repaired, and what from: subspaces where there are bases, else positions."""
+    sites = sites_of(analysis, plan, pruned, stays)
+    return bases.start(analysis.alive(plan), sites) if bases else Start(sites, {})
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,7 @@ class Trials:
     reconstructor: Reconstructor | None
     floor: float = 0.0
     stays: Sequence[str] = ()
+    bases: Bases | None = None
     progress: Callable[[int], None] = lambda done: None
     ridges: dict[str, float] = field(default_factory=dict)
     found: dict[tuple[int, ...], float] = field(default_factory=dict)
@@ -122,9 +130,16 @@ class Trials:
             pruned = self.analysis.rewrite(plan)
         except InternalError:
             return float("inf")
-        sites = sites_of(self.analysis, plan, pruned, self.stays)
+        start = started(self.analysis, plan, pruned, self.bases, self.stays)
         found = reconstruct.repair(
-            self.worker, pruned, sites, self.reconstructor, judge=True, keep=True, ridges=self.ridges
+            self.worker,
+            pruned,
+            start.sites,
+            self.reconstructor,
+            start=start.arrays,
+            judge=True,
+            keep=True,
+            ridges=self.ridges,
         )
         self.ridges = {**found.ridges, **self.ridges}
         return found.divergence if np.isfinite(found.divergence) else float("inf")

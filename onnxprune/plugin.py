@@ -6,7 +6,7 @@ found by entry point, so a package of yours can bring its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib.metadata import entry_points
@@ -16,6 +16,9 @@ import numpy as np
 
 from onnxprune.errors import InputError
 from onnxprune.types import Array, Group, Member
+
+
+Feeds = Sequence[Mapping[str, Array]]
 
 
 class Weights:

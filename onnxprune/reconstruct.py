@@ -70,6 +70,7 @@ def repair(
     sites: Sequence[Site],
     reconstructor: Reconstructor | None,
     *,
+    start: Mapping[Slot, Array] | None = None,
     judge: bool = False,
     keep: bool = False,
     ridges: Mapping[str, float] | None = None,
@@ -78,11 +79,11 @@ def repair(
     """Fit every site of a pruned model in turn; see `begin`, which comes first.
 
     With `judge` its divergence from the dense model is measured; with `keep` the dense side remembers its rows for the
-    next plan. `ridges` are dampings that were found before. Raises what Worker.call raises.
+    next plan. `start` are arrays that take the place of stored ones first. `ridges` are dampings that were found before. Raises what Worker.call raises.
     """
     with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
         path = str(dump(pruned, folder, "pruned"))
-        worker.call(_load, path, list(sites) if reconstructor else [], keep)
+        worker.call(_load, path, list(sites) if reconstructor else [], dict(start or {}), keep)
         for k in range(len(sites) if reconstructor else 0):
             worker.call(_fit, k, reconstructor, dict(ridges or {}))
             progress(k + 1, len(sites))
@@ -251,10 +252,14 @@ def _begin(path: str, fitted: Feeds, judged: Feeds, sampling: Sampling, threads:
     _dense = _Dense(path, fitted, judged, sampling, threads)
 
 
-def _load(path: str, sites: Sequence[Site], keep: bool) -> None:
+def _load(path: str, sites: Sequence[Site], start: Mapping[Slot, Array], keep: bool) -> None:
     global _task
     assert _dense is not None
-    _task = _Task(Flow(ir.load(path), _dense.feeds, _dense.sessions), sites, keep)
+    flow = Flow(ir.load(path), _dense.feeds, _dense.sessions)
+    _task = _Task(flow, sites, keep)
+    for slot, array in start.items():
+        _task.changes[slot] = np.ascontiguousarray(array, flow.array(slot).dtype)
+        flow.change(slot, _task.changes[slot])
 
 
 def _finish(judge: bool) -> Repair:
@@ -278,7 +283,9 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
     masks = [feed.get(padding) if padding else None for feed in dense.feeds[: dense.fitted]]
     rows = Rows(shape_source, site.axis, dense.counts, masks, dense.sampling)
     wanted = dense.take(site, rows, task.keep, task.sites[k + 1 :])
-    if site.kept is not None:
+    if site.project is not None:
+        wanted = wanted @ site.project.astype(np.float32)
+    elif site.kept is not None:
         wanted = wanted[:, site.kept]
     parts = [_Part(flow, operator, x, rows) for operator, x in zip(site.operators, inputs, strict=True)]
     current = sum((part.output() for part in parts), np.zeros(1, np.float32))

@@ -55,6 +55,7 @@ class Operator:
 class Site:
     """A value of the pruned model that should equal `kept` positions of `dense`, its counterpart, along `axis`.
 
+    `project` float64[dense channels, channels] takes the place of `kept` where channels are not mere positions.
     It is the sum of its operators, through their steps, and of the values in `rest`. Only what lies between `bounds`
     is seen by its readers.
     """
@@ -66,6 +67,7 @@ class Site:
     operators: tuple[Operator, ...]
     rest: tuple[str, ...]
     bounds: tuple[float, float] = (-np.inf, np.inf)
+    project: Array | None = None
 
 
 @dataclass
