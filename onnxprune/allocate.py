@@ -1,4 +1,4 @@
-"""How much goes from where: an order of units and a budget, or a search that measures what removal does to the outputs."""
+"""How much goes from where, by measuring: plans are tried out, repaired and judged by what is left at the outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Subspaces instead of coordinates, where what couples positions is linear: head dimensions and the width under LayerNorm.
+"""Subspaces instead of coordinates where coupling is linear: head dimensions, and the width under LayerNorm.
 
 Removing r positions of such an axis need not mean r coordinates: any r-dimensional subspace can go, because a change of
 basis folds into the weights before and after it. The plan says how many positions stay; here the basis is chosen in
@@ -10,19 +10,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import onnx_ir as ir
 
 from onnxprune.analysis import Analysis
-from onnxprune.calibrate import Columns, Moments, MomentsOf, Request, RowsOf, collect
+from onnxprune.calibrate import Columns, Gather, Moments, MomentsOf, RowsOf
 from onnxprune.dims import keep_of
 from onnxprune.infer import evaluate
-from onnxprune.plugin import Feeds
 from onnxprune.sites import Operator, Site, Slot, find_sites
 from onnxprune.types import Array, Axis, Group, Mask, OpNode, Positions
-from onnxprune.worker import Worker
 
 MOVES = frozenset("Identity Reshape Transpose Squeeze Unsqueeze Flatten Split Slice Gather Expand Cast Dropout".split())
 SHAPED = frozenset("Reshape Flatten Squeeze Unsqueeze Expand".split())  # of which the result's shape says everything
@@ -46,14 +45,17 @@ class Heads:
 
 @dataclass(frozen=True)
 class Width:
-    """A residual width that only LayerNormalization reads: who writes it, who reads which norm, what is stored of it."""
+    """A residual width that only LayerNormalization reads.
+
+    `streams` are the sites that write it, `norms` {output: slots of gain and shift}, `readers` {operator: the norm that
+    it reads}, `stored` what else of it is stored, with the axis.
+    """
 
     group: Group
     streams: tuple[str, ...]
     norms: Mapping[str, tuple[Slot, Slot | None]]
     readers: Mapping[str, str]
     stored: tuple[tuple[Slot, int], ...]
-    axes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,26 +69,20 @@ class Start:
 class Bases:
     """All changes of basis that a model allows, and what they need to know of the data."""
 
-    def __init__(self, analysis: Analysis, feeds: Feeds, worker: Worker, padding: str | None, seed: int, budget: int) -> None:
-        self.analysis, self.feeds, self.worker = analysis, feeds, worker
-        self.padding, self.seed, self.budget = padding, seed, budget
+    def __init__(self, analysis: Analysis, gather: Gather | None = None) -> None:
+        self.analysis, self._gather = analysis, gather
         self.shapes = analysis.view.shapes
         model = analysis.prepared.model
-        sites = find_sites(model, model, self.shapes, lambda axis: np.ones(self.shapes[axis.value][axis.index], np.bool_))
-        self.sites = {site.value: site for site in sites if self._plain(site)}
+        sites = find_sites(
+            model, model, self.shapes, lambda axis: np.ones(self.shapes[axis.value][axis.index], np.bool_)
+        )
+        self.sites = {site.value: site for site in sites if all(_plain(operator) for operator in site.operators)}
         self.operators = {o.node: (site, o) for site in self.sites.values() for o in site.operators}
         self.nodes = {name: node for node in analysis.view.nodes for name in node.outputs}
         self.stored = {(str(node.outputs[0].name), k): str(value.name) for node in model.graph
                        for k, value in enumerate(node.inputs) if value is not None}  # fmt: skip
         self.heads = self._find_heads()
         self.widths = [width for group in analysis.groups if (width := self._find_width(group)) is not None]
-
-    @staticmethod
-    def _plain(site: Site) -> bool:
-        """Whether a site is one operator with at most a bias, so that a matrix at its output folds into it."""
-        return all(
-            all(step.kind == "add" for step in o.steps) and (o.bias is not None) + len(o.steps) <= 1 for o in site.operators
-        )
 
     def __bool__(self) -> bool:
         return bool(self.heads or self.widths)
@@ -147,14 +143,13 @@ class Bases:
         path: list[OpNode] = []
         while value not in ends:
             node = self.nodes.get(value)
-            if node is None or node.within or not all(name in node.shapes for name in (*node.inputs, *node.outputs) if name):
+            if node is None or node.within or any(n not in node.shapes for n in (*node.inputs, *node.outputs) if n):
                 return None
-            scaled = node.op_type in ("Mul", "Div") and [k for k in (0, 1) if (c := node.const(k)) is None]
             moves = node.op_type in MOVES and node.const(0) is None
             if moves and (node.op_type in SHAPED or all(node.const(k) is not None for k in range(1, len(node.inputs)))):
                 value = node.inputs[0]
-            elif scaled and len(scaled) == 1 and (node.op_type == "Mul" or scaled == [0]) and np.size(node.const(1 - scaled[0])) == 1:
-                value = node.inputs[scaled[0]]
+            elif (scaled := _scaled(node)) is not None:
+                value = scaled
             else:
                 return None
             path.append(node)
@@ -162,8 +157,6 @@ class Bases:
 
     def _push(self, path: Sequence[OpNode], start: str, array: Array) -> Array | None:
         """What becomes of an array that takes the place of a value."""
-        import onnx_ir as ir
-
         values: dict[str, Array] = {start: np.asarray(array, np.int64)}
         protos = self._protos
         for node in path:
@@ -173,7 +166,9 @@ class Bases:
                 continue
             if node.op_type in SHAPED:
                 moved, shape = values[node.inputs[0]], node.out_shape()
-                values[node.outputs[0]] = np.broadcast_to(moved, shape) if node.op_type == "Expand" else moved.reshape(shape)
+                values[node.outputs[0]] = (
+                    np.broadcast_to(moved, shape) if node.op_type == "Expand" else moved.reshape(shape)
+                )
                 continue
             given = {name: c for k, name in enumerate(node.inputs) if (c := node.const(k)) is not None}
             found = evaluate(ir.serde.serialize_node(protos[node.outputs[0]]), node.opset, given | values)
@@ -183,111 +178,87 @@ class Bases:
         return values[path[-1].outputs[0]] if path else values[start]
 
     @cached_property
-    def _protos(self) -> Mapping[str, object]:
+    def _protos(self) -> Mapping[str, ir.Node]:
         return {str(node.outputs[0].name): node for node in self.analysis.prepared.model.graph}
 
     def _find_width(self, group: Group) -> Width | None:
         """The group as a width under LayerNormalization, if nothing else looks at it."""
         if group.kind != "width" or not all("LayerNormalization" in text for text in group.mixing):
             return None
-        dims, domain = self.analysis.dims, dict[str, str]()
-        units = set(group.units.tolist())
-        axes: dict[str, int] = {}
+        domain: dict[str, str] = {}  # "stream", or the norm that made it
         norms: dict[str, tuple[Slot, Slot | None]] = {}
         readers: dict[str, str] = {}
-        stored: list[tuple[Slot, int]] = []
-        used: set[str] = set()
-
-        def axis_of(name: str) -> int | None:
-            for k in range(len(self.shapes.get(name, ()))):
-                labels = dims.labels_of(Axis(name, k))
-                if labels is not None and len(labels) and int(labels[0]) in units:
-                    return k if set(labels.tolist()) == units and len(labels) == len(units) else -1
-            return None
-
         for node in self.analysis.view.nodes:
-            touched = [(k, name, axis) for k, name in enumerate(node.inputs) if name and (axis := axis_of(name)) is not None]
-            out = axis_of(node.outputs[0]) if node.outputs[0] else None
-            if not touched and out is None:
+            axes = {
+                name: axis for name in (*node.inputs, *node.outputs) if (axis := self._along(name, group)) is not None
+            }
+            if not axes:
                 continue
-            if node.within or -1 in [axis for _, _, axis in touched] or out == -1:
+            out = node.outputs[0]
+            kinds = {domain[name] for name in node.inputs if name in axes and name in domain}
+            if node.within or -1 in axes.values() or len(kinds) > 1:
                 return None
-            operator = self.operators.get(node.outputs[0])
-            slots = [(node.outputs[0], k) for k, name, _ in touched if name not in domain]
-            if operator is not None:
-                site, op = operator
-                if (x := domain.get(node.inputs[0])) is not None and not x.startswith("norm:"):
+            kind = next(iter(kinds), "stream")
+            if out in self.operators:
+                if kinds == {"stream"}:
                     return None
-                if x is not None:
-                    readers[op.node] = x.removeprefix("norm:")
-                if out is not None:
-                    domain[node.outputs[0]] = "stream"
-                used.update(_slots(site))
-            elif node.op_type == "LayerNormalization" and domain.get(node.inputs[0]) == "stream" and out is not None:
-                rank = len(node.shape(0))
-                if node.attr("axis", -1) % rank != rank - 1 or len([n for n in node.outputs if n]) > 1:
+                if kinds:
+                    readers[out] = kind
+                kind = "stream"
+            elif node.op_type == "LayerNormalization" and kinds == {"stream"}:
+                last = len(node.out_shape()) - 1
+                if node.attr("axis", -1) not in (-1, last) or sum(map(bool, node.outputs)) > 1:
                     return None
-                shift = (node.outputs[0], 2) if node.has(2) else None
-                norms[node.outputs[0]] = ((node.outputs[0], 1), shift)
-                domain[node.outputs[0]] = f"norm:{node.outputs[0]}"
-            elif node.op_type in (*MOVES, "Concat", "Add") and out is not None:
-                kinds = {domain.get(name, "stream") for _, name, _ in touched}
-                if len(kinds) > 1 or (node.op_type == "Add" and kinds != {"stream"}):
-                    return None
-                for name in node.outputs:
-                    if axis_of(name) is not None:
-                        domain[name] = kinds.copy().pop()
-                if node.op_type == "Gather" and any(k for k, _, _ in touched):
-                    return None
-                stored += [(slot, axis) for slot, (k, name, axis) in zip(slots, [t for t in touched if t[1] not in domain or t[0] == -1], strict=False)]
-            else:
+                norms[out] = ((out, 1), (out, 2) if node.has(2) else None)
+                kind = out
+            elif node.op_type not in (*MOVES, "Concat", "Add") or (node.op_type == "Add" and kind != "stream"):
                 return None
-            for name in node.outputs:
-                if (axis := axis_of(name)) is not None:
-                    axes[name] = axis
-        kept = []
-        for member in group.members:
-            for slot in member.readers:
-                if slot in used or any(slot in pair for pair in norms.values()) or self._weight_of(slot):
-                    continue
-                kept.append((slot, member.axis))
-        streams = tuple(site for site in self.sites if domain.get(site) == "stream")
-        if not norms or not readers or not all(self._homes(readers[r], norms) for r in readers):
+            domain |= {name: kind for name in node.outputs if name in axes}
+        streams = tuple(value for value in self.sites if domain.get(value) == "stream")
+        if not readers or any(
+            norms[norm][1] is not None and not self._has_bias(node) for node, norm in readers.items()
+        ):
             return None
-        return Width(group, streams, norms, readers, tuple(dict.fromkeys(kept)), axes)
+        homes = {slot for _, o in self.operators.values() for slot in (o.weight, *o.homes())}
+        homes |= {slot for pair in norms.values() for slot in pair if slot is not None}
+        stored = [(slot, m.axis) for m in group.members for slot in m.readers if slot not in homes]
+        return Width(group, streams, norms, readers, tuple(dict.fromkeys(stored)))
 
-    def _weight_of(self, slot: Slot) -> bool:
-        return any(slot in (o.weight, o.bias) or any(slot in step.slots for step in o.steps) for _, o in self.operators.values())
+    def _along(self, value: str, group: Group) -> int | None:
+        """The axis of a value that is the group; -1 if it is more or less than that; None if it is none of it."""
+        for k in range(len(self.shapes.get(value, ()))):
+            labels = self.analysis.dims.labels_of(Axis(value, k))
+            if labels is not None and len(labels) and labels[0] in group.units:
+                return k if len(labels) == len(group.units) and np.isin(labels, group.units).all() else -1
+        return None
 
-    @staticmethod
-    def _homes(norm: str, norms: Mapping[str, tuple[Slot, Slot | None]]) -> bool:
-        return norm in norms
+    def _has_bias(self, node: str) -> bool:
+        return bool(self.operators[node][1].homes())
 
     # Data ------------------------------------------------------------------------------------------------------------
 
     @cached_property
     def _data(self) -> tuple[dict[str, Moments], dict[str, Array]]:
         """(second moments of every value that a head's basis depends on, tokens of every norm's input)."""
-        values = {h.first_site: self.sites[h.first_site].axis for h in self.heads}
-        values |= {h.second_site: self.sites[h.second_site].axis if not h.reader else len(self.shapes[h.second_site]) - 1 for h in self.heads}
+        assert self._gather is not None
+        axes = {h.first_site: self.sites[h.first_site].axis for h in self.heads}
+        for h in self.heads:
+            axes[h.second_site] = len(self.shapes[h.second_site]) - 1 if h.reader else self.sites[h.second_site].axis
         norms = {self.nodes[norm].inputs[0] for width in self.widths for norm in width.norms}
-        requests: dict[str, Request[Moments]] = {name: MomentsOf(Columns(name, axis)) for name, axis in values.items()}
-        rows: dict[str, Request[Array]] = {name: RowsOf(Columns(name, -1), max(64, ROWS // max(len(norms), 1))) for name in norms}
-        found = collect(
-            self.worker, self.analysis.prepared.model, self.feeds, [*requests.values(), *rows.values()],
-            padding=self.padding, seed=self.seed, budget=self.budget,
-        )  # fmt: skip
-        return {n: found[r] for n, r in requests.items()}, {n: found[r][0] for n, r in rows.items()}
+        moments = {name: MomentsOf(Columns(name, axis)) for name, axis in axes.items()}
+        rows = {name: RowsOf(Columns(name, -1), max(64, ROWS // len(norms))) for name in sorted(norms)}
+        found = self._gather([*moments.values(), *rows.values()])
+        return {n: found[r] for n, r in moments.items()}, {n: found[r][0] for n, r in rows.items()}
 
-    def _second(self, value: str, channels: Positions, centred: bool) -> Array:
+    def second(self, value: str, channels: Positions, centred: bool) -> Array:
         """float64[size, size]: second moments of some channels of a value."""
         moments = self._data[0][value]
         xx = moments.xx[0][np.ix_(channels, channels)] / max(moments.count, 1)
         mean = moments.mean[0][channels]
-        return xx if centred else xx + np.outer(mean, mean)
+        return np.asarray(xx if centred else xx + np.outer(mean, mean))
 
     def directions(self, width: Width) -> Array:
-        """float64[width, width - 1]: orthonormal, mean-free, the ones that carry most of the normalised tokens first."""
+        """float64[width, width - 1]: orthonormal and mean-free, what carries most of the normalised tokens first."""
         total = 0.0
         for norm in width.norms:
             x = self._data[1][self.nodes[norm].inputs[0]].astype(np.float64)
@@ -305,149 +276,179 @@ class Bases:
 
     def start(self, alive: Mask, sites: Sequence[Site]) -> Start:
         """Targets and first weights of a plan's model, given which labels are alive."""
-        analysis = self.analysis
-
-        def keep(value: str, axis: int) -> Mask:
-            return keep_of(analysis.dims, alive, Axis(value, axis), self.shapes[value][axis])
-
-        present = {site.value: site for site in sites}
-        operators = {o.node: o for site in sites for o in site.operators}
-        outputs: dict[str, Array] = {}
-        inputs: dict[str, Array] = {}
-        offsets: dict[str, Array] = {}
-        arrays: dict[Slot, Array] = {}
-
-        def output(value: str) -> Array:
-            mask = keep(value, self.sites[value].axis)
-            return outputs.setdefault(value, np.eye(len(mask))[:, mask])
-
-        def entrance(node: str) -> Array:
-            x = self.operators[node][1].x
-            mask = keep(x, len(self.shapes[x]) - 1)
-            return inputs.setdefault(node, np.eye(len(mask))[mask])
-
+        turned = _Turned(self, alive, sites)
         for heads in self.heads:
-            if heads.first_site not in present or (heads.reader or heads.second_site) not in (operators if heads.reader else present):
-                continue
-            mask = keep(heads.first_site, self.sites[heads.first_site].axis)
-            if mask[heads.first].all() or (mask[heads.first].sum(axis=1) % heads.first.shape[1] == 0).all():
-                continue
-            self._turn(heads, mask, output, entrance, keep)
-        for width in self.widths:
-            left = int(alive[width.group.units].sum())
-            size = len(width.group.units)
-            if left == size or not set(width.readers) <= set(operators) or any(s in self.sites and s not in present for s in width.streams):
-                continue
-            self._narrow(width, left, keep, outputs, inputs, offsets, arrays)
-        moved = []
-        for site in sites:
-            operators_here = []
-            for operator in site.operators:
-                if site.value in outputs or operator.node in inputs:
-                    self._set(operator, site, outputs.get(site.value), inputs.get(operator.node), offsets.get(operator.node), keep, arrays)
-                operators_here.append(operator)
-            moved.append(replace(site, project=outputs.get(site.dense)) if site.dense in outputs else site)
-        return Start(moved, arrays)
-
-    def _turn(self, heads: Heads, mask: Mask, output, entrance, keep) -> None:  # type: ignore[no-untyped-def]
-        """Set the blocks of one attention's heads: queries against keys, or values against what reads them."""
-        shared: dict[bytes, list[int]] = defaultdict(list)
-        key = heads.first if heads.reader else heads.second
-        for h in range(len(key)):
-            shared[key[h].tobytes()].append(h)
-        for group in shared.values():
             if heads.reader:
-                values = heads.first[group[0]]
-                left = np.flatnonzero(mask[values])
-                if not 0 < len(left) < len(values):
-                    continue
-                weight = self._matrix(self.operators[heads.reader][1])
-                second = sum(self._second(heads.second_site, heads.second[h], True) for h in group)
-                root, inverse = _roots(second)
-                product = np.concatenate([root @ weight[heads.second[h]] for h in group], axis=1)
-                u = np.linalg.svd(product, full_matrices=False)[0][:, : len(left)]
-                p, n = inverse @ u, u.T @ root
-                into = output(heads.first_site)
-                columns = _places(mask, values[left])
-                into[np.ix_(values, columns)] = p
-                x = self.operators[heads.reader][1].x
-                there = keep(x, len(self.shapes[x]) - 1)
-                matrix = entrance(heads.reader)
-                for h in group:
-                    rows = heads.second[h]
-                    matrix[np.ix_(_places(there, rows[there[rows]]), rows)] = n
+                turned.values(heads)
             else:
-                keys = heads.second[group[0]]
-                there = keep(heads.second_site, self.sites[heads.second_site].axis)
-                left = np.flatnonzero(there[keys])
-                if not 0 < len(left) < len(keys):
-                    continue
-                root, inverse = _roots(self._second(heads.second_site, keys, True))
-                stack = np.concatenate([_roots(self._second(heads.first_site, heads.first[h], False))[0] @ root for h in group])
-                v = np.linalg.svd(stack, full_matrices=False)[2].T[:, : len(left)]
-                output(heads.second_site)[np.ix_(keys, _places(there, keys[left]))] = inverse @ v
-                for h in group:
-                    queries = heads.first[h]
-                    output(heads.first_site)[np.ix_(queries, _places(mask, queries[mask[queries]]))] = root @ v
+                turned.scores(heads)
+        for width in self.widths:
+            turned.narrow(width)
+        return turned.start()
 
-    def _narrow(self, width: Width, left: int, keep, outputs, inputs, offsets, arrays) -> None:  # type: ignore[no-untyped-def]
-        """Set the projections of a width: the best directions, as a zero-sum hyperplane of the new width."""
-        size = len(width.group.units)
-        helmert = np.linalg.qr(np.column_stack([np.ones(left), np.eye(left)[:, : left - 1]]))[0][:, 1:]
-        project = self.directions(width)[:, : left - 1] @ helmert.T
-        for value in width.streams:
-            outputs[value] = project
-        for gain, shift in width.norms.values():
-            arrays[gain] = np.ones(left)
-            if shift is not None:
-                arrays[shift] = np.zeros(left)
-        weights = self.analysis.weights
-        for node, norm in width.readers.items():
-            gain, shift = width.norms[norm]
-            scale = weights.array(self.stored[gain])
-            inputs[node] = project.T * np.sqrt(size / left) * scale
-            if shift is not None:
-                offsets[node] = weights.array(self.stored[shift])
-        for slot, axis in width.stored:
-            arrays[slot] = np.moveaxis(np.moveaxis(weights.array(self.stored[slot]), axis, -1) @ project, -1, axis)
-
-    def _matrix(self, operator: Operator) -> Array:
-        """float64[columns, outputs]."""
-        array = self.analysis.weights.array(self.stored[operator.weight])
+    def matrix(self, operator: Operator) -> Array:
+        """float64[columns, outputs] of a Gemm or MatMul."""
+        array = self.array(operator.weight)
         return array.T if operator.transposed else array
 
-    def _set(self, operator: Operator, site: Site, output: Array | None, entrance: Array | None, offset: Array | None, keep, arrays) -> None:  # type: ignore[no-untyped-def]
+    def array(self, slot: Slot) -> Array:
+        """What the dense model stores for one input of one node, float64."""
+        return self.analysis.weights.array(self.stored[slot])
+
+
+class _Turned:
+    """The changes of basis of one plan.
+
+    `outputs` has [dense channels, channels] by site, `inputs` [columns, dense columns] by operator, `offsets` what its
+    dense input had added to each column by a norm, `arrays` what is set outside of operators.
+    """
+
+    def __init__(self, bases: Bases, alive: Mask, sites: Sequence[Site]) -> None:
+        self.bases, self.alive, self.sites = bases, alive, sites
+        self.present = {site.value for site in sites}
+        self.operators = {operator.node for site in sites for operator in site.operators}
+        self.outputs: dict[str, Array] = {}
+        self.inputs: dict[str, Array] = {}
+        self.offsets: dict[str, Array] = {}
+        self.arrays: dict[Slot, Array] = {}
+
+    def kept(self, value: str, axis: int) -> Mask:
+        """bool[positions] of a dense value's axis that stay."""
+        return keep_of(self.bases.analysis.dims, self.alive, Axis(value, axis), self.bases.shapes[value][axis])
+
+    def written(self, value: str) -> Mask:
+        """bool[channels] of a site that stay."""
+        return self.kept(value, self.bases.sites[value].axis)
+
+    def read(self, node: str) -> Mask:
+        """bool[columns] of a Gemm or MatMul that stay."""
+        x = self.bases.operators[node][1].x
+        return self.kept(x, len(self.bases.shapes[x]) - 1)
+
+    def output(self, value: str) -> Array:
+        """The matrix of a site's output, to be filled in."""
+        mask = self.written(value)
+        return self.outputs.setdefault(value, np.eye(len(mask))[:, mask])
+
+    def input(self, node: str) -> Array:
+        """The matrix of an operator's input, to be filled in."""
+        mask = self.read(node)
+        return self.inputs.setdefault(node, np.eye(len(mask))[mask])
+
+    def values(self, heads: Heads) -> None:
+        """Values against what reads them: the best subspace of what reaches the reader's output."""
+        if heads.first_site not in self.present or heads.reader not in self.operators:
+            return
+        wrote, reads = self.written(heads.first_site), self.read(heads.reader)
+        weight = self.bases.matrix(self.bases.operators[heads.reader][1])
+        for group in _shared(heads.first):
+            values = heads.first[group[0]]
+            left = np.flatnonzero(wrote[values])
+            if not 0 < len(left) < len(values):
+                continue
+            second = np.sum([self.bases.second(heads.second_site, heads.second[h], True) for h in group], axis=0)
+            root, inverse = _roots(second)
+            product = np.concatenate([root @ weight[heads.second[h]] for h in group], axis=1)
+            u = np.linalg.svd(product, full_matrices=False)[0][:, : len(left)]
+            self.output(heads.first_site)[np.ix_(values, _places(wrote, values[left]))] = inverse @ u
+            for h in group:
+                columns = heads.second[h]
+                place = np.ix_(_places(reads, columns[reads[columns]]), columns)
+                self.input(heads.reader)[place] = u.T @ root
+
+    def scores(self, heads: Heads) -> None:
+        """Queries against keys: the best subspace of their products; softmax does not see the mean of the keys."""
+        if not {heads.first_site, heads.second_site} <= self.present:
+            return
+        queried, keyed = self.written(heads.first_site), self.written(heads.second_site)
+        for group in _shared(heads.second):
+            keys = heads.second[group[0]]
+            left = np.flatnonzero(keyed[keys])
+            if not 0 < len(left) < len(keys):
+                continue
+            root, inverse = _roots(self.bases.second(heads.second_site, keys, True))
+            queries = [heads.first[h] for h in group]
+            roots = [_roots(self.bases.second(heads.first_site, q, False))[0] for q in queries]
+            v = np.linalg.svd(np.concatenate([r @ root for r in roots]), full_matrices=False)[2].T[:, : len(left)]
+            self.output(heads.second_site)[np.ix_(keys, _places(keyed, keys[left]))] = inverse @ v
+            for q in queries:
+                self.output(heads.first_site)[np.ix_(q, _places(queried, q[queried[q]]))] = root @ v
+
+    def narrow(self, width: Width) -> None:
+        """A narrower width: the best directions, put into the zero-sum hyperplane that its norms leave alone."""
+        left, size = int(self.alive[width.group.units].sum()), len(width.group.units)
+        if not 1 < left < size or not set(width.readers) <= self.operators or not set(width.streams) <= self.present:
+            return
+        helmert = np.linalg.qr(np.column_stack([np.ones(left), np.eye(left)[:, : left - 1]]))[0][:, 1:]
+        project = self.bases.directions(width)[:, : left - 1] @ helmert.T
+        for value in width.streams:
+            self.outputs[value] = project
+        for gain, shift in width.norms.values():
+            self.arrays[gain] = np.ones(left)
+            if shift is not None:
+                self.arrays[shift] = np.zeros(left)
+        for node, norm in width.readers.items():
+            gain, shift = width.norms[norm]
+            self.inputs[node] = project.T * np.sqrt(size / left) * self.bases.array(gain)
+            if shift is not None:
+                self.offsets[node] = self.bases.array(shift)
+        for slot, axis in width.stored:
+            self.arrays[slot] = np.moveaxis(np.moveaxis(self.bases.array(slot), axis, -1) @ project, -1, axis)
+
+    def start(self) -> Start:
+        """Sites and arrays of the plan's model."""
+        for site in self.sites:
+            for operator in site.operators:
+                if site.dense in self.outputs or operator.node in self.inputs:
+                    self._set(operator)
+        sites = [replace(s, project=self.outputs[s.dense]) if s.dense in self.outputs else s for s in self.sites]
+        return Start(sites, self.arrays)
+
+    def _set(self, operator: Operator) -> None:
         """First weight and bias of an operator whose output or input is in another basis."""
-        dense = self.analysis.weights.array(self.stored[operator.weight])
-        own = self.sites[site.value]
-        if operator.op_type == "Conv":
-            mask = keep(operator.x, 1)
-            kernel = dense[:, mask] if operator.attrs.get("group", 1) == 1 else dense
-            if output is not None:
-                arrays[operator.weight] = np.tensordot(output.T, kernel, axes=1)
+        dense, own = self.bases.array(operator.weight), self.bases.operators[operator.node][0]
+        wrote = self.written(own.value)
+        output = self.outputs.get(own.value, np.eye(len(wrote))[:, wrote])
+        if operator.op_type == "Conv":  # no norm reads into one
+            mask = (
+                self.kept(operator.x, 1) if operator.attrs.get("group", 1) == 1 else np.ones(dense.shape[1], np.bool_)
+            )
+            self.arrays[operator.weight] = np.tensordot(output.T, dense[:, mask], axes=1)
         else:
             matrix = dense.T if operator.transposed else dense
-            mask = keep(operator.x, len(self.shapes[operator.x]) - 1)
-            wide = matrix[mask] if entrance is None else entrance @ matrix
-            there = keep(site.value, own.axis)
-            wide = wide[:, there] if output is None else wide @ output
-            arrays[operator.weight] = wide.T if operator.transposed else wide
+            entered = self.inputs.get(operator.node)
+            product = (matrix[self.read(operator.node)] if entered is None else entered @ matrix) @ output
+            self.arrays[operator.weight] = product.T if operator.transposed else product
         home = operator.bias or (operator.steps[0].slots[0] if operator.steps else None)
         if home is not None:
-            there = keep(site.value, own.axis)
-            bias = self.analysis.weights.array(self.stored[home])
-            flat = np.broadcast_to(bias.reshape(-1), len(there)).astype(np.float64)
-            if offset is not None and operator.op_type != "Conv":
-                flat = flat + offset @ (dense.T if operator.transposed else dense)
-            moved = flat[there] if output is None else flat @ output
-            shape = [1 if k == 1 or bias.ndim == 1 else 1 for k in range(bias.ndim)]
-            axis = int(np.argmax(bias.shape)) if bias.ndim else 0
-            shape[axis:axis + 1] = [len(moved)]
-            arrays[home] = moved.reshape(shape)
+            bias = self.bases.array(home)
+            constant = np.broadcast_to(bias.reshape(-1), len(wrote)).astype(np.float64)
+            if operator.node in self.offsets:
+                constant = constant + self.offsets[operator.node] @ (dense.T if operator.transposed else dense)
+            shape = np.where(np.array(bias.shape) == len(wrote), output.shape[1], bias.shape)
+            self.arrays[home] = (constant @ output).reshape(shape)
 
 
-def _slots(site: Site) -> set[Slot]:
-    return {slot for o in site.operators for slot in (o.weight, *([o.bias] if o.bias else []), *(s for step in o.steps for s in step.slots))}
+def _scaled(node: OpNode) -> str | None:
+    """The value that a node multiplies or divides by one number."""
+    for k in {"Mul": (0, 1), "Div": (0,)}.get(node.op_type, ()):
+        factor = node.const(1 - k)
+        if factor is not None and factor.size == 1:
+            return node.inputs[k]
+    return None
+
+
+def _plain(operator: Operator) -> bool:
+    """Whether an operator has at most a bias, so that a matrix at its output folds into it."""
+    return all(step.kind == "add" for step in operator.steps) and (operator.bias is not None) + len(operator.steps) <= 1
+
+
+def _shared(rows: Positions) -> list[list[int]]:
+    """Numbers of equal rows, together."""
+    found: dict[bytes, list[int]] = defaultdict(list)
+    for k, row in enumerate(rows):
+        found[row.tobytes()].append(k)
+    return list(found.values())
 
 
 def _rows(channels: Array | None, axis: int) -> Positions | None:

@@ -162,6 +162,9 @@ class Answers:
         return cast(T, self._found[request])
 
 
+Gather = Callable[[Sequence[Request[Any]]], Answers]  # `collect`, with everything but the requests settled
+
+
 def collect(
     worker: Worker,
     models: Model | Sequence[Model],

@@ -216,7 +216,9 @@ def table(title: str, columns: list[str], rows: list[tuple[object, ...]]) -> Non
 @click.option("--criterion", metavar="NAME[,key=value]", help="Importance.  [default: the best that the data allows]")
 @click.option("--allocate", metavar="NAME[,key=value]", help="How the budget is spread.  [default: likewise]")
 @click.option("--reconstruct", metavar="NAME|none", help="How what stays is repaired.  [default: likewise]")
-@click.option("--effort", default="default", metavar="quick|default|thorough", show_default=True, help="Time for quality.")
+@click.option(
+    "--effort", default="default", metavar="quick|default|thorough", show_default=True, help="Time for quality."
+)
 @click.option("--no-new-bias", is_flag=True, help="Repair adds no bias where the layer had none.")
 @click.option("--memory", default="1GB", show_default=True, metavar="SIZE", help="Budget for statistics.")
 @click.option("--calibration", metavar="PATH", help=".npz, .npy or a folder: unlabelled inputs.")

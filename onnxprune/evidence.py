@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from onnxprune import plugin
 from onnxprune.analysis import Analysis
-from onnxprune.calibrate import Moments, MomentsOf, Reads, collect
+from onnxprune.calibrate import Gather, Moments, MomentsOf, Reads
 from onnxprune.sites import Operator, find_sites
 from onnxprune.types import Array, Axis, Group, Mask
-from onnxprune.worker import Worker
 
 
 def evidence(
-    analysis: Analysis,
-    groups: Sequence[Group],
-    feeds: Sequence[Mapping[str, Array]],
-    worker: Worker,
-    *,
-    seed: int = 0,
-    padding: str | None = None,
-    threads: int = 1,
-    budget: int,
+    analysis: Analysis, groups: Sequence[Group], seed: int, gather: Gather | None, budget: int
 ) -> plugin.Evidence:
-    """Evidence about these groups; second moments are collected for as many groups at once as `budget` (bytes) holds."""
-    if not feeds:
+    """Evidence about these groups; second moments are gathered for as many groups at once as `budget` (bytes) holds."""
+    if gather is None:
         return plugin.Evidence(analysis.weights, seed)
-    model = analysis.prepared.model
     weights = _Operators(analysis)
     moments: dict[str, Moments] = {}
 
@@ -42,7 +32,7 @@ def evidence(
             wanted |= new
         moments.clear()
         requests = {node: MomentsOf(Reads(node)) for node in wanted}
-        found = collect(worker, model, feeds, requests.values(), padding=padding, seed=seed, budget=budget, threads=threads)
+        found = gather(list(requests.values()))
         moments.update({node: found[request] for node, request in requests.items()})
 
     def readers(group: Group) -> list[plugin.Reader]:
@@ -67,7 +57,9 @@ class _Operators:
         sites = find_sites(model, model, self.shapes, whole)
         self.found = {operator.weight: operator for site in sites for operator in site.operators}
         self.names = {slot: s.initializer for s in analysis.view.stored.values() for slot in s.uses}
-        self.free = {o.node for s in sites for o in s.operators if o.bias is not None or any(t.kind != "mul" for t in o.steps)}
+        self.free = {
+            o.node for s in sites for o in s.operators if o.bias is not None or any(t.kind != "mul" for t in o.steps)
+        }
 
     def of(self, group: Group) -> list[tuple[Operator, Array]]:
         """Operators that sum over units of a group, with the columns int64[units, ...] of each."""
@@ -82,7 +74,10 @@ class _Operators:
                     continue
                 patch = int(np.prod(shape[2:])) if operator.op_type == "Conv" else 1
                 count = len(group.units)
-                if len(member.positions) % count or (np.bincount(member.units, minlength=count) != len(member.positions) // count).any():
+                if (
+                    len(member.positions) % count
+                    or (np.bincount(member.units, minlength=count) != len(member.positions) // count).any()
+                ):
                     continue
                 positions = member.positions[np.argsort(member.units, kind="stable")].reshape(count, -1)
                 columns = (positions[:, :, None] * patch + np.arange(patch)).reshape(count, -1)
@@ -92,7 +87,9 @@ class _Operators:
     def matrix(self, operator: Operator, initializer: str) -> Array:
         """float64[columns, outputs]."""
         array = self.weights.array(initializer)
-        return array.reshape(len(array), -1).T if operator.op_type == "Conv" else array.T if operator.transposed else array
+        return (
+            array.reshape(len(array), -1).T if operator.op_type == "Conv" else array.T if operator.transposed else array
+        )
 
     def bytes(self, operator: Operator) -> int:
         """What an operator's second moments take."""

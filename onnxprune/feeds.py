@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import numpy as np
@@ -137,7 +137,9 @@ def noisy(feeds: Sequence[Mapping[str, Array]], share: float, seed: int) -> list
         return []
     return [
         {
-            name: (array + rng.normal(0, share * spread[name], array.shape)).astype(array.dtype) if name in spread else array
+            name: (array + rng.normal(0, share * spread[name], array.shape)).astype(array.dtype)
+            if name in spread
+            else array
             for name, array in feed.items()
         }
         for feed in feeds

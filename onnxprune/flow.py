@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxprune.errors import InputError
 from onnxprune.infer import bodies, walk
 from onnxprune.runtime import ort
 from onnxprune.sites import Slot, stored
@@ -102,7 +101,7 @@ class Flow:
             if name in self.live or k is None or k in found:
                 continue
             if self.done[k]:
-                raise RuntimeError(f"asked for after it went {name} {self.waiting[name]} {name in self.outputs} {names}")
+                raise RuntimeError(f"{name} is asked for after it went")
             found.add(k)
             stack.extend(self.reads[k])
         return sorted(found)
@@ -155,7 +154,7 @@ class Flow:
                     weights[proto.input[i]] = self._changed[slot]
             protos.append(proto)
             for name in self.reads[k]:
-                if name in self.stored and not (name in self.live):
+                if name in self.stored and name not in self.live:
                     value = self.stored[name]
                     if value.const_value is not None and value.const_value.size > 1 and _kind(value) in FED:
                         weights.setdefault(name, self._stored(name))
@@ -171,8 +170,8 @@ class Flow:
         for name in outputs:
             graph.output.append(onnx.ValueInfoProto(name=name))
         for name, value in constants.items():
-            tensor = ir.serde.serialize_tensor(ir.tensor(value.const_value.numpy(), name=name) if value.const_value.__class__.__name__ == "ExternalTensor" else value.const_value)  # type: ignore[union-attr]
-            tensor.name = name
+            assert value.const_value is not None
+            tensor = ir.serde.serialize_tensor(ir.tensor(value.const_value.numpy(), dtype=value.dtype, name=name))
             graph.initializer.append(tensor)
         opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in self.model.opset_imports.items()]
         model = onnx.ModelProto(ir_version=min(self.model.ir_version or 8, 10), opset_import=opsets, graph=graph)

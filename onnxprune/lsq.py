@@ -40,7 +40,7 @@ class Regression:
         self._factors: dict[float, tuple[Array, bool]] = {}
 
     def solve(self, y: Array, ridge: float) -> Fit:
-        """The weights that bring x nearest to y, float32[rows, outputs], with `ridge` x the mean diagonal as damping."""
+        """The weights that bring x nearest to y, float32[rows, outputs], damped by `ridge` x the mean diagonal."""
         y_mean = y.mean(axis=0, dtype=np.float64) if self._intercept else np.zeros(y.shape[1])
         cross = (self._centred.T @ y).astype(np.float64) / max(len(y), 1)
         weight = np.asarray(cho_solve(self._factor(ridge), cross)) if self.scale > 0 else np.zeros_like(cross)
@@ -88,12 +88,9 @@ def fit(
     """
     if ridge is None:
         part = Regression(x[~held_out], intercept)
-        known = [a[~held_out] for a in (wanted, current)]
-        probe = [a[held_out] for a in (wanted, current)]
-        errors = [
-            _error(probe[0], probe[1] + _rounds(part, *known, bounds, each, min(rounds, 2))(x[held_out]), bounds)
-            for each in RIDGES
-        ]
+        known, probe = ((wanted[rows], current[rows]) for rows in (~held_out, held_out))
+        tried = [_rounds(part, known[0], known[1], bounds, each, min(rounds, 2)) for each in RIDGES]
+        errors = [_error(probe[0], probe[1] + change(x[held_out]), bounds) for change in tried]
         best = int(np.argmin(np.nan_to_num(errors, nan=np.inf)))
         if not errors[best] < _error(probe[0], probe[1], bounds):
             return None

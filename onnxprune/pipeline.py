@@ -21,6 +21,7 @@ from onnxprune import report as reports
 from onnxprune import select as selection
 from onnxprune.allocate import Trials
 from onnxprune.analysis import Analysis, cost_of, cost_shapes, named, samples_of
+from onnxprune.bases import Bases
 from onnxprune.cost import Cost
 from onnxprune.errors import ImpossibleError, InputError, InternalError
 from onnxprune.model import Model
@@ -245,7 +246,9 @@ def family(
     clock = Clock(progress)
     first = variants[0]
     with clock.stage("read and analyse"):
-        analysis = Analysis(model, first.input_shape, remove=first.remove, interface=first.allow_interface_change)
+        analysis, remove = _analysed(model, first)
+        variants = [replace(options, remove=remove) for options in variants]
+        first = variants[0]
         data = tuple(Path(p) for p in (first.calibration, first.evaluation) if p is not None and Path(p).is_file())
         inputs = replace(analysis.source, files=analysis.source.files + data)
         paths = [storage.check_output(p, inputs, force=first.force) if p is not None else None for p in outputs]
@@ -262,13 +265,34 @@ def family(
         with clock.stage("run the dense model"):
             _check_dense(prover, worker, first)
         for options, path in zip(variants, paths, strict=True):
-            results.append(
-                _one(analysis, options, path, prover, worker, calibration, evaluation, clock, command)
-            )
+            results.append(_one(analysis, options, path, prover, worker, calibration, evaluation, clock, command))
     if not first.dry_run:
         with clock.stage("write"):
             results = _write(results, paths, beside, analysis, first)
     return results
+
+
+HEAD = 16  # positions of a head from which on a subspace of it is worth more than whole heads
+
+
+def _analysed(model: str | Path, options: Options) -> tuple[Analysis, tuple[str, ...]]:
+    """The analysis, and the kinds that it is for: where heads and head-dim may both go, the one that costs less.
+
+    Repair can take a subspace out of every head, where queries, keys and values are not rotated by position; that
+    keeps more than whole heads do, unless heads are small.
+    """
+
+    def analysed(remove: tuple[str, ...]) -> Analysis:
+        return Analysis(model, options.input_shape, remove=remove, interface=options.allow_interface_change)
+
+    kinds = tuple(KINDS) if "all" in options.remove else options.remove
+    repaired = options.calibration is not None and Methods.of(options).reconstruct is not None
+    if repaired and options.target and {"heads", "head-dim"} <= set(kinds):
+        inside = tuple(kind for kind in kinds if kind != "heads")
+        analysis = analysed(inside)
+        if min((len(heads.first[0]) for heads in Bases(analysis).heads), default=0) >= HEAD:
+            return analysis, inside
+    return analysed(options.remove), options.remove
 
 
 def _check_dense(prover: Prover, worker: Worker, options: Options) -> None:

@@ -17,7 +17,6 @@ import numpy as np
 from onnxprune.errors import InputError
 from onnxprune.types import Array, Group, Member
 
-
 Feeds = Sequence[Mapping[str, Array]]
 
 
@@ -45,8 +44,8 @@ class Weights:
 class Reader:
     """A linear operator that reads a group: it sums x W over columns, of which each unit owns as many.
 
-    weight float64[columns, outputs]; columns int64[units, of each unit]; moments float64[columns, columns] are the means
-    of x x^T over the calibration data, of the centred x where `intercept` says that a constant costs nothing.
+    weight float64[columns, outputs]; columns int64[units, of each unit]; moments float64[columns, columns]: the mean of
+    x x^T over the calibration data, of the centred x where `intercept` says that a constant costs nothing.
     """
 
     node: str
@@ -61,7 +60,7 @@ class Reader:
 
 
 class Evidence:
-    """What criteria may look at: weights and a seed always, readers with their inputs where there is calibration data."""
+    """What criteria may look at: weights and a seed; readers and their inputs where there is calibration data."""
 
     def __init__(
         self, weights: Weights, seed: int = 0, readers: Callable[[Group], Sequence[Reader]] | None = None
@@ -102,7 +101,7 @@ class Allocator(Protocol):
 
 @dataclass(frozen=True)
 class Knob:
-    """Something of which more or less may go: `table[r]` units really go where r are to go; all of a group, or a branch."""
+    """What more or less of may go, a group or a branch: `table[r]` units really go where r are to go."""
 
     kind: str
     table: Array

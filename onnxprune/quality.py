@@ -58,7 +58,7 @@ def cosine(outputs: Outputs, dense: Outputs, labels: Array | None) -> float:
         return float(np.mean((x * y).sum(axis=1) / norms))
 
 
-def divergence(found: Sequence[Outputs], dense: Sequence[Outputs]) -> float:
+def divergence(found: Outputs, dense: Outputs) -> float:
     """How far outputs are from the dense ones, without labels: lower is better, zero is equal.
 
     For scores (two or three axes, the last of at least three positions) the mean KL divergence of their softmax, or
@@ -69,7 +69,7 @@ def divergence(found: Sequence[Outputs], dense: Sequence[Outputs]) -> float:
     for name, whole in dense[0].items():
         if name not in found[0] or (whole.dtype.kind != "f" and whole.dtype.name != "bfloat16"):
             continue
-        pairs = [(row[name].astype(np.float64), other[name].astype(np.float64)) for row, other in zip(found, dense, strict=True)]
+        pairs = [(a[name].astype(np.float64), b[name].astype(np.float64)) for a, b in zip(found, dense, strict=True)]
         if any(x.shape != y.shape or not np.array_equal(np.isfinite(x), np.isfinite(y)) for x, y in pairs):
             return float("inf")
         pairs = [(np.where(np.isfinite(x), x, 0), np.where(np.isfinite(y), y, 0)) for x, y in pairs]

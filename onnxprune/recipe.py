@@ -77,7 +77,7 @@ class Methods:
         """What the options name, else the best that the given data and effort allow."""
         calibrated = options.calibration is not None
         repair = options.reconstruct or ("sequential" if calibrated else "none")
-        measured = {"quick": "uniform", "default": "measured", "thorough": "measured,rounds=16,trials=600"}
+        measured = {"quick": "measured,rounds=0", "default": "measured", "thorough": "measured,rounds=16,trials=600"}
         search = measured[options.effort] if calibrated and repair != "none" else "global-rank"
         return cls(
             options.criterion or ("obs-struct" if calibrated else "mag"),

@@ -10,9 +10,8 @@ the models does so in the child process; the dense side is kept there from one c
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -33,7 +32,7 @@ NOTHING = 1e-9  # share of a site's variance below which it is not off
 
 @dataclass(frozen=True)
 class Sampling:
-    """How many rows of each site are used, drawn with `seed`; `padding` names the input that is zero for padded tokens."""
+    """How many rows of each site are used, drawn with `seed`; `padding` names the input that is zero for padding."""
 
     rows: int = ROWS
     seed: int = 0
@@ -79,7 +78,9 @@ def repair(
     """Fit every site of a pruned model in turn; see `begin`, which comes first.
 
     With `judge` its divergence from the dense model is measured; with `keep` the dense side remembers its rows for the
-    next plan. `start` are arrays that take the place of stored ones first. `ridges` are dampings that were found before. Raises what Worker.call raises.
+    next plan. `start` are arrays that take the place of stored ones first, `ridges` dampings that were found before.
+
+    Raises what Worker.call raises.
     """
     with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
         path = str(dump(pruned, folder, "pruned"))
@@ -136,14 +137,15 @@ class _Dense:
         key = (site.dense, site.axis)
         if key not in self.rows:
             if self.flow is None or self.flow.gone(site.dense):
-                self.flow = Flow(self.model, self.feeds[: self.fitted], self.sessions, {s.dense for s in (site, *later)})
+                self.flow = Flow(
+                    self.model, self.feeds[: self.fitted], self.sessions, {s.dense for s in (site, *later)}
+                )
             arrays = self.flow.values([site.dense])[0][: self.fitted]
             found = rows.of(arrays, site.axis)
             if not keep:
                 return found
             self.rows[key] = found
         return self.rows[key]
-
 
     def divergence(self, flow: Flow) -> float:
         """How far a model's outputs are from the dense ones on the samples that are judged by."""
@@ -165,7 +167,14 @@ class Rows:
     `chosen` has the numbers of the rows for each feed; `held_out` bool[rows] marks a fifth of the samples.
     """
 
-    def __init__(self, arrays: Sequence[Array], axis: int, counts: Sequence[int], masks: Sequence[Array | None], sampling: Sampling) -> None:
+    def __init__(
+        self,
+        arrays: Sequence[Array],
+        axis: int,
+        counts: Sequence[int],
+        masks: Sequence[Array | None],
+        sampling: Sampling,
+    ) -> None:
         totals = [array.size // array.shape[axis] for array in arrays]
         whole = max(sum(totals), 1)
         rng = np.random.default_rng([sampling.seed, whole])
@@ -208,7 +217,7 @@ class Rows:
             inner = (*(slice(None) for _ in range(spatial)), *(slice(None, None, d) for d in dilations))
             windows = windows[step][(slice(None), slice(None), *inner)]
             place = np.unravel_index(rows, (windows.shape[0], *windows.shape[2 : 2 + spatial]))
-            taken = windows[(place[0], slice(None), *place[1:])]
+            taken = np.moveaxis(windows, 1, spatial)[place]
             found.append(taken.reshape(len(rows), groups, -1).astype(np.float32))
         return np.ascontiguousarray(np.concatenate(found).swapaxes(0, 1))
 
@@ -221,8 +230,8 @@ def _real(array: Array, axis: int, mask: Array | None, total: int) -> Positions:
     flat = mask.reshape(-1) != 0
     shape = [size for k, size in enumerate(array.shape) if k != axis % array.ndim]
     if tuple(shape[:2]) == mask.shape or (shape and shape[0] == flat.size):
-        return every[np.repeat(flat, total // flat.size)]
-    return every
+        return np.asarray(every[np.repeat(flat, total // flat.size)])
+    return np.asarray(every)
 
 
 def _samples(feed: Mapping[str, Array], graph: ir.Graph) -> int:
@@ -278,10 +287,10 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
     names = [operator.x for operator in site.operators]
     arrays = [found[: dense.fitted] for found in flow.values([*names, *site.rest])]
     inputs, rest = arrays[: len(names)], arrays[len(names) :]
-    shape_source = [_result_shape(site, o, x, flow) for o, x in zip(site.operators, inputs, strict=True)][0]
+    like = _result_shape(site.operators[0], inputs[0], flow)
     padding = dense.sampling.padding
     masks = [feed.get(padding) if padding else None for feed in dense.feeds[: dense.fitted]]
-    rows = Rows(shape_source, site.axis, dense.counts, masks, dense.sampling)
+    rows = Rows(like, site.axis, dense.counts, masks, dense.sampling)
     wanted = dense.take(site, rows, task.keep, task.sites[k + 1 :])
     if site.project is not None:
         wanted = wanted @ site.project.astype(np.float32)
@@ -327,7 +336,7 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
             task.changes[slot] = array
 
 
-def _result_shape(site: Site, operator: Operator, x: Sequence[Array], flow: Flow) -> list[Array]:
+def _result_shape(operator: Operator, x: Sequence[Array], flow: Flow) -> list[Array]:
     """Arrays without memory that have the shape of the operator's output for each feed."""
     weight = flow.array(operator.weight)
     found = []
@@ -338,7 +347,9 @@ def _result_shape(site: Site, operator: Operator, x: Sequence[Array], flow: Flow
             strides, dilations = attrs.get("strides", [1] * spatial), attrs.get("dilations", [1] * spatial)
             pads = attrs.get("pads", [0] * 2 * spatial)
             sizes = [
-                (array.shape[2 + d] + pads[d] + pads[d + spatial] - dilations[d] * (weight.shape[2 + d] - 1) - 1) // strides[d] + 1
+                (array.shape[2 + d] + pads[d] + pads[d + spatial] - dilations[d] * (weight.shape[2 + d] - 1) - 1)
+                // strides[d]
+                + 1
                 for d in range(spatial)
             ]
             shape = (array.shape[0], weight.shape[0], *sizes)
@@ -421,7 +432,9 @@ class _Part:
         """Add float64[groups, columns, outputs], with the gain in it, to the weight."""
         gain = self.gain.reshape(self.groups, 1, -1)
         usable = np.abs(gain) > 1e-6 * np.abs(gain).max()
-        self.matrix = self.matrix + np.divide(change, gain, out=np.zeros_like(change), where=np.broadcast_to(usable, change.shape))
+        self.matrix = self.matrix + np.divide(
+            change, gain, out=np.zeros_like(change), where=np.broadcast_to(usable, change.shape)
+        )
         w = self.matrix
         w = w.swapaxes(1, 2).reshape(self.stored.shape) if self.conv else w[0].T if self.operator.transposed else w[0]
         self.changes[self.operator.weight] = np.ascontiguousarray(w, self.stored.dtype)

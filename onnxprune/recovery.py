@@ -8,11 +8,11 @@ from fnmatch import filter as matching
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from onnxprune import plugin, reconstruct
-from onnxprune.allocate import TRIAL_ROWS, Samples, Trials, sites_of
+from onnxprune.allocate import TRIAL_ROWS, Samples, Trials, started
 from onnxprune.analysis import Analysis
+from onnxprune.bases import Bases
+from onnxprune.calibrate import Answers, Request, collect
 from onnxprune.evidence import evidence
 from onnxprune.model import Model
 from onnxprune.plugin import Reconstructor
@@ -55,18 +55,31 @@ class Recovery:
         names = [str(name) for name in {s.initializer for s in self.analysis.view.stored.values()}]
         return sorted({name for pattern in self.options.ignore for name in matching(names, pattern)})
 
+    @cached_property
+    def bases(self) -> Bases | None:
+        """Changes of basis that the model allows, where weights may change at all."""
+        if self.reconstructor is None:
+            return None
+        return Bases(self.analysis, self.gather)
+
+    def gather(self, requests: Sequence[Request[Any]]) -> Answers:
+        """Statistics of the dense model over all samples."""
+        return collect(
+            self.worker,
+            self.analysis.prepared.model,
+            self.samples.feeds,
+            requests,
+            padding=self.samples.padding,
+            seed=self.options.seed,
+            budget=parse_size(self.options.memory),
+            threads=self.options.threads,
+            progress=lambda done, total: self.progress(f"statistics ({done} of {total})"),
+        )
+
     def evidence(self, groups: Sequence[Group]) -> plugin.Evidence:
         """What criteria may look at."""
-        return evidence(
-            self.analysis,
-            groups,
-            self.samples.feeds,
-            self.worker,
-            seed=self.options.seed,
-            padding=self.samples.padding,
-            threads=self.options.threads,
-            budget=parse_size(self.options.memory),
-        )
+        gather = self.gather if self.samples.feeds else None
+        return evidence(self.analysis, groups, self.options.seed, gather, parse_size(self.options.memory))
 
     def trials(
         self,
@@ -88,6 +101,7 @@ class Recovery:
             self.reconstructor,
             floor,
             self.stays,
+            self.bases,
             lambda done: self.progress(f"measure plans ({done})"),
         )
 
@@ -99,12 +113,14 @@ class Recovery:
         """
         if self.reconstructor is None or all(keep.all() for keep in plan.keep.values()):
             return Repaired(pruned, [], [])
-        sites = sites_of(self.analysis, plan, pruned, self.stays)
-        if not sites:
+        start = started(self.analysis, plan, pruned, self.bases, self.stays)
+        if not start.sites:
             return Repaired(pruned, [], ["nothing could be repaired: no linear operator has a float weight of its own"])
         self._begin(self.samples.fitted, self.samples.judged, TRIAL_ROWS)
-        naive = reconstruct.repair(self.worker, pruned, sites, None, judge=True).divergence
-        tried = reconstruct.repair(self.worker, pruned, sites, self.reconstructor, judge=True).divergence
+        naive = reconstruct.repair(self.worker, pruned, [], None, judge=True).divergence
+        tried = reconstruct.repair(
+            self.worker, pruned, start.sites, self.reconstructor, start=start.arrays, judge=True
+        ).divergence
         if not tried < naive:
             why = f"repair made held-out samples worse ({naive:.3g} to {tried:.3g}), so nothing was repaired"
             return Repaired(pruned, [], [f"{why}; more calibration samples would help"])
@@ -112,8 +128,9 @@ class Recovery:
         found = reconstruct.repair(
             self.worker,
             pruned,
-            sites,
+            start.sites,
             self.reconstructor,
+            start=start.arrays,
             progress=lambda done, total: self.progress(f"repair ({done} of {total})"),
         )
         model = pruned.clone()

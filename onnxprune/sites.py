@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,11 @@ class Operator:
     steps: tuple[Step, ...]
     columns: Positions | None = None
 
+    def homes(self) -> list[Slot]:
+        """Where a constant can be added: its bias, or what is stored for the first step that adds one."""
+        added = [step.slots[1 if step.kind == "norm" else 0] for step in self.steps if step.kind != "mul"]
+        return [self.bias] if self.bias is not None else added[:1]
+
 
 @dataclass(frozen=True)
 class Site:
@@ -85,7 +90,7 @@ def find_sites(
     keep: Callable[[Axis], Mask],
     stays: Collection[str] = (),
 ) -> list[Site]:
-    """Sites in topological order; `shapes` and `keep` speak of the dense model, initializers in `stays` keep their values."""
+    """Sites in topological order; `shapes` and `keep` speak of the dense model, what `stays` names keeps its values."""
     found: dict[str, list[tuple[int, Operator, _Chain]]] = defaultdict(list)
     readers = _readers(dense)
     for index, node in enumerate(pruned.graph):
@@ -93,7 +98,7 @@ def find_sites(
         if operator is None:
             continue
         chain = _follow(node, _axis(node, shapes), shapes)
-        found[str(chain.value.name)].append((index, _with(operator, tuple(chain.steps)), chain))
+        found[str(chain.value.name)].append((index, replace(operator, steps=tuple(chain.steps)), chain))
     places = {str(out.name): index for index, node in enumerate(pruned.graph) for out in node.outputs}
     sites = []
     for name, parts in found.items():
@@ -159,7 +164,7 @@ def _operator(
             return None
     elif flips or attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID", b"NOTSET", b"VALID"):
         return None
-    owner = weight.uses()[0]
+    owner = next(iter(weight.uses()))
     bias = None
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         value = stored(node.inputs[2])
@@ -225,18 +230,12 @@ def _columns(
     return np.asarray((np.flatnonzero(mask)[:, None] * patch + np.arange(patch)).reshape(-1))
 
 
-def _with(operator: Operator, steps: tuple[Step, ...]) -> Operator:
-    from dataclasses import replace
-
-    return replace(operator, steps=steps)
-
-
 def _follow(node: ir.Node, axis: int, shapes: Mapping[str, Shape]) -> _Chain:
     """What happens to an operator's output until something else than a gain, a shift or a sum reads it."""
     chain = _Chain(node.outputs[0], path=[str(node.outputs[0].name)])
     start = shapes[str(node.outputs[0].name)]
     while len(chain.value.uses()) == 1 and not chain.value.is_graph_output():
-        use = chain.value.uses()[0]
+        use = next(iter(chain.value.uses()))
         reader, k = use.node, use.idx
         if reader.graph is not node.graph or bodies(reader) or reader.domain not in ("", "ai.onnx"):
             break
@@ -249,7 +248,12 @@ def _follow(node: ir.Node, axis: int, shapes: Mapping[str, Shape]) -> _Chain:
             pass
         elif reader.op_type == "Add" and other is not None and _per_channel(other, axis, start):
             chain.steps.append(Step("add", ((slot, 1 - k),)))
-        elif reader.op_type == "Add" and other is not None and shapes.get(str(other.name)) == start and other is not chain.value:
+        elif (
+            reader.op_type == "Add"
+            and other is not None
+            and shapes.get(str(other.name)) == start
+            and other is not chain.value
+        ):
             chain.rest.append(other)
         elif chain.rest:
             break
@@ -297,6 +301,8 @@ def _passes(node: ir.Node) -> tuple[float, float]:
         value = node.inputs[k] if k < len(node.inputs) else None
         if value is not None and value.const_value is None:
             return -np.inf, np.inf
-        tensor: Array | None = value.const_value.numpy() if value is not None and value.const_value is not None else None
+        tensor: Array | None = (
+            value.const_value.numpy() if value is not None and value.const_value is not None else None
+        )
         limits.append(float(tensor.reshape(-1)[0]) if tensor is not None else float(attributes(node).get(key, other)))  # type: ignore[arg-type]
     return limits[0], limits[1]

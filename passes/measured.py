@@ -17,14 +17,15 @@ LONGEST = 40  # halvings of a bracket
 
 @dataclass(frozen=True)
 class Measured:
-    """Start from the best equal share of some kinds of units, then trade between groups what costs little for what costs much.
+    """Start from the best equal share of some kinds, then trade between groups what costs little for what costs much.
 
     Every judgement is the divergence at the output after repair, on samples the repair does not see, at the state that
     is to be improved: where much has gone, other cuts are the cheap ones. A round measures each knob turned a bit
     further, and moves all of them by how their damage per cost compares with one price that meets the target. Dropping
     a branch, and what that lets the others keep, is tried as well. Source: METHODS C7 (distortions measured at the
     output), with the equal-slope condition of rate-distortion theory. `rounds` and `step` (a factor of what is kept,
-    as a logarithm) say how long and how far, `trials` how many plans may be measured.
+    as a logarithm) say how long and how far, `trials` how many plans may be measured;
+    without rounds it is the equal share of all kinds, and nothing is measured.
     """
 
     rounds: int = 6
@@ -35,6 +36,8 @@ class Measured:
     def search(self, problem: Search) -> list[int]:
         """Units that go, by knob."""
         state = self._start(problem)
+        if not self.rounds:
+            return state
         best, step, spent = float(problem.damage([state])[0]), self.step, 0
         for _ in range(self.rounds):
             live = [k for k, knob in enumerate(problem.knobs) if knob.kind != "layers" and state[k] < knob.most]
@@ -44,8 +47,7 @@ class Measured:
                 break
             prices = self._prices(problem, state, best, live, step)
             wishes = [_balanced(problem, state, prices, size) for size in (step, step / 2, step / 4)]
-            for k in drops:
-                wishes.append(_balanced(problem, _turned(state, k, 1), np.ones(len(state)), 4.0))
+            wishes += [_balanced(problem, _turned(state, k, 1), np.ones(len(state)), 4.0) for k in drops]
             found = problem.damage(wishes)
             first = int(np.argmin(found))
             if found[first] < best:
@@ -58,12 +60,12 @@ class Measured:
         """The best equal share of one combination of kinds."""
         kinds = sorted({knob.kind for knob in problem.knobs} - {"layers"})
         sets = [set(kinds)]
-        if len(kinds) <= KINDS:
+        if len(kinds) <= KINDS and self.rounds:
             sets += [set(some) for size in range(1, len(kinds)) for some in combinations(kinds, size)]
         states = [state for some in sets if (state := _uniform(problem, some)) is not None]
         if not states:
             return [knob.most for knob in problem.knobs]
-        return states[int(np.argmin(problem.damage(states)))]
+        return states[int(np.argmin(problem.damage(states)))] if len(states) > 1 else states[0]
 
     @staticmethod
     def _prices(problem: Search, state: Sequence[int], damage: float, live: Sequence[int], step: float) -> Array:
@@ -91,11 +93,14 @@ def _moved(problem: Search, state: Sequence[int], k: int, change: float) -> int:
 
 
 def _balanced(problem: Search, state: Sequence[int], prices: Array, step: float) -> list[int]:
-    """Every knob moved by the logarithm of a common price over its own, at most by `step`; the lowest price that will do."""
+    """Every knob moved by the logarithm of a common price over its own, at most by `step`; the lowest that will do."""
     moving = [k for k, knob in enumerate(problem.knobs) if knob.kind != "layers"]
 
     def at(price: float) -> list[int]:
-        changes = {k: float(np.clip(price - np.log(prices[k]), -step, step)) if np.isfinite(prices[k]) else -step for k in moving}
+        changes = {
+            k: float(np.clip(price - np.log(prices[k]), -step, step)) if np.isfinite(prices[k]) else -step
+            for k in moving
+        }
         return [_moved(problem, state, k, changes[k]) if k in changes else gone for k, gone in enumerate(state)]
 
     finite = np.log(prices[np.isfinite(prices)])
@@ -107,7 +112,9 @@ def _uniform(problem: Search, kinds: set[str]) -> list[int] | None:
 
     def at(share: float) -> list[int]:
         return [
-            int(knob.table[min(int(np.floor(share * len(knob.table))), len(knob.table) - 1)]) if knob.kind in kinds else 0
+            int(knob.table[min(int(np.floor(share * len(knob.table))), len(knob.table) - 1)])
+            if knob.kind in kinds
+            else 0
             for knob in problem.knobs
         ]
 

@@ -189,9 +189,9 @@ class OrtBackend:
         return None if offered else "this onnxruntime has no CUDA; pip uninstall it, then pip install 'onnxprune[gpu]'"
 
     def session(
-        self, model: str, *, threads: int = 1, optimise: bool = True, arena: bool = True, exact: bool = False
+        self, model: str | bytes, *, threads: int = 1, optimise: bool = True, arena: bool = True, exact: bool = False
     ) -> OrtSession:
-        """Load the model at a path; without `arena`, memory is returned after use instead of kept for the next run.
+        """Load the model at a path, or from its bytes; without `arena`, memory is returned after use instead of kept.
 
         `exact` takes kernels for eight bits that do not saturate, which are slower on processors without VNNI.
 
