@@ -217,7 +217,7 @@ class Rows:
             inner = (*(slice(None) for _ in range(spatial)), *(slice(None, None, d) for d in dilations))
             windows = windows[step][(slice(None), slice(None), *inner)]
             place = np.unravel_index(rows, (windows.shape[0], *windows.shape[2 : 2 + spatial]))
-            taken = np.moveaxis(windows, 1, spatial)[place]
+            taken = np.moveaxis(windows, 1, 1 + spatial)[place]
             found.append(taken.reshape(len(rows), groups, -1).astype(np.float32))
         return np.ascontiguousarray(np.concatenate(found).swapaxes(0, 1))
 
