@@ -25,19 +25,20 @@ class ResidualBlock(nn.Module):
 
 
 class DigitsCNN(nn.Module):
-    """Stem of 32 channels; 1 block of 32 at 8x8, 2 of 48 at 4x4, 2 of 64 at 2x2; average pool; linear."""
+    """Stem; of the three widths, 1 block at 8x8, 2 at 4x4 and 2 at 2x2; average pool; linear."""
 
-    def __init__(self) -> None:
+    def __init__(self, widths: tuple[int, int, int] = (32, 48, 64)) -> None:
         super().__init__()
-        self.stem = nn.Sequential(*convolution(1, 32, 3, 1), nn.ReLU())
+        first, second, third = widths
+        self.stem = nn.Sequential(*convolution(1, first, 3, 1), nn.ReLU())
         self.blocks = nn.Sequential(
-            ResidualBlock(32, 32, 1),
-            ResidualBlock(32, 48, 2),
-            ResidualBlock(48, 48, 1),
-            ResidualBlock(48, 64, 2),
-            ResidualBlock(64, 64, 1),
+            ResidualBlock(first, first, 1),
+            ResidualBlock(first, second, 2),
+            ResidualBlock(second, second, 1),
+            ResidualBlock(second, third, 2),
+            ResidualBlock(third, third, 1),
         )
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(third, CLASSES))
 
     def forward(self, image: Tensor) -> Tensor:
         """float32[n, 1, 8, 8] -> logits float32[n, 10]."""

@@ -44,9 +44,9 @@ TASKS = {
 }
 
 
-def train(task: Task, images: Tensor, labels: Tensor) -> nn.Module:
+def train(task: Task, images: Tensor, labels: Tensor, seed: int = SEED) -> nn.Module:
     """The moving average of the network's weights, after AdamW along a cosine with a warm-up of one twentieth."""
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     network = task.network().train()
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(AVERAGING), use_buffers=True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=task.rate, weight_decay=0.05)
@@ -70,10 +70,10 @@ def train(task: Task, images: Tensor, labels: Tensor) -> nn.Module:
     return average.module.eval()
 
 
-def export(network: nn.Module, path: Path, *, dynamo: bool) -> None:
+def export(network: nn.Module, path: Path, *, dynamo: bool, fold: bool = False) -> None:
     """Write one self-contained file with input `image`, output `logits` and a free dimension `batch`.
 
-    PRESERVE keeps the BatchNormalization nodes, which the TorchScript exporter would fold into the convolutions.
+    The TorchScript exporter folds BatchNormalization into the convolutions; without `fold`, PRESERVE keeps the nodes.
     """
     names = {"input_names": ["image"], "output_names": ["logits"]}
     example = torch.rand(2, 1, 8, 8)
@@ -83,7 +83,7 @@ def export(network: nn.Module, path: Path, *, dynamo: bool) -> None:
         model = program.model_proto
     else:
         axes = {"image": {0: "batch"}, "logits": {0: "batch"}}
-        mode = torch.onnx.TrainingMode.PRESERVE
+        mode = torch.onnx.TrainingMode.EVAL if fold else torch.onnx.TrainingMode.PRESERVE
         torch.onnx.export(network, (example,), path, dynamo=False, dynamic_axes=axes, training=mode, **names)
         model = onnx.load(path)
     strip(model.graph)
