@@ -167,10 +167,10 @@ def prepare(module: nn.Module, importance: Any, images: Tensor, scope: str) -> N
         logits = module(images)
         functional.cross_entropy(logits, logits.argmax(dim=1)).backward()
     if isinstance(importance, tp.importance.GroupHessianImportance):
-        logits = module(images)
-        for loss in functional.cross_entropy(logits, logits.argmax(dim=1), reduction="none"):
+        for image in images.split(1):
             module.zero_grad()
-            loss.backward(retain_graph=True)
+            logits = module(image)
+            functional.cross_entropy(logits, logits.argmax(dim=1)).backward()
             importance.accumulate_grad(module)
     if isinstance(importance, tp.importance.OBDCImportance):
         importance._prepare_model(module, make_pruner(module, importance, scope, "global", 0.5))
