@@ -89,14 +89,14 @@ def guess_macs(module: nn.Module) -> int:
 def bisect(prune: Callable[[float], Any], count: Callable[[Any], int], wanted: float) -> Any:
     """What `prune(ratio)` gives at the ratio that comes nearest to the wanted MACs."""
     low, high = 0.0, 1.0
-    best, best_gap = None, float("inf")
+    best, best_gap, failure = None, float("inf"), None
     for _ in range(STEPS):
         ratio = (low + high) / 2
         try:
             pruned = prune(ratio)
             macs = count(pruned)
-        except Exception:  # whatever a peer raises where it would leave nothing
-            high = ratio
+        except Exception as error:  # whatever a peer raises where it would leave nothing
+            high, failure = ratio, error
             continue
         gap = abs(macs - wanted)
         if gap < best_gap:
@@ -105,7 +105,7 @@ def bisect(prune: Callable[[float], Any], count: Callable[[Any], int], wanted: f
             break
         low, high = (ratio, high) if macs > wanted else (low, ratio)
     if best is None:
-        raise RuntimeError("prunes at no ratio")
+        raise RuntimeError(f"prunes at no ratio: {failure}") from failure
     return best
 
 
@@ -158,7 +158,7 @@ def make_pruner(module: nn.Module, importance: Any, scope: str, spread: str, rat
     )
 
 
-def prepare(module: nn.Module, importance: Any, images: Tensor, scope: str) -> None:
+def prepare(module: nn.Module, importance: Any, images: Tensor) -> None:
     """Gradients or activations, where the importance needs them."""
     if isinstance(importance, tp.importance.ActivationImportance):
         with importance.compute_importance(module), torch.no_grad():
@@ -173,7 +173,10 @@ def prepare(module: nn.Module, importance: Any, images: Tensor, scope: str) -> N
             functional.cross_entropy(logits, logits.argmax(dim=1)).backward()
             importance.accumulate_grad(module)
     if isinstance(importance, tp.importance.OBDCImportance):
-        importance._prepare_model(module, make_pruner(module, importance, scope, "global", 0.5))
+        pruner = make_pruner(module, importance, "all", "global", 0.5)
+        rooted = pruner._downstream_node_as_root_if_attention  # of 1.6.1, gives None where there is no attention
+        pruner._downstream_node_as_root_if_attention = lambda group: rooted(group) or group
+        importance._prepare_model(module, pruner)
         logits = module(images)
         drawn = torch.multinomial(logits.softmax(dim=1), 1)[:, 0]
         functional.cross_entropy(logits, drawn).backward()
@@ -214,7 +217,7 @@ def torch_pruning(name: str, scope: str, spread: str, case: Case, wanted: float)
     torch.manual_seed(case.seed)
     images = torch.from_numpy(case.images)
     module, importance = case.module(), IMPORTANCES[name]()
-    prepare(module, importance, images, scope)
+    prepare(module, importance, images)
 
     def pruned(ratio: float) -> nn.Module:
         torch.manual_seed(case.seed)
