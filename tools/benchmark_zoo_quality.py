@@ -43,7 +43,8 @@ def parts(name: str, arrays: Arrays) -> tuple[Arrays, Arrays]:
         half = len(arrays["input_ids"]) // 2
         return {"input_ids": arrays["input_ids"][:half]}, {"input_ids": arrays["input_ids"][half:]}
     sampled = {key for key in arrays if key != "charset"}
-    return tuple({k: a[first::2] if k in sampled else a for k, a in arrays.items()} for first in (0, 1))
+    first, second = ({k: a[start::2] if k in sampled else a for k, a in arrays.items()} for start in (0, 1))
+    return first, second
 
 
 # Feeds, as zoo.json describes them ------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def measured(name: str, model: Path, dense: Path, arrays: Arrays, evaluate: Modu
 
 def row(model: Path, share: float, calibration: Path, folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """One model pruned to a share of its MACs: costs and seconds, or the reason why not."""
-    out = folder / f"{model.stem}_{share}.onnx"
+    out = folder / f"{model.parent.name}_{model.stem}_{share}.onnx"
     started = time.perf_counter()
     try:
         report = onnxprune.prune(
@@ -197,7 +198,7 @@ def table(rows: list[dict[str, Any]], metrics: Mapping[str, str]) -> str:
         for metric in (metrics[r["name"]], "cosine_distance"):
             if metric not in r["dense"]:
                 continue
-            head = f"| {r['model']} | {metric} | {r['dense'][metric]:.4f} | {r['share']} |"
+            head = f"| {r['name']}/{r['model']} | {metric} | {r['dense'][metric]:.4f} | {r['share']} |"
             if "refused" in r:
                 text.append(f"{head} {r['refused']} |" + " |" * 3)
             else:
@@ -231,8 +232,9 @@ def main() -> None:
                 continue
             for share in map(float, given.shares.split(",")):
                 key = {"name": name, "model": model.stem, "share": share}
-                if any(key.items() <= r.items() for r in rows):
+                if any(key.items() <= r.items() and "found" in r for r in rows):
                     continue
+                rows = [r for r in rows if not key.items() <= r.items()]
                 print(*key.values(), file=sys.stderr)
                 found = row(model, share, calibration, given.folder, options)
                 found["dense"] = measured(name, model, model, second, evaluate)
