@@ -24,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 FOLDER = Path(__file__).parent
 SEED = 0
+BATCH = 64
 AVERAGING = 0.995
 
 
@@ -35,7 +36,6 @@ class Task:
     epochs: int
     rate: float
     dynamo: bool
-    batch: int = 64
 
 
 TASKS = {
@@ -50,8 +50,7 @@ def train(task: Task, images: Tensor, labels: Tensor, seed: int = SEED) -> nn.Mo
     network = task.network().train()
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(AVERAGING), use_buffers=True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=task.rate, weight_decay=0.05)
-    per_epoch = len(images) // task.batch
-    steps = task.epochs * per_epoch
+    steps = task.epochs * (len(images) // BATCH)
 
     def rate(step: int) -> float:
         return min(1.0, step / (0.05 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -59,7 +58,7 @@ def train(task: Task, images: Tensor, labels: Tensor, seed: int = SEED) -> nn.Mo
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for _ in range(task.epochs):
         order = torch.randperm(len(images))
-        for batch in order[: per_epoch * task.batch].split(task.batch):
+        for batch in order[: len(images) // BATCH * BATCH].split(BATCH):
             logits = network(distort(images[batch]))
             loss = functional.cross_entropy(logits, labels[batch], label_smoothing=0.1)
             optimizer.zero_grad()

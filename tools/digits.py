@@ -22,9 +22,7 @@ from train_digits import Task, check, export, run, train
 
 KINDS = {
     "cnn": Task(lambda: DigitsCNN(widths=(24, 40, 56)), epochs=60, rate=3e-3, dynamo=False),
-    "vit": Task(
-        lambda: DigitsViT(width=96, heads=6, hidden=384, depth=4), epochs=60, rate=1.5e-3, dynamo=True, batch=32
-    ),
+    "vit": Task(lambda: DigitsViT(width=96, heads=6, hidden=384, depth=4), epochs=120, rate=1.5e-3, dynamo=True),
 }
 
 
