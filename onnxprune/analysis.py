@@ -30,7 +30,7 @@ class Analysis:
 
     Labels are those of coupling, and after them one for each branch. An axis of heads is cut by heads, or inside every
     head where `remove` names `head-dim` and not `heads`. With `interface`, graph inputs and outputs that lie inside a
-    branch may go with it.
+    branch may go with it. `read` is the model and its source, where it is not the one in the file.
     """
 
     def __init__(
@@ -40,8 +40,9 @@ class Analysis:
         *,
         remove: Sequence[str] = (),
         interface: bool = False,
+        read: tuple[Model, storage.Source] | None = None,
     ) -> None:
-        self.dense, self.source = storage.read_model(path)
+        self.dense, self.source = read or storage.read_model(path)
         self.given = named(path, lambda: input_sizes(self.dense, input_shape or {}))
         self.prepared: Prepared = prepare(self.dense.clone(), self.given)
         self.view: View = view(self.prepared)

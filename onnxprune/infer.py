@@ -251,6 +251,17 @@ def evaluate(proto: onnx.NodeProto, opset: int, values: Mapping[str, Array]) -> 
         return None
 
 
+def run_node(node: OpNode, values: Mapping[str, Array]) -> list[Array] | None:
+    """The outputs of a node as rules see it, all of whose inputs are given; None if they cannot be computed."""
+    places = {name: f"value{k}" for k, name in enumerate(dict.fromkeys((*node.inputs, *node.outputs))) if name}
+    inputs, outputs = ([places.get(name, "") for name in names] for names in (node.inputs, node.outputs))
+    if any(isinstance(value, ir.Attr | ir.TensorProtocol) for value in node.attrs.values()):
+        return None
+    attrs = {key: value for key, value in node.attrs.items() if value is not None}
+    proto = onnx.helper.make_node(node.op_type, inputs, outputs, domain=node.domain, **attrs)
+    return evaluate(proto, node.opset, {places[name]: values[name] for name in dict.fromkeys(node.inputs) if name})
+
+
 def _infer(facts: Facts, node: ir.Node, proto: onnx.NodeProto, opset: int) -> None:
     """Shapes of the outputs by the operator's own inference, else as the exporter declared them."""
     present = [name for name in names(node.inputs) if name]

@@ -27,7 +27,7 @@ from onnxprune.errors import ImpossibleError, InputError, InternalError
 from onnxprune.model import Model
 from onnxprune.prove import Prover
 from onnxprune.recipe import KINDS, Methods, Options, check, recorded
-from onnxprune.recovery import Recovery
+from onnxprune.recovery import Recovery, Repaired
 from onnxprune.runtime import ort
 from onnxprune.types import Array, Axis, Frozen, Group, Mask, Plan
 from onnxprune.worker import Worker
@@ -238,38 +238,62 @@ def family(
     for options in variants:
         check(options)
     beside = beside or [()] * len(variants)
-    for report in chain(*beside):
-        reports.check_format(report)
     written = [Path(path) for path in (*outputs, *chain(*beside)) if path is not None]
     if twice := [path for k, path in enumerate(written) if path in written[:k]]:
         raise InputError("would be written twice; put {target} in its name", file=twice[0])
     clock = Clock(progress)
     first = variants[0]
     with clock.stage("read and analyse"):
-        analysis, remove = _analysed(model, first)
-        variants = [replace(options, remove=remove) for options in variants]
-        first = variants[0]
-        data = tuple(Path(p) for p in (first.calibration, first.evaluation) if p is not None and Path(p).is_file())
-        inputs = replace(analysis.source, files=analysis.source.files + data)
-        paths = [storage.check_output(p, inputs, force=first.force) if p is not None else None for p in outputs]
-        for report in chain(*beside):
-            storage.check_output(report, inputs, force=first.force)
-        calibration, _ = samples_of(analysis.dense.graph, first.calibration)
-        evaluation = samples_of(analysis.dense.graph, first.evaluation)
-        if first.strict and analysis.dims.relations.unknown:
-            node, reason = next(iter(analysis.dims.relations.unknown.items()))
-            raise ImpossibleError(f"{reason} (--strict)", file=analysis.source.path.name, object=node)
-    results = []
+        this = opened(model, outputs, beside, first)
+    analysis, results = this.analysis, []
+    variants = [replace(options, remove=this.remove) for options in variants]
+    first = variants[0]
     with Worker(seconds=first.timeout) as worker:
-        prover = Prover(analysis, calibration, first.seed, first.threads)
+        prover = Prover(analysis, this.calibration, first.seed, first.threads)
         with clock.stage("run the dense model"):
-            _check_dense(prover, worker, first)
-        for options, path in zip(variants, paths, strict=True):
-            results.append(_one(analysis, options, path, prover, worker, calibration, evaluation, clock, command))
+            check_dense(prover, worker, first)
+        for options, path in zip(variants, this.paths, strict=True):
+            results.append(
+                _one(analysis, options, path, prover, worker, this.calibration, this.evaluation, clock, command)
+            )
     if not first.dry_run:
         with clock.stage("write"):
-            results = _write(results, paths, beside, analysis, first)
+            results = write(results, this.paths, beside, analysis, first)
     return results
+
+
+Samples = tuple[list[dict[str, Array]], Array | None]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that was read, for these kinds; outputs that may be written, calibration feeds, data to evaluate on."""
+
+    analysis: Analysis
+    remove: tuple[str, ...]
+    paths: list[Path | None]
+    calibration: list[dict[str, Array]]
+    evaluation: Samples
+
+
+def opened(
+    model: str | Path, outputs: Sequence[str | Path | None], beside: Sequence[Sequence[str | Path]], options: Options
+) -> Opened:
+    """Read and analyse; refuse outputs that may not be written, and with --strict operators without a rule."""
+    for report in chain(*beside):
+        reports.check_format(report)
+    analysis, remove = _analysed(model, options)
+    data = tuple(Path(p) for p in (options.calibration, options.evaluation) if p is not None and Path(p).is_file())
+    inputs = replace(analysis.source, files=analysis.source.files + data)
+    paths = [storage.check_output(p, inputs, force=options.force) if p is not None else None for p in outputs]
+    for report in chain(*beside):
+        storage.check_output(report, inputs, force=options.force)
+    calibration, _ = samples_of(analysis.dense.graph, options.calibration)
+    evaluation = samples_of(analysis.dense.graph, options.evaluation)
+    if options.strict and analysis.dims.relations.unknown:
+        node, reason = next(iter(analysis.dims.relations.unknown.items()))
+        raise ImpossibleError(f"{reason} (--strict)", file=analysis.source.path.name, object=node)
+    return Opened(analysis, remove, paths, calibration, evaluation)
 
 
 HEAD = 16  # positions of a head from which on a subspace of it is worth more than whole heads
@@ -295,7 +319,7 @@ def _analysed(model: str | Path, options: Options) -> tuple[Analysis, tuple[str,
     return analysed(options.remove), options.remove
 
 
-def _check_dense(prover: Prover, worker: Worker, options: Options) -> None:
+def check_dense(prover: Prover, worker: Worker, options: Options) -> None:
     """Find inputs that the dense model accepts: what does not run is not analysed further, and cannot be proven."""
     try:
         prover.check_dense(worker)
@@ -337,6 +361,23 @@ def _one(
     with clock.stage("repair"):
         repaired = recovery.repair(proven.plan, proven.model)
         proven = replace(proven, model=repaired.model)
+    return measured(analysis, options, path, proven, prover, worker, evaluation, clock, command, groups, repaired)
+
+
+def measured(
+    analysis: Analysis,
+    options: Options,
+    path: Path | None,
+    proven: Proven,
+    prover: Prover,
+    worker: Worker,
+    evaluation: Samples,
+    clock: Clock,
+    command: Sequence[str],
+    groups: Sequence[Group],
+    repaired: Repaired,
+) -> Result:
+    """Quality and latency of what was proven and perhaps repaired, and the report; `groups` might have shrunk."""
     with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
         files = []
         for name, model in (("dense", analysis.dense), ("pruned", proven.model)):
@@ -365,7 +406,7 @@ def _one(
             timing={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
             dense=dense,
             pruned=pruned,
-            **_changes(analysis, options, groups, proven),
+            **changes(analysis, options, groups, proven),
             verification=reports.Verification(
                 method="masked" if any(not g.exact for g in touched) else "zero-all",
                 proven=proven.differences is not None,
@@ -408,7 +449,7 @@ def _models(
     )
 
 
-def _changes(analysis: Analysis, options: Options, groups: Sequence[Group], proven: Proven) -> dict[str, Any]:
+def changes(analysis: Analysis, options: Options, groups: Sequence[Group], proven: Proven) -> dict[str, Any]:
     """What went, what stayed and why, as the report lists it."""
     dropped = analysis.dropped(analysis.alive(proven.plan))
     return {
@@ -591,7 +632,7 @@ def _kept(analysis: Analysis, gone: Sequence[verify.Removal]) -> dict[str, dict[
     return {name: {axis: sorted(kept) for axis, kept in axes.items()} for name, axes in sorted(found.items())}
 
 
-def _write(
+def write(
     results: Sequence[Result],
     paths: Sequence[Path | None],
     beside: Sequence[Sequence[str | Path]],

@@ -51,12 +51,16 @@ class Prover:
         self, worker: Worker, candidate: Model, gone: Sequence[verify.Removal], alive: Mask
     ) -> list[verify.Difference]:
         """Differences between a candidate and the dense model without the units that are not alive."""
+        return self.compare(worker, self.analysis.reference(gone, alive), candidate)
+
+    def compare(self, worker: Worker, reference: Model, candidate: Model) -> list[verify.Difference]:
+        """Differences between two models on the feeds that the dense one accepts."""
 
         def run(path: str, samples: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
             found: list[dict[str, Array]] = worker.call(ort.run, path, list(samples), threads=self.threads)
             return found
 
-        return verify.compare(self.analysis.reference(gone, alive), candidate, self.feeds, run)
+        return verify.compare(reference, candidate, self.feeds, run)
 
     def typical(self, worker: Worker, usual: Mapping[str, Array]) -> Mapping[str, Array]:
         """A feed of the usual sizes if the dense model accepts it, else one of those that the proof runs on."""

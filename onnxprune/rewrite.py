@@ -304,13 +304,13 @@ def _pass_through(model: ir.Model, node: ir.Node, k: int) -> None:
             value = _insert(graph, node, "QuantizeLinear", [whole, *scales[2:]])
     elif node.op_type in SKIP_NORMS:
         if len(node.outputs) > 3:
-            _stand_for(graph, node, node.outputs[3], value)
+            stand_for(graph, node, node.outputs[3], value)
         simple = node.op_type == "SkipSimplifiedLayerNormalization"
         norm = "SimplifiedLayerNormalization" if simple else "LayerNormalization"
         vectors = node.inputs[2:3] if simple else node.inputs[2:4]
         epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-12
         value = _insert(graph, node, norm, [value, *vectors], {"axis": -1, "epsilon": epsilon})
-    _stand_for(graph, node, node.outputs[0], value)
+    stand_for(graph, node, node.outputs[0], value)
 
 
 def _insert(
@@ -329,7 +329,7 @@ def _insert(
     return node.outputs[0]
 
 
-def _stand_for(graph: ir.Graph, node: ir.Node, old: ir.Value, value: ir.Value) -> None:
+def stand_for(graph: ir.Graph, node: ir.Node, old: ir.Value, value: ir.Value) -> None:
     """Readers of a value read another; a graph output keeps its name, on a copy."""
     if old.is_graph_output():
         copy, name = ir.node("Identity", [value]), old.name

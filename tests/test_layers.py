@@ -28,10 +28,11 @@ LAYERS = (
     ("probes",),
     ("reading", "storage", "model", "rewrite", "report", "feeds"),
     ("worker", "runtime", "runtime.*", "measure"),
-    ("masked",),
+    ("masked", "bounds", "fold"),
     ("verify",),
     ("analysis", "prove", "recipe", "calibrate"),
     ("pipeline", "verbs", "audit"),
+    ("realize",),
     ("cli", "__init__", "__main__"),
 )
 
@@ -63,6 +64,7 @@ OUTSIDE = {
         "audit",
         "calibrate",
         "masked",
+        "fold",
     ),
     "onnxruntime": ("runtime.ort",),
     "pydantic": ("report", "recipe"),

@@ -1,0 +1,493 @@
+"""Bounds without data: between which numbers each position of each axis of each value lies, whatever the input.
+
+One walk over the nodes with intervals. A position whose two bounds agree is a constant: a filter of zeros behind a
+bias, a channel with gain zero, a ReLU whose argument is never positive. What no function here knows is unbounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import reduce
+from math import prod
+
+import numpy as np
+
+from onnxprune.infer import run_node
+from onnxprune.types import Array, OpNode, Shape, View
+
+Range = tuple[Array, Array]  # lowest and highest, float64[n] over the positions of an axis, or float64[] of all of them
+MOST = 1 << 24  # elements of a value that is moved about as a whole
+ANY = (np.array(-np.inf), np.array(np.inf))
+
+MONOTONE = frozenset(
+    """Atan Ceil Celu Clip Elu Erf Exp Floor HardSigmoid Identity LeakyRelu Log Relu Round Selu Sigmoid Sign Softplus
+    Softsign Sqrt Tanh ThresholdedRelu""".split()
+)
+POSITIVE = frozenset("Abs Cosh".split())
+UNARY = MONOTONE | POSITIVE | frozenset(
+    """Acos Acosh Asin Asinh Atanh Cast Cos Gelu HardSwish Mish Neg Reciprocal Shrink Sin Sinh Swish Tan
+    QuickGelu""".split()
+)  # fmt: skip
+MOVES = frozenset("Reshape Flatten Squeeze Unsqueeze Transpose Concat".split())  # right at every dynamic size
+PICKS = frozenset("Slice Split Gather Tile DepthToSpace SpaceToDepth".split())
+
+
+class Bounds:
+    """`read` gives the whole of an initializer, by its name for coupling; None where its numbers are of no use."""
+
+    def __init__(self, view: View, read: Callable[[str], Array | None]) -> None:
+        self.view, self.read = view, read
+        self.makers = {name: node for node in view.nodes for name in node.outputs if name}
+        self.known: dict[str, dict[int, Range]] = {}
+        self.arrays: dict[str, Array | None] = {}
+        self.sums_to_one: set[str] = set()  # along the last axis
+        for node in view.nodes:
+            if not node.bodies and not any(name and name not in view.shapes for name in (*node.inputs, *node.outputs)):
+                self.visit(node)
+
+    # What is known ---------------------------------------------------------------------------------------------------
+
+    def array(self, name: str) -> Array | None:
+        """A value that is the same for every input, as a whole."""
+        if name not in self.arrays:
+            self.arrays[name] = None  # until it is found: no value follows from itself
+            self.arrays[name] = self._array(name)
+        return self.arrays[name]
+
+    def _array(self, name: str) -> Array | None:
+        found: Array | None = None
+        if name in self.view.stored:
+            found = self.read(name)
+        elif (node := self.makers.get(name)) is not None and not node.bodies and prod(self.shape(name)) <= MOST:
+            inputs = {k: self.array(k) for k in node.inputs if k}
+            if inputs and all(value is not None for value in inputs.values()):
+                results = run_node(node, {k: v for k, v in inputs.items() if v is not None})
+                found = results[node.outputs.index(name)] if results is not None else None
+        return found
+
+    def numbers(self, name: str) -> Array | None:
+        """The same, where it holds numbers at all."""
+        found = self.array(name)
+        return found if found is not None and found.dtype.kind in "fiub" and found.size else None
+
+    def shape(self, name: str) -> Shape:
+        """Sizes at the probe."""
+        return self.view.shapes.get(name, ())
+
+    def at(self, name: str, axis: int) -> Range:
+        """Bounds of each position of an axis."""
+        size = self.shape(name)[axis]
+        if axis not in self.known.setdefault(name, {}) and (array := self.numbers(name)) is not None:
+            others = tuple(k for k in range(array.ndim) if k != axis)
+            low, high = (np.asarray(f(array, axis=others), np.float64) for f in (np.min, np.max))
+            self.known[name][axis] = (np.where(np.isnan(low), -np.inf, low), np.where(np.isnan(high), np.inf, high))
+        if axis in self.known[name]:
+            return self.known[name][axis]
+        low, high = self.span(name)
+        return np.full(size, low), np.full(size, high)
+
+    def span(self, name: str) -> Range:
+        """Bounds of all elements together."""
+        array = self.numbers(name)
+        if array is not None and not array.ndim:
+            return np.array(array, np.float64), np.array(array, np.float64)
+        if array is not None:
+            self.at(name, array.ndim - 1)
+        ranges = self.known.get(name, {}).values()
+        if not ranges:
+            return ANY
+        return np.array(max(low.min() for low, _ in ranges)), np.array(min(high.max() for _, high in ranges))
+
+    def constant(self, name: str, axis: int) -> Array:
+        """float64[n]: the number that a position is, NaN where it is not one number."""
+        low, high = self.at(name, axis)
+        return np.where((low == high) & np.isfinite(low), low, np.nan)
+
+    def whole(self, name: str) -> tuple[int, Array] | None:
+        """(axis, float64[n]) of a computed value that is constant in all its positions."""
+        for axis in self.known.get(name, {}):
+            if not np.isnan(found := self.constant(name, axis)).any():
+                return axis, found
+        return None
+
+    def note(self, name: str, axis: int, bounds: Range) -> None:
+        """Keep what is known of an axis, if it is anything."""
+        low, high = (np.broadcast_to(np.asarray(b, np.float64), self.shape(name)[axis]) for b in bounds)
+        low, high = np.where(np.isnan(low), -np.inf, low), np.where(np.isnan(high), np.inf, high)
+        if np.isfinite(low).any() or np.isfinite(high).any():
+            self.known.setdefault(name, {})[axis] = (low, high)
+
+    # One node --------------------------------------------------------------------------------------------------------
+
+    def visit(self, node: OpNode) -> None:
+        """Add what follows for the outputs of a node."""
+        kind, y = node.op_type, node.outputs[0]
+        if node.domain not in ("", "ai.onnx", "com.microsoft") or not y or not self.shape(y):
+            return
+        function = RULES.get(kind)
+        if function is not None:
+            function(self, node)
+        elif kind in UNARY and node.attr("training_mode", 0) == 0:
+            self.elementwise(node, node.inputs[:1], lambda ranges: _unary(node, ranges[0], self))
+        elif kind in MOVES or (kind in PICKS and not self._dynamic(y)):
+            self.move(node)
+        elif kind == "Gather" and node.has(1):
+            self.fetch(node)
+        elif kind in PICKS:  # of an axis that is cut somewhere by a dynamic size nothing is said
+            for axis, size in enumerate(self.shape(y)):
+                ranked = len(self.shape(y)) == len(node.shape(0))
+                if ranked and kind != "Tile" and node.shape(0)[axis] == size and not self._moves(y, axis):
+                    self.note(y, axis, self.at(node.inputs[0], axis))
+
+    def _moves(self, name: str, axis: int) -> bool:
+        return any(a.value == name and a.index == axis for a in self.view.dynamic)
+
+    def _dynamic(self, name: str) -> bool:
+        return any(self._moves(name, axis) for axis in range(len(self.shape(name))))
+
+    def elementwise(
+        self, node: OpNode, names: tuple[str, ...], function: Callable[[list[Range]], Range], output: int = 0
+    ) -> None:
+        """Broadcast from the right; `function` takes one range for each operand."""
+        y = node.outputs[output]
+        out = self.shape(y)
+        for axis, size in enumerate(out):
+            ranges = []
+            for name in names:
+                shape = self.shape(name)
+                own = axis - len(out) + len(shape)
+                ranges.append(self.at(name, own) if own >= 0 and shape[own] == size > 1 else self.span(name))
+            with np.errstate(all="ignore"):
+                self.note(y, axis, function(ranges))
+
+    def move(self, node: OpNode) -> None:
+        """An operator whose outputs hold elements of its inputs: run it on the bounds of every element."""
+        data = node.inputs if node.op_type == "Concat" else node.inputs[:1]
+        if not any(self.known.get(name) or self.array(name) is not None for name in data if name):
+            return
+        if any(prod(self.shape(name)) > MOST for name in (*data, *node.outputs) if name):
+            return
+        given = {name: self.array(name) for name in node.inputs if name and name not in data}
+        given |= {name: node.consts[name] for name in node.inputs if name in node.consts and name not in data}
+        if any(value is None for value in given.values()):
+            if node.op_type != "Reshape" or prod(self.shape(node.outputs[0])) != prod(node.shape(0)):
+                return
+            given = {node.inputs[1]: np.array(self.shape(node.outputs[0]), np.int64)}
+        fixed = {name: value for name, value in given.items() if value is not None}
+        sides = [{name: self._full(name, side) for name in data if name} for side in (0, 1)]
+        lowest, highest = (run_node(node, fixed | side) for side in sides)
+        if lowest is None or highest is None:
+            return
+        for name, low, high in zip(node.outputs, lowest, highest, strict=False):
+            if name and low.shape == self.shape(name):
+                for axis in range(low.ndim):
+                    others = tuple(k for k in range(low.ndim) if k != axis)
+                    self.note(name, axis, (low.min(axis=others), high.max(axis=others)))
+        same = node.op_type in ("Squeeze", "Unsqueeze", "Reshape") and node.shape(0)[-1:] == node.out_shape(0)[-1:]
+        if same and node.inputs[0] in self.sums_to_one:
+            self.sums_to_one.add(node.outputs[0])
+
+    def _full(self, name: str, side: int) -> Array:
+        """The lower or the upper bound of every element."""
+        shape = self.shape(name)
+        if (array := self.numbers(name)) is not None:
+            return np.where(np.isnan(array), (-np.inf, np.inf)[side], array.astype(np.float64))
+        full = np.full((1,) * len(shape), (-np.inf, np.inf)[side])
+        for axis, bounds in self.known.get(name, {}).items():
+            spread = bounds[side].reshape(-1, *(1,) * (len(shape) - 1 - axis))
+            full = np.maximum(full, spread) if side == 0 else np.minimum(full, spread)
+        return np.broadcast_to(full, shape)
+
+    def fetch(self, node: OpNode) -> None:
+        """Gather of rows that are not known: the other axes pass through."""
+        axis, rank = node.attr("axis", 0) % len(node.shape(0)), len(node.shape(1))
+        for own in range(len(node.shape(0))):
+            if own != axis:
+                self.note(node.outputs[0], own if own < axis else own + rank - 1, self.at(node.inputs[0], own))
+
+
+def _unary(node: OpNode, bounds: Range, known: Bounds) -> Range:
+    """f(x), where f is known to the reference implementation or spelled out here."""
+    low, high = bounds
+    kind = node.op_type
+    extra = {name: known.array(name) for name in node.inputs[1:] if name}
+    if kind == "Cast" and node.attr("to", 1) in (1, 10, 11, 16):
+        return bounds
+    if kind == "Neg":
+        return -high, -low
+    if any(value is None for value in extra.values()):
+        return ANY
+    fixed = {name: value for name, value in extra.items() if value is not None}
+
+    def f(x: Array) -> Array:
+        if kind == "QuickGelu":
+            return np.asarray(x / (1 + np.exp(-node.attr("alpha", 1.702) * x)))
+        results = run_node(node, fixed | {node.inputs[0]: np.atleast_1d(x).astype(np.float32)})
+        return np.full(np.shape(x), np.nan) if results is None else results[0].astype(np.float64).reshape(np.shape(x))
+
+    same = low == high
+    falling = kind in ("LeakyRelu", "Elu", "Celu", "HardSigmoid") and node.attr("alpha", 1.0) < 0
+    if kind in MONOTONE and not falling and not (kind == "Selu" and node.attr("gamma", 1.0) < 0):
+        return f(low), np.where(same, f(low), f(high))
+    value = f(np.where(same, low, 0.0))
+    least = 0.0 if kind in POSITIVE else -np.inf
+    return np.where(same, value, least), np.where(same, value, np.inf)
+
+
+def _times(a: Range, b: Range) -> Range:
+    """Interval product; nothing times anything is nothing."""
+    corners = [np.where((x == 0) | (y == 0), 0.0, x * y) for x in a for y in b]
+    return np.minimum.reduce(corners), np.maximum.reduce(corners)
+
+
+def _add(ranges: list[Range]) -> Range:
+    low, high = ranges[0]
+    for a, b in ranges[1:]:
+        low, high = low + a, high + b
+    return low, high
+
+
+def _sub(ranges: list[Range]) -> Range:
+    (a, b), (c, d) = ranges
+    return a - d, b - c
+
+
+def _mul(ranges: list[Range]) -> Range:
+    return _times(ranges[0], ranges[1])
+
+
+def _div(ranges: list[Range]) -> Range:
+    (a, b), (c, d) = ranges
+    apart = (c > 0) | (d < 0)
+    low, high = _times((a, b), (np.where(apart, 1 / d, -np.inf), np.where(apart, 1 / c, np.inf)))
+    unsure = (c == 0) & (d == 0)  # 0 / 0 is not 0
+    return np.where(unsure, -np.inf, low), np.where(unsure, np.inf, high)
+
+
+def _pow(ranges: list[Range]) -> Range:
+    (a, b), (c, d) = ranges
+    same = (a == b) & (c == d)
+    value = np.power(np.where(same, a, 1.0), np.where(same, c, 1.0))
+    even = (c == d) & (c > 0) & (c % 2 == 0)
+    return np.where(same, value, np.where(even, 0.0, -np.inf)), np.where(same, value, np.inf)
+
+
+def _prelu(ranges: list[Range]) -> Range:
+    (a, b), slope = ranges
+    low, high = _times((np.minimum(a, 0), np.minimum(b, 0)), slope)
+    return low + np.maximum(a, 0), high + np.maximum(b, 0)
+
+
+def _hull(ranges: list[Range]) -> Range:
+    return reduce(np.minimum, [low for low, _ in ranges]), reduce(np.maximum, [high for _, high in ranges])
+
+
+NARY: Mapping[str, Callable[[list[Range]], Range]] = {
+    "Add": _add,
+    "Sum": _add,
+    "Sub": _sub,
+    "Mul": _mul,
+    "Div": _div,
+    "Pow": _pow,
+    "PRelu": _prelu,
+    "Max": lambda ranges: (reduce(np.maximum, [r[0] for r in ranges]), reduce(np.maximum, [r[1] for r in ranges])),
+    "Min": lambda ranges: (reduce(np.minimum, [r[0] for r in ranges]), reduce(np.minimum, [r[1] for r in ranges])),
+}
+
+
+def _nary(bounds: Bounds, node: OpNode) -> None:
+    if node.opset >= 7:
+        bounds.elementwise(node, node.inputs, NARY[node.op_type])
+
+
+def _where(bounds: Bounds, node: OpNode) -> None:
+    bounds.elementwise(node, node.inputs[1:], _hull)
+
+
+def _pass(bounds: Bounds, node: OpNode) -> None:
+    """Y = X, perhaps stretched."""
+    if node.attr("training_mode", 0) == 0 and (node.opset >= 7 or not node.attr("is_test", 0)):
+        bounds.elementwise(node, node.inputs[:1], lambda ranges: ranges[0])
+        if node.inputs[0] in bounds.sums_to_one and node.out_shape(0)[-1] == node.shape(0)[-1]:
+            bounds.sums_to_one.add(node.outputs[0])
+
+
+def _bias_gelu(bounds: Bounds, node: OpNode) -> None:
+    """gelu(X + bias) where both are numbers."""
+    plain = OpNode("", "Gelu", "", 20, {}, ("x",), ("y",), {}, {})
+    names = tuple(name for name in node.inputs[:2] if name)
+    bounds.elementwise(node, names, lambda ranges: _unary(plain, _add(ranges), bounds))
+
+
+def _softmax(bounds: Bounds, node: OpNode) -> None:
+    y, rank = node.outputs[0], len(node.shape(0))
+    for axis in range(rank):
+        bounds.note(y, axis, (np.array(0.0), np.array(1.0)))
+    if node.attr("axis", 1 if node.opset < 13 else -1) % rank == rank - 1:
+        bounds.sums_to_one.add(y)
+
+
+def contract(x: Range, positive: Array, negative: Array) -> Range:
+    """Bounds of W x: `positive` and `negative` are float64[out, in], sums of what is above and below zero in W."""
+    some = (positive != 0) | (negative != 0)
+    low, high = (np.where(np.isfinite(side), side, 0.0) for side in x)
+    open_low, open_high = (~np.isfinite(side) for side in x)
+    constant = ~(some & (x[0] != x[1])).any(axis=1)
+    least, most = positive @ low + negative @ high, positive @ high + negative @ low
+    least[((positive > 0) & open_low).any(axis=1) | ((negative < 0) & open_high).any(axis=1)] = -np.inf
+    most[((positive > 0) & open_high).any(axis=1) | ((negative < 0) & open_low).any(axis=1)] = np.inf
+    value = (positive + negative) @ np.where(x[0] == x[1], low, 0.0)
+    return np.where(constant, value, least), np.where(constant, value, most)
+
+
+def pads(node: OpNode) -> bool:
+    """Whether a convolution reads zeros beyond the border."""
+    auto = node.attr("auto_pad", "NOTSET")
+    auto = auto.decode() if isinstance(auto, bytes) else auto
+    return auto not in ("NOTSET", "VALID") or any(node.attr("pads", ()))
+
+
+def _conv(bounds: Bounds, node: OpNode) -> None:
+    """Each output channel: bias plus the sum over inputs and taps; zeros beyond the border are an input too."""
+    weight = bounds.array(node.inputs[1])
+    bias = bounds.array(node.inputs[2]) if node.has(2) else np.zeros(1)
+    if weight is None or bias is None or node.has(3) or node.attr("activation", ""):
+        return
+    groups, (out, inside) = node.attr("group", 1), weight.shape[:2]
+    taps = weight.reshape(out, inside, -1).astype(np.float64)
+    low, high = bounds.at(node.inputs[0], 1)
+    if pads(node):
+        low, high = np.minimum(low, 0), np.maximum(high, 0)
+    parts = []
+    for g in range(groups):
+        rows, columns = slice(g * out // groups, (g + 1) * out // groups), slice(g * inside, (g + 1) * inside)
+        positive, negative = np.maximum(taps[rows], 0).sum(axis=2), np.minimum(taps[rows], 0).sum(axis=2)
+        parts.append(contract((low[columns], high[columns]), positive, negative))
+    sides = [np.concatenate(side) + bias for side in zip(*parts, strict=True)]
+    bounds.note(node.outputs[0], 1, (sides[0], sides[1]))
+
+
+def _gemm(bounds: Bounds, node: OpNode) -> None:
+    weight = bounds.array(node.inputs[1])
+    if weight is None or node.attr("activation", ""):
+        return
+    weight = (weight if node.attr("transB", 0) else weight.T).astype(np.float64) * node.attr("alpha", 1.0)
+    x = bounds.at(node.inputs[0], 0 if node.attr("transA", 0) else 1)
+    low, high = contract(x, np.maximum(weight, 0), np.minimum(weight, 0))
+    if node.has(2):
+        shape, beta = node.shape(2), np.array(node.attr("beta", 1.0))
+        own = bool(shape) and shape[-1] == len(low) > 1
+        more = bounds.at(node.inputs[2], len(shape) - 1) if own else bounds.span(node.inputs[2])
+        low, high = _add([(low, high), _times(more, (beta, beta))])
+    bounds.note(node.outputs[0], 1, (low, high))
+
+
+def _matmul(bounds: Bounds, node: OpNode) -> None:
+    """Weights on either side; of two activations, zeros stay zeros, and rows that sum to one take means."""
+    (a, b), y = node.inputs[:2], node.outputs[0]
+    m, n = len(node.shape(0)), len(node.shape(1))
+    right, left = bounds.array(b), bounds.array(a)
+    if right is not None and n == 2:
+        weight = right.T.astype(np.float64)
+        found = contract(bounds.at(a, m - 1), np.maximum(weight, 0), np.minimum(weight, 0))
+        bounds.note(y, len(bounds.shape(y)) - 1, found)
+    if left is not None and m == 2 and n > 1:
+        weight = left.astype(np.float64)
+        found = contract(bounds.at(b, n - 2), np.maximum(weight, 0), np.minimum(weight, 0))
+        bounds.note(y, len(bounds.shape(y)) - 2, found)
+    if m < 2 or n < 2:
+        return
+    rank, mean = len(bounds.shape(y)), a in bounds.sums_to_one
+    for axis in range(rank):
+        ranges = []
+        for name, own in ((a, axis - rank + m), (b, axis - rank + n)):
+            summed = (name == a and axis == rank - 1) or (name == b and axis == rank - 2)
+            same = own >= 0 and not summed and bounds.shape(name)[own] == bounds.shape(y)[axis]
+            ranges.append(bounds.at(name, own) if same else bounds.span(name))
+        nothing = [(low == 0) & (high == 0) for low, high in ranges]
+        zero = nothing[0] | nothing[1]
+        low, high = ranges[1] if mean else ANY
+        if axis not in bounds.known.get(y, {}):
+            bounds.note(y, axis, (np.where(zero, 0.0, low), np.where(zero, 0.0, high)))
+
+
+def _batch_norm(bounds: Bounds, node: OpNode) -> None:
+    arrays = [bounds.array(name) for name in node.inputs[1:5]]
+    if node.attr("training_mode", 0) or any(array is None for array in arrays):
+        return
+    scale, shift, mean, variance = (np.asarray(array, np.float64) for array in arrays)
+    with np.errstate(all="ignore"):
+        scale = np.where(scale == 0, 0.0, scale / np.sqrt(variance + node.attr("epsilon", 1e-5)))
+        low, high = _times(_sub([bounds.at(node.inputs[0], 1), (mean, mean)]), (scale, scale))
+    bounds.note(node.outputs[0], 1, (low + shift, high + shift))
+
+
+def _norm(bounds: Bounds, node: OpNode) -> None:
+    """What is normalised over n numbers is at most sqrt(n) in size; a gain of zero leaves the shift."""
+    rank, gain = len(node.shape(0)), len(node.shape(1))
+    over = node.shape(0)[node.attr("axis", -1) % rank :]
+    own = node.op_type == "InstanceNormalization"
+    most = np.array(np.inf if own else float(prod(over)) ** 0.5)
+    if gain not in (1, rank) or (not own and len(over) != 1):
+        return
+    size = node.shape(0)[1 if own else -1]
+    ranges = [bounds.at(name, gain - 1) for name in node.inputs[1:3] if name]
+    low, high = _times((-most, most), ranges[0]) if len(ranges[0][0]) == size else ANY
+    if len(ranges) > 1:
+        low, high = low + ranges[1][0], high + ranges[1][1]
+    bounds.note(node.outputs[0], 1 if own else rank - 1, (low, high))
+
+
+def _pool(bounds: Bounds, node: OpNode) -> None:
+    low, high = bounds.at(node.inputs[0], 1)
+    if node.op_type == "AveragePool" and pads(node) and node.attr("count_include_pad", 0):
+        low, high = np.minimum(low, 0), np.maximum(high, 0)
+    bounds.note(node.outputs[0], 1, (low, high))
+
+
+def _resize(bounds: Bounds, node: OpNode) -> None:
+    """Weights between neighbours sum to one, and lie between zero and one unless they are cubic."""
+    for axis, size in enumerate(node.shape(0)):
+        if size == node.out_shape(0)[axis] and node.attr("coordinate_transformation_mode") != "tf_crop_and_resize":
+            low, high = bounds.at(node.inputs[0], axis)
+            cubic = (low != high) & (node.attr("mode", "nearest") == "cubic")
+            bounds.note(node.outputs[0], axis, (np.where(cubic, -np.inf, low), np.where(cubic, np.inf, high)))
+
+
+def _reduce(bounds: Bounds, node: OpNode) -> None:
+    """Means, maxima and minima stay between the bounds; sums of nothing are nothing."""
+    rank = len(node.shape(0))
+    axes = node.attrs["axes"] if "axes" in node.attrs else node.const(1)
+    if axes is None and (node.has(1) or node.attr("noop_with_empty_axes", 0)):
+        return
+    reduced = {int(a) % rank for a in (range(rank) if axes is None else np.atleast_1d(axes))}
+    keeps = node.attr("keepdims", 1)
+    place = 0
+    for axis in range(rank):
+        if axis in reduced and not keeps:
+            continue
+        low, high = bounds.at(node.inputs[0], axis) if axis not in reduced else bounds.span(node.inputs[0])
+        if node.op_type not in ("ReduceMean", "ReduceMax", "ReduceMin"):
+            zero = (low == 0) & (high == 0)
+            low, high = np.where(zero, 0.0, -np.inf), np.where(zero, 0.0, np.inf)
+        if place < len(node.out_shape(0)):
+            bounds.note(node.outputs[0], place, (low, high))
+        place += 1
+
+
+RULES: dict[str, Callable[[Bounds, OpNode], None]] = {
+    **dict.fromkeys(NARY, _nary),
+    **dict.fromkeys(("Dropout", "Expand"), _pass),
+    **dict.fromkeys(("BiasGelu", "FastGelu"), _bias_gelu),
+    **dict.fromkeys(("Conv", "FusedConv"), _conv),
+    **dict.fromkeys(("Gemm", "FusedGemm"), _gemm),
+    **dict.fromkeys(("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"), _norm),
+    **dict.fromkeys(("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"), _pool),
+    **dict.fromkeys(("Resize", "Upsample"), _resize),
+    **dict.fromkeys((f"Reduce{kind}" for kind in "Mean Max Min Sum L1 L2 SumSquare".split()), _reduce),
+    "InstanceNormalization": _norm,
+    "BatchNormalization": _batch_norm,
+    "MatMul": _matmul,
+    "Softmax": _softmax,
+    "Where": _where,
+}
