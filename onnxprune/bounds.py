@@ -25,7 +25,7 @@ MONOTONE = frozenset(
 )
 POSITIVE = frozenset("Abs Cosh".split())
 UNARY = MONOTONE | POSITIVE | frozenset(
-    """Acos Acosh Asin Asinh Atanh Cast Cos Gelu HardSwish Mish Neg Reciprocal Shrink Sin Sinh Swish Tan
+    """Acos Acosh Asin Asinh Atanh Cast Cos HardSwish Mish Neg Reciprocal Shrink Sin Sinh Swish Tan
     QuickGelu""".split()
 )  # fmt: skip
 MOVES = frozenset("Reshape Flatten Squeeze Unsqueeze Transpose Concat".split())  # right at every dynamic size
@@ -60,8 +60,11 @@ class Bounds:
             found = self.read(name)
         elif (node := self.makers.get(name)) is not None and not node.bodies and prod(self.shape(name)) <= MOST:
             inputs = {k: self.array(k) for k in node.inputs if k}
-            if inputs and all(value is not None for value in inputs.values()):
-                results = run_node(node, {k: v for k, v in inputs.items() if v is not None})
+            known = {k: v for k, v in inputs.items() if v is not None}
+            if inputs and len(known) == len(inputs) and node.op_type == "DequantizeLinear":
+                found = _dequantised(node, *known.values())
+            elif inputs and len(known) == len(inputs):
+                results = run_node(node, known)
                 found = results[node.outputs.index(name)] if results is not None else None
         return found
 
@@ -129,10 +132,10 @@ class Bounds:
             function(self, node)
         elif kind in UNARY and node.attr("training_mode", 0) == 0:
             self.elementwise(node, node.inputs[:1], lambda ranges: _unary(node, ranges[0], self))
-        elif kind in MOVES or (kind in PICKS and not self._dynamic(y)):
-            self.move(node)
-        elif kind == "Gather" and node.has(1):
+        elif kind == "Gather" and self.array(node.inputs[1]) is None:
             self.fetch(node)
+        elif kind in MOVES or (kind in PICKS and self._settled(node.inputs[0], y)):
+            self.move(node)
         elif kind in PICKS:  # of an axis that is cut somewhere by a dynamic size nothing is said
             for axis, size in enumerate(self.shape(y)):
                 ranked = len(self.shape(y)) == len(node.shape(0))
@@ -142,8 +145,13 @@ class Bounds:
     def _moves(self, name: str, axis: int) -> bool:
         return any(a.value == name and a.index == axis for a in self.view.dynamic)
 
-    def _dynamic(self, name: str) -> bool:
-        return any(self._moves(name, axis) for axis in range(len(self.shape(name))))
+    def _settled(self, x: str, y: str) -> bool:
+        """Whether what happens between two values happens on static axes."""
+        a, b = (self.shape(name) for name in (x, y))
+        moving = [[self._moves(name, axis) for axis in range(len(self.shape(name)))] for name in (x, y)]
+        return not any(map(any, moving)) or (
+            moving[0] == moving[1] and all(m == n for m, n, moves in zip(a, b, moving[0], strict=True) if moves)
+        )
 
     def elementwise(
         self, node: OpNode, names: tuple[str, ...], function: Callable[[list[Range]], Range], output: int = 0
@@ -236,7 +244,8 @@ def _unary(node: OpNode, bounds: Range, known: Bounds) -> Range:
 
 def _times(a: Range, b: Range) -> Range:
     """Interval product; nothing times anything is nothing."""
-    corners = [np.where((x == 0) | (y == 0), 0.0, x * y) for x in a for y in b]
+    with np.errstate(invalid="ignore"):
+        corners = [np.where((x == 0) | (y == 0), 0.0, x * y) for x in a for y in b]
     return np.minimum.reduce(corners), np.maximum.reduce(corners)
 
 
@@ -312,11 +321,60 @@ def _pass(bounds: Bounds, node: OpNode) -> None:
             bounds.sums_to_one.add(node.outputs[0])
 
 
-def _bias_gelu(bounds: Bounds, node: OpNode) -> None:
-    """gelu(X + bias) where both are numbers."""
-    plain = OpNode("", "Gelu", "", 20, {}, ("x",), ("y",), {}, {})
+def _gelu(bounds: Bounds, node: OpNode) -> None:
+    """gelu(X + bias) where both are numbers, by one formula or the other."""
+    attrs = {"approximate": "tanh"} if node.op_type == "FastGelu" else dict(node.attrs)
+    plain = OpNode("", "Gelu", "", 20, attrs, ("x",), ("y",), {}, {})
     names = tuple(name for name in node.inputs[:2] if name)
     bounds.elementwise(node, names, lambda ranges: _unary(plain, _add(ranges), bounds))
+
+
+def _dequantised(node: OpNode, codes: Array, scale: Array, *zero: Array) -> Array | None:
+    """(codes - zero) * scale, one of each for all or for each position of an axis."""
+    if scale.size > 1 and (scale.ndim != 1 or node.attr("block_size", 0)):
+        return None
+    shape = [1] * codes.ndim
+    if scale.size > 1:
+        shape[node.attr("axis", 1) % codes.ndim] = scale.size
+    point = zero[0].reshape(shape) if zero else np.zeros(shape)
+    return np.asarray((codes.astype(np.float64) - point) * scale.reshape(shape))
+
+
+def _quantise(bounds: Bounds, node: OpNode) -> None:
+    """Codes grow with what they stand for; there is one scale for all."""
+    scale, point = bounds.array(node.inputs[1]), bounds.array(node.inputs[2]) if node.has(2) else None
+    if scale is None or scale.size > 1 or point is None or point.dtype.kind not in "iu" or float(scale.min()) <= 0:
+        return
+    step, zero, ends = float(scale.min()), float(point.min()), np.iinfo(point.dtype)
+
+    def code(x: Array) -> Array:
+        return np.asarray(np.clip(np.rint(x / step) + zero, ends.min, ends.max))
+
+    bounds.elementwise(node, node.inputs[:1], lambda ranges: (code(ranges[0][0]), code(ranges[0][1])))
+
+
+def _dequantise(bounds: Bounds, node: OpNode) -> None:
+    scale, point = bounds.array(node.inputs[1]), bounds.array(node.inputs[2]) if node.has(2) else np.zeros(1)
+    if scale is None or scale.size > 1 or point is None or float(scale.min()) <= 0:
+        return
+    step, zero = float(scale.min()), float(point.min())
+    bounds.elementwise(
+        node, node.inputs[:1], lambda ranges: ((ranges[0][0] - zero) * step, (ranges[0][1] - zero) * step)
+    )
+
+
+def _einsum(bounds: Bounds, node: OpNode) -> None:
+    """Where one factor is nothing, the product is."""
+    left, _, right = str(node.attrs["equation"]).replace(" ", "").partition("->")
+    terms = left.split(",")
+    if "." in left or not right or any(len(set(term)) < len(term) for term in terms):
+        return
+    for axis, letter in enumerate(right):
+        zero = np.zeros(node.out_shape(0)[axis], np.bool_)
+        for name, term in zip(node.inputs, terms, strict=True):
+            low, high = bounds.at(name, term.index(letter)) if letter in term else bounds.span(name)
+            zero |= (low == 0) & (high == 0)
+        bounds.note(node.outputs[0], axis, (np.where(zero, 0.0, -np.inf), np.where(zero, 0.0, np.inf)))
 
 
 def _softmax(bounds: Bounds, node: OpNode) -> None:
@@ -478,14 +536,17 @@ def _reduce(bounds: Bounds, node: OpNode) -> None:
 RULES: dict[str, Callable[[Bounds, OpNode], None]] = {
     **dict.fromkeys(NARY, _nary),
     **dict.fromkeys(("Dropout", "Expand"), _pass),
-    **dict.fromkeys(("BiasGelu", "FastGelu"), _bias_gelu),
+    **dict.fromkeys(("BiasGelu", "FastGelu", "Gelu"), _gelu),
     **dict.fromkeys(("Conv", "FusedConv"), _conv),
     **dict.fromkeys(("Gemm", "FusedGemm"), _gemm),
     **dict.fromkeys(("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"), _norm),
     **dict.fromkeys(("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"), _pool),
     **dict.fromkeys(("Resize", "Upsample"), _resize),
     **dict.fromkeys((f"Reduce{kind}" for kind in "Mean Max Min Sum L1 L2 SumSquare".split()), _reduce),
+    "DequantizeLinear": _dequantise,
+    "Einsum": _einsum,
     "InstanceNormalization": _norm,
+    "QuantizeLinear": _quantise,
     "BatchNormalization": _batch_norm,
     "MatMul": _matmul,
     "Softmax": _softmax,

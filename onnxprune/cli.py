@@ -25,6 +25,7 @@ from onnxprune.errors import ImpossibleError, InputError, InternalError, Machine
 if TYPE_CHECKING:
     from onnxprune.analysis import Analysis
     from onnxprune.recipe import Options
+    from onnxprune.report import Report
 
 Command = Callable[..., Any]
 
@@ -247,7 +248,6 @@ def table(title: str, columns: list[str], rows: list[tuple[object, ...]]) -> Non
 def prune(model: str, **given: Any) -> None:
     """Score, select, remove, prove, measure and write."""
     from onnxprune import pipeline, recipe
-    from onnxprune import report as reports
     from onnxprune.storage import check_output, write_text
 
     if given["output"] is None:
@@ -277,13 +277,69 @@ def prune(model: str, **given: Any) -> None:
         say_json(data[0] if len(data) == 1 else {"family": data})
         return
     for result, output in zip(results, outputs, strict=True):
-        what = "would write" if variants[0].dry_run else "wrote"
-        table(f"{what} {shown(output)}", ["", "dense", "pruned", "ratio"], [*reports.table(result.report)])
-        if variants[0].dry_run or given["verbose"]:
-            _print_groups([(g.id, g.kind, g.before, g.after) for g in result.report.groups], result.report.frozen)
-        proof = result.report.verification
-        worst = max((d["relative"] for d in proof.differences), default=0.0)
-        say(f"proven on {proof.inputs} inputs: largest relative difference {worst:.1e}" if proof.proven else "UNPROVEN")
+        _print_result(result.report, output, variants[0].dry_run, given["verbose"])
+
+
+@main.command()
+@click.argument("model")
+@click.option("-o", "--output", metavar="PATH", help="Where to write.")
+@click.option(
+    "--tolerance",
+    type=float,
+    default=1e-6,
+    show_default=True,
+    help="What counts as zero: a slice up to this share of the median one of its group.",
+)
+@click.option("--no-new-bias", is_flag=True, help="Units whose constant no bias can take stay.")
+@click.option("--approximate", is_flag=True, help="Consent to touch groups whose positions mix.")
+@click.option("--ignore", multiple=True, metavar="GLOB", help="Nodes or initializers whose units stay.")
+@shapes_option
+@click.option("--backend", default="cpu", show_default=True, help="Where latency is measured.")
+@click.option("--no-measure", is_flag=True, help="Do not measure latency.")
+@click.option("--report", "reports_", multiple=True, metavar="PATH", help="Report as .json, .md or .html.")
+@click.option("--strict", is_flag=True, help="Fail if an operator has no rule.")
+@click.option("--unproven", is_flag=True, help="Write even what ONNX Runtime cannot run.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--threads", type=int, default=1, show_default=True)
+@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds that one execution may take.")
+@click.option("--dry-run", is_flag=True, help="Print what would go, write nothing.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@common
+def realize(model: str, **given: Any) -> None:
+    """Make the smaller network of a model that some training left with zeros, masks or dead units."""
+    from onnxprune import realize as verb
+
+    output, quiet, as_json, verbose = (given.pop(key) for key in ("output", "quiet", "as_json", "verbose"))
+    if output is None:
+        raise InputError("say where to write with -o", object="realize")
+    given["measure"] = not given.pop("no_measure")
+    given["new_bias"] = not given.pop("no_new_bias")
+    given["input_shape"] = parse_shapes(given["input_shape"])
+    with stages(quiet) as progress:
+        result = verb.realize(
+            model, output, report=given.pop("reports_"), progress=progress, command=sys.argv[1:], **given
+        )
+    for text in result.report.warnings:
+        warn(text)
+    if as_json:
+        say_json(result.report.data())
+        return
+    _print_result(result.report, output, given["dry_run"], verbose)
+    for text in result.report.rewrites if verbose else ():
+        say(shown(text))
+
+
+def _print_result(report: Report, output: str, dry_run: bool, verbose: bool) -> None:
+    """Before and after, with -v or in a dry run the groups, and how far the proof's outputs differ."""
+    from onnxprune import report as reports
+
+    table(f"{'would write' if dry_run else 'wrote'} {shown(output)}", ["", "dense", "pruned", "ratio"],
+          [*reports.table(report)])  # fmt: skip
+    if dry_run or verbose:
+        _print_groups([(g.id, g.kind, g.before, g.after) for g in report.groups], report.frozen)
+    proof = report.verification
+    worst = max((d["relative"] for d in proof.differences), default=0.0)
+    say(f"proven on {proof.inputs} inputs: largest relative difference {worst:.1e}" if proof.proven else "UNPROVEN")
 
 
 def _print_groups(rows: list[tuple[object, ...]], frozen: list[Any]) -> None:

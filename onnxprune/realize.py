@@ -28,6 +28,7 @@ from onnxprune.types import Array, Axis, Group, Mask, OpNode, Pattern, Plan, Pos
 from onnxprune.worker import Worker
 
 TOLERANCE = 1e-6  # of the median slice: what is smaller counts as zero
+FLOATS = frozenset({1, 10, 11, 16})  # ONNX element types
 ADDS = frozenset("ReduceSum ReduceL1 ReduceL2 ReduceSumSquare".split())  # over zeros, less of them is the same
 STRETCHES = frozenset("Add Sum Sub Mul Div Max Min Pow PRelu".split())  # operands broadcast from the right
 
@@ -130,6 +131,7 @@ class Dead:
         """Terms of a node: letters that are missing on the right, and those that one operand has twice."""
         left, right = parse(pattern.text)
         names = pattern.operands[: len(left)] if pattern.operands else node.inputs
+        outputs = pattern.operands[len(left) :] if pattern.operands else node.outputs
         kept = {a for tokens in right for token in tokens for a in (token if isinstance(token, tuple) else (token,))}
         summed: dict[Any, list[tuple[str, int]]] = defaultdict(list)
         for name, tokens in zip(names, left, strict=False):
@@ -145,8 +147,21 @@ class Dead:
         if (linear := self._linear(node)) is not None:
             self.terms.append(linear)
             return
-        for operands in summed.values():
-            self._term(node, operands)
+        for token, operands in summed.items():
+            passing = [self._labels_with(set(token), outputs, right)] if isinstance(token, tuple) else []
+            others = {place for key, places in summed.items() if key != token for place in places}
+            self._term(node, operands, np.concatenate([*passing, np.zeros(0, np.int64)]), others)
+
+    def _labels_with(self, letters: set[str], names: Sequence[str], parts: Sequence[Sequence[Any]]) -> Positions:
+        """Labels of the axes of some outputs in which one of these letters takes part."""
+        found = [np.zeros(0, np.int64)]
+        for name, tokens in zip(names, parts, strict=False):
+            rank = len(self.analysis.dims.relations.shapes.get(name, ()))
+            for index, token in _places(tokens, rank) if name else ():
+                labels = self.labels_of(name, index)
+                if labels is not None and letters & set(token if isinstance(token, tuple) else (token,)):
+                    found.append(labels)
+        return np.concatenate(found)
 
     def _linear(self, node: OpNode) -> Term | None:
         """The term of an operator that multiplies by a known matrix; what it sums over takes constants."""
@@ -191,8 +206,18 @@ class Dead:
         return Term(node, labels[used], (constant == 0)[used], constant[used],
                     (Weight(nonzero[:, used], self.labels_of(y, out)),), weight[:, used], out, why)  # fmt: skip
 
-    def _term(self, node: OpNode, operands: Sequence[tuple[str, int]]) -> None:
-        """A term of which only zeros are known to have no effect: of a value, or of all that weights give to it."""
+    def _term(
+        self,
+        node: OpNode,
+        operands: Sequence[tuple[str, int]],
+        passing: Positions,
+        others: Collection[tuple[str, int]],
+    ) -> None:
+        """A term of which only zeros are known to have no effect: of a value, or of all that weights give to it.
+
+        Labels that are `passing` go on behind the node instead. Along the `others` the node sums as well: two of them
+        cannot excuse each other.
+        """
         name, axis = operands[0]
         labels = self.labels_of(name, axis)
         if labels is None:
@@ -202,18 +227,30 @@ class Dead:
         for name, axis in operands:
             if name not in self.bounds.view.shapes:
                 continue
-            constant = self.bounds.constant(name, axis)
-            if len(constant) == len(labels):
-                zero |= constant == 0
+            if self.bounds.shape(name)[axis] != len(labels):
+                continue
             array = self.bounds.array(name)
-            if array is not None and array.shape[axis] == len(labels):
-                moved = np.moveaxis(array != 0, axis, -1)
+            if self.analysis.prepared.facts.types.get(name.split("\0")[0]) in FLOATS:  # of integers, zero may be any
+                zero |= self.bounds.constant(name, axis) == 0
+            if array is not None:
+                moved = np.moveaxis(array != self._nothing(node, name, array), axis, -1)
                 for k in range(moved.ndim - 1):
-                    own = self.labels_of(name, k if k < axis else k + 1)
+                    place = (name, k if k < axis else k + 1)
+                    own = self.labels_of(*place) if place not in others else None
                     if own is not None:
                         rows = np.moveaxis(moved, k, 0).reshape(len(own), -1, len(labels)).any(axis=1)
                         weights.append(Weight(rows, own))
-        self.terms.append(Term(node, labels, zero, np.full(len(labels), np.nan), tuple(weights)))
+                weights.append(Weight(moved.reshape(-1, len(labels)).any(axis=0, keepdims=True), None))
+        used = ~np.isin(labels, passing)
+        weights = [replace(weight, nonzero=weight.nonzero[:, used]) for weight in weights]
+        self.terms.append(Term(node, labels[used], zero[used], np.full(used.sum(), np.nan), tuple(weights)))
+
+    def _nothing(self, node: OpNode, name: str, array: Array) -> Array:
+        """What zero is in a weight: its zero point where it is quantised."""
+        if array.dtype.kind == "f" or name not in self.analysis.view.stored:
+            return np.zeros((), array.dtype)
+        stored = initializers(self.analysis.prepared.model.graph)
+        return verify.zero_of(stored[self.analysis.view.stored[name].initializer], array)
 
     def _mixing(self) -> None:
         """Bar what mixes with others, unless a sum cannot tell that zeros are missing, or the user agrees to it."""

@@ -119,7 +119,7 @@ def reference(
         array = np.array(value.const_value.numpy(), copy=True)
         for removal in entries:
             at = (slice(None),) * removal.axis + (np.array(removal.removed, np.int64),)
-            array[at] = _zero(value, array)[at] if array.dtype.kind in "iu" else 0
+            array[at] = zero_of(value, array)[at] if array.dtype.kind in "iu" else 0
         tensor = ir.Tensor(array, dtype=value.const_value.dtype, name=name)
         if uses is None:
             value.const_value = tensor
@@ -187,7 +187,7 @@ def _normal(dense: ir.Model, gone: Sequence[Removal], changed: set[str]) -> ir.M
     return model
 
 
-def _zero(value: ir.Value, array: Array) -> Array:
+def zero_of(value: ir.Value, array: Array) -> Array:
     """What zero is for a quantised weight: the zero point that its reader is given."""
     for node, k in value.uses():
         place = ops.integers_of(node.domain, node.op_type).get(k)

@@ -31,8 +31,7 @@ LAYERS = (
     ("masked", "bounds", "fold"),
     ("verify",),
     ("analysis", "prove", "recipe", "calibrate"),
-    ("pipeline", "verbs", "audit"),
-    ("realize",),
+    ("pipeline", "realize", "verbs", "audit"),
     ("cli", "__init__", "__main__"),
 )
 
