@@ -13,10 +13,11 @@ from math import prod
 import numpy as np
 
 from onnxprune.infer import run_node
-from onnxprune.types import Array, OpNode, Shape, View
+from onnxprune.types import Array, Axis, OpNode, Shape, View
 
-Range = tuple[Array, Array]  # lowest and highest, float64[n] over the positions of an axis, or float64[] of all of them
+Range = tuple[Array, Array]  # lowest and highest, float64
 MOST = 1 << 24  # elements of a value that is moved about as a whole
+LARGE = 1 << 20  # elements of bounds that are kept
 ANY = (np.array(-np.inf), np.array(np.inf))
 
 MONOTONE = frozenset(
@@ -33,12 +34,15 @@ PICKS = frozenset("Slice Split Gather Tile DepthToSpace SpaceToDepth".split())
 
 
 class Bounds:
-    """`read` gives the whole of an initializer, by its name for coupling; None where its numbers are of no use."""
+    """`read` gives the whole of an initializer, by its name for coupling; None where its numbers are of no use.
+
+    Bounds have as many axes as the value, of length one where nothing is told apart: along dynamic axes always.
+    """
 
     def __init__(self, view: View, read: Callable[[str], Array | None]) -> None:
         self.view, self.read = view, read
         self.makers = {name: node for node in view.nodes for name in node.outputs if name}
-        self.known: dict[str, dict[int, Range]] = {}
+        self.known: dict[str, Range] = {}
         self.arrays: dict[str, Array | None] = {}
         self.sums_to_one: set[str] = set()  # along the last axis
         for node in view.nodes:
@@ -68,57 +72,72 @@ class Bounds:
                 found = results[node.outputs.index(name)] if results is not None else None
         return found
 
-    def numbers(self, name: str) -> Array | None:
-        """The same, where it holds numbers at all."""
-        found = self.array(name)
-        return found if found is not None and found.dtype.kind in "fiub" and found.size else None
-
     def shape(self, name: str) -> Shape:
         """Sizes at the probe."""
         return self.view.shapes.get(name, ())
 
-    def at(self, name: str, axis: int) -> Range:
-        """Bounds of each position of an axis."""
-        size = self.shape(name)[axis]
-        if axis not in self.known.setdefault(name, {}) and (array := self.numbers(name)) is not None:
-            others = tuple(k for k in range(array.ndim) if k != axis)
-            low, high = (np.asarray(f(array, axis=others), np.float64) for f in (np.min, np.max))
-            self.known[name][axis] = (np.where(np.isnan(low), -np.inf, low), np.where(np.isnan(high), np.inf, high))
-        if axis in self.known[name]:
-            return self.known[name][axis]
-        low, high = self.span(name)
-        return np.full(size, low), np.full(size, high)
+    def of(self, name: str) -> Range:
+        """Bounds of a value, of its rank, or of none where nothing is known."""
+        array = self.array(name) if name not in self.known else None
+        if array is not None and array.dtype.kind in "fiub" and array.size:
+            number = array.astype(np.float64)
+            low, high = (np.where(np.isnan(number), end, number) for end in (-np.inf, np.inf))
+            self.known[name] = self._short((low, high))
+        return self.known.get(name, ANY)
 
-    def span(self, name: str) -> Range:
-        """Bounds of all elements together."""
-        array = self.numbers(name)
-        if array is not None and not array.ndim:
-            return np.array(array, np.float64), np.array(array, np.float64)
-        if array is not None:
-            self.at(name, array.ndim - 1)
-        ranges = self.known.get(name, {}).values()
-        if not ranges:
-            return ANY
-        return np.array(max(low.min() for low, _ in ranges)), np.array(min(high.max() for _, high in ranges))
+    def at(self, name: str, axis: int) -> Range:
+        """Bounds of each position of an axis, float64[n]."""
+        low, high = self.of(name)
+        if low.ndim:
+            others = tuple(k for k in range(low.ndim) if k != axis)
+            low, high = low.min(axis=others), high.max(axis=others)
+        size = self.shape(name)[axis]
+        return np.broadcast_to(low, size), np.broadcast_to(high, size)
 
     def constant(self, name: str, axis: int) -> Array:
         """float64[n]: the number that a position is, NaN where it is not one number."""
         low, high = self.at(name, axis)
         return np.where((low == high) & np.isfinite(low), low, np.nan)
 
-    def whole(self, name: str) -> tuple[int, Array] | None:
-        """(axis, float64[n]) of a computed value that is constant in all its positions."""
-        for axis in self.known.get(name, {}):
-            if not np.isnan(found := self.constant(name, axis)).any():
-                return axis, found
-        return None
+    def whole(self, name: str) -> Array | None:
+        """A computed value that is a constant, as an array that broadcasts to it."""
+        low, high = self.known.get(name, ANY)
+        return low if low.ndim and (low == high).all() and np.isfinite(low).all() else None
 
-    def note(self, name: str, axis: int, bounds: Range) -> None:
-        """Keep what is known of an axis, if it is anything."""
-        low, high = (np.broadcast_to(np.asarray(b, np.float64), self.shape(name)[axis]) for b in bounds)
+    def note(self, name: str, bounds: Range) -> None:
+        """Keep what is known of a value, if it is anything, on top of what was known before."""
+        shape = self.shape(name)
+        low, high = (b.reshape((1,) * (len(shape) - b.ndim) + b.shape) for b in map(np.asarray, bounds))
         low, high = np.where(np.isnan(low), -np.inf, low), np.where(np.isnan(high), np.inf, high)
+        moving = tuple(k for k in range(len(shape)) if self._moves(name, k))
+        low, high = low.min(axis=moving, keepdims=True), high.max(axis=moving, keepdims=True)
+        if any(n not in (1, size) for n, size in zip(low.shape, shape, strict=True)):
+            return  # broadcast in a way that was not foreseen
+        if name in self.known:
+            low, high = np.maximum(low, self.known[name][0]), np.minimum(high, self.known[name][1])
         if np.isfinite(low).any() or np.isfinite(high).any():
-            self.known.setdefault(name, {})[axis] = (low, high)
+            self.known[name] = self._short((low, high))
+
+    def note_axis(self, name: str, axis: int, bounds: Range) -> None:
+        """Keep what is known of the positions of one axis."""
+        behind = len(self.shape(name)) - 1 - axis
+        low, high = (np.broadcast_to(side, self.shape(name)[axis]) for side in bounds)
+        self.note(name, (low.reshape(-1, *(1,) * behind), high.reshape(-1, *(1,) * behind)))
+
+    def _moves(self, name: str, axis: int) -> bool:
+        return Axis(name, axis) in self.view.dynamic
+
+    @staticmethod
+    def _short(bounds: Range) -> Range:
+        """The same with axes of equal positions, and the longest until it is small enough, drawn together."""
+        low, high = bounds
+        low, high = np.broadcast_arrays(low, high)
+        for axis in sorted(range(low.ndim), key=lambda k: -low.shape[k]):
+            if low.shape[axis] > 1:
+                least, most = low.min(axis=axis, keepdims=True), high.max(axis=axis, keepdims=True)
+                if low.size > LARGE or ((low == least).all() and (high == most).all()):
+                    low, high = least, most
+        return low, high
 
     # One node --------------------------------------------------------------------------------------------------------
 
@@ -127,23 +146,25 @@ class Bounds:
         kind, y = node.op_type, node.outputs[0]
         if node.domain not in ("", "ai.onnx", "com.microsoft") or not y or not self.shape(y):
             return
-        function = RULES.get(kind)
-        if function is not None:
-            function(self, node)
-        elif kind in UNARY and node.attr("training_mode", 0) == 0:
-            self.elementwise(node, node.inputs[:1], lambda ranges: _unary(node, ranges[0], self))
-        elif kind == "Gather" and self.array(node.inputs[1]) is None:
-            self.fetch(node)
-        elif kind in MOVES or (kind in PICKS and self._settled(node.inputs[0], y)):
-            self.move(node)
-        elif kind in PICKS:  # of an axis that is cut somewhere by a dynamic size nothing is said
-            for axis, size in enumerate(self.shape(y)):
-                ranked = len(self.shape(y)) == len(node.shape(0))
-                if ranked and kind != "Tile" and node.shape(0)[axis] == size and not self._moves(y, axis):
-                    self.note(y, axis, self.at(node.inputs[0], axis))
+        with np.errstate(all="ignore"):
+            if kind in RULES:
+                RULES[kind](self, node)
+            elif kind in UNARY:
+                self.note(y, _unary(node, self.of(node.inputs[0]), self))
+            elif kind == "Gather" and self.array(node.inputs[1]) is None:
+                self.fetch(node)
+            elif kind in MOVES or (kind in PICKS and self._settled(node.inputs[0], y)):
+                self.move(node)
+            elif kind in PICKS and kind != "Tile" and len(self.shape(y)) == len(node.shape(0)):
+                same = [m == n and not self._moves(y, k)
+                        for k, (m, n) in enumerate(zip(node.shape(0), self.shape(y), strict=True))]  # fmt: skip
+                self.note(y, self.drawn(self.of(node.inputs[0]), tuple(k for k, kept in enumerate(same) if not kept)))
 
-    def _moves(self, name: str, axis: int) -> bool:
-        return any(a.value == name and a.index == axis for a in self.view.dynamic)
+    @staticmethod
+    def drawn(bounds: Range, axes: tuple[int, ...]) -> Range:
+        """Positions of these axes drawn together."""
+        low, high = bounds
+        return (low.min(axis=axes, keepdims=True), high.max(axis=axes, keepdims=True)) if low.ndim else bounds
 
     def _settled(self, x: str, y: str) -> bool:
         """Whether what happens between two values happens on static axes."""
@@ -153,65 +174,39 @@ class Bounds:
             moving[0] == moving[1] and all(m == n for m, n, moves in zip(a, b, moving[0], strict=True) if moves)
         )
 
-    def elementwise(
-        self, node: OpNode, names: tuple[str, ...], function: Callable[[list[Range]], Range], output: int = 0
-    ) -> None:
-        """Broadcast from the right; `function` takes one range for each operand."""
-        y = node.outputs[output]
-        out = self.shape(y)
-        for axis, size in enumerate(out):
-            ranges = []
-            for name in names:
-                shape = self.shape(name)
-                own = axis - len(out) + len(shape)
-                ranges.append(self.at(name, own) if own >= 0 and shape[own] == size > 1 else self.span(name))
-            with np.errstate(all="ignore"):
-                self.note(y, axis, function(ranges))
-
     def move(self, node: OpNode) -> None:
         """An operator whose outputs hold elements of its inputs: run it on the bounds of every element."""
-        data = node.inputs if node.op_type == "Concat" else node.inputs[:1]
-        if not any(self.known.get(name) or self.array(name) is not None for name in data if name):
+        data = [name for name in (node.inputs if node.op_type == "Concat" else node.inputs[:1]) if name]
+        if not any(self.of(name)[0].ndim for name in data):
             return
         if any(prod(self.shape(name)) > MOST for name in (*data, *node.outputs) if name):
             return
         given = {name: self.array(name) for name in node.inputs if name and name not in data}
-        given |= {name: node.consts[name] for name in node.inputs if name in node.consts and name not in data}
+        given |= {name: node.consts[name] for name in given if name in node.consts}
         if any(value is None for value in given.values()):
-            if node.op_type != "Reshape" or prod(self.shape(node.outputs[0])) != prod(node.shape(0)):
+            if node.op_type != "Reshape":
                 return
             given = {node.inputs[1]: np.array(self.shape(node.outputs[0]), np.int64)}
         fixed = {name: value for name, value in given.items() if value is not None}
-        sides = [{name: self._full(name, side) for name in data if name} for side in (0, 1)]
+        sides = [{name: np.broadcast_to(self.of(name)[k], self.shape(name)) for name in data} for k in (0, 1)]
         lowest, highest = (run_node(node, fixed | side) for side in sides)
         if lowest is None or highest is None:
             return
         for name, low, high in zip(node.outputs, lowest, highest, strict=False):
             if name and low.shape == self.shape(name):
-                for axis in range(low.ndim):
-                    others = tuple(k for k in range(low.ndim) if k != axis)
-                    self.note(name, axis, (low.min(axis=others), high.max(axis=others)))
+                self.note(name, (low, high))
         same = node.op_type in ("Squeeze", "Unsqueeze", "Reshape") and node.shape(0)[-1:] == node.out_shape(0)[-1:]
         if same and node.inputs[0] in self.sums_to_one:
             self.sums_to_one.add(node.outputs[0])
 
-    def _full(self, name: str, side: int) -> Array:
-        """The lower or the upper bound of every element."""
-        shape = self.shape(name)
-        if (array := self.numbers(name)) is not None:
-            return np.where(np.isnan(array), (-np.inf, np.inf)[side], array.astype(np.float64))
-        full = np.full((1,) * len(shape), (-np.inf, np.inf)[side])
-        for axis, bounds in self.known.get(name, {}).items():
-            spread = bounds[side].reshape(-1, *(1,) * (len(shape) - 1 - axis))
-            full = np.maximum(full, spread) if side == 0 else np.minimum(full, spread)
-        return np.broadcast_to(full, shape)
-
     def fetch(self, node: OpNode) -> None:
         """Gather of rows that are not known: the other axes pass through."""
-        axis, rank = node.attr("axis", 0) % len(node.shape(0)), len(node.shape(1))
-        for own in range(len(node.shape(0))):
-            if own != axis:
-                self.note(node.outputs[0], own if own < axis else own + rank - 1, self.at(node.inputs[0], own))
+        low, high = self.of(node.inputs[0])
+        if low.ndim:
+            axis, rank = node.attr("axis", 0) % low.ndim, len(node.shape(1))
+            low, high = self.drawn((low, high), (axis,))
+            shape = (*low.shape[:axis], *(1,) * rank, *low.shape[axis + 1 :])
+            self.note(node.outputs[0], (low.reshape(shape), high.reshape(shape)))
 
 
 def _unary(node: OpNode, bounds: Range, known: Bounds) -> Range:
@@ -242,10 +237,14 @@ def _unary(node: OpNode, bounds: Range, known: Bounds) -> Range:
     return np.where(same, value, least), np.where(same, value, np.inf)
 
 
+def span(bounds: Range) -> Range:
+    """The lowest and the highest of all."""
+    return bounds[0].min(), bounds[1].max()
+
+
 def _times(a: Range, b: Range) -> Range:
     """Interval product; nothing times anything is nothing."""
-    with np.errstate(invalid="ignore"):
-        corners = [np.where((x == 0) | (y == 0), 0.0, x * y) for x in a for y in b]
+    corners = [np.where((x == 0) | (y == 0), 0.0, x * y) for x in a for y in b]
     return np.minimum.reduce(corners), np.maximum.reduce(corners)
 
 
@@ -306,27 +305,31 @@ NARY: Mapping[str, Callable[[list[Range]], Range]] = {
 
 def _nary(bounds: Bounds, node: OpNode) -> None:
     if node.opset >= 7:
-        bounds.elementwise(node, node.inputs, NARY[node.op_type])
+        bounds.note(node.outputs[0], NARY[node.op_type]([bounds.of(name) for name in node.inputs]))
 
 
 def _where(bounds: Bounds, node: OpNode) -> None:
-    bounds.elementwise(node, node.inputs[1:], _hull)
+    bounds.note(node.outputs[0], _hull([bounds.of(name) for name in node.inputs[1:]]))
 
 
 def _pass(bounds: Bounds, node: OpNode) -> None:
     """Y = X, perhaps stretched."""
-    if node.attr("training_mode", 0) == 0 and (node.opset >= 7 or not node.attr("is_test", 0)):
-        bounds.elementwise(node, node.inputs[:1], lambda ranges: ranges[0])
-        if node.inputs[0] in bounds.sums_to_one and node.out_shape(0)[-1] == node.shape(0)[-1]:
-            bounds.sums_to_one.add(node.outputs[0])
+    bounds.note(node.outputs[0], bounds.of(node.inputs[0]))
+    if node.inputs[0] in bounds.sums_to_one and node.out_shape(0)[-1] == node.shape(0)[-1]:
+        bounds.sums_to_one.add(node.outputs[0])
+
+
+def _dropout(bounds: Bounds, node: OpNode) -> None:
+    """Y = X, unless it is told to train."""
+    if not node.has(2) and (node.opset >= 7 or node.attr("is_test", 0)):
+        _pass(bounds, node)
 
 
 def _gelu(bounds: Bounds, node: OpNode) -> None:
     """gelu(X + bias) where both are numbers, by one formula or the other."""
     attrs = {"approximate": "tanh"} if node.op_type == "FastGelu" else dict(node.attrs)
     plain = OpNode("", "Gelu", "", 20, attrs, ("x",), ("y",), {}, {})
-    names = tuple(name for name in node.inputs[:2] if name)
-    bounds.elementwise(node, names, lambda ranges: _unary(plain, _add(ranges), bounds))
+    bounds.note(node.outputs[0], _unary(plain, _add([bounds.of(name) for name in node.inputs[:2] if name]), bounds))
 
 
 def _dequantised(node: OpNode, codes: Array, scale: Array, *zero: Array) -> Array | None:
@@ -350,7 +353,8 @@ def _quantise(bounds: Bounds, node: OpNode) -> None:
     def code(x: Array) -> Array:
         return np.asarray(np.clip(np.rint(x / step) + zero, ends.min, ends.max))
 
-    bounds.elementwise(node, node.inputs[:1], lambda ranges: (code(ranges[0][0]), code(ranges[0][1])))
+    low, high = bounds.of(node.inputs[0])
+    bounds.note(node.outputs[0], (code(low), code(high)))
 
 
 def _dequantise(bounds: Bounds, node: OpNode) -> None:
@@ -358,9 +362,8 @@ def _dequantise(bounds: Bounds, node: OpNode) -> None:
     if scale is None or scale.size > 1 or point is None or float(scale.min()) <= 0:
         return
     step, zero = float(scale.min()), float(point.min())
-    bounds.elementwise(
-        node, node.inputs[:1], lambda ranges: ((ranges[0][0] - zero) * step, (ranges[0][1] - zero) * step)
-    )
+    low, high = bounds.of(node.inputs[0])
+    bounds.note(node.outputs[0], ((low - zero) * step, (high - zero) * step))
 
 
 def _einsum(bounds: Bounds, node: OpNode) -> None:
@@ -372,15 +375,14 @@ def _einsum(bounds: Bounds, node: OpNode) -> None:
     for axis, letter in enumerate(right):
         zero = np.zeros(node.out_shape(0)[axis], np.bool_)
         for name, term in zip(node.inputs, terms, strict=True):
-            low, high = bounds.at(name, term.index(letter)) if letter in term else bounds.span(name)
+            low, high = bounds.at(name, term.index(letter)) if letter in term else span(bounds.of(name))
             zero |= (low == 0) & (high == 0)
-        bounds.note(node.outputs[0], axis, (np.where(zero, 0.0, -np.inf), np.where(zero, 0.0, np.inf)))
+        bounds.note_axis(node.outputs[0], axis, (np.where(zero, 0.0, -np.inf), np.where(zero, 0.0, np.inf)))
 
 
 def _softmax(bounds: Bounds, node: OpNode) -> None:
     y, rank = node.outputs[0], len(node.shape(0))
-    for axis in range(rank):
-        bounds.note(y, axis, (np.array(0.0), np.array(1.0)))
+    bounds.note(y, (np.array(0.0), np.array(1.0)))
     if node.attr("axis", 1 if node.opset < 13 else -1) % rank == rank - 1:
         bounds.sums_to_one.add(y)
 
@@ -422,7 +424,7 @@ def _conv(bounds: Bounds, node: OpNode) -> None:
         positive, negative = np.maximum(taps[rows], 0).sum(axis=2), np.minimum(taps[rows], 0).sum(axis=2)
         parts.append(contract((low[columns], high[columns]), positive, negative))
     sides = [np.concatenate(side) + bias for side in zip(*parts, strict=True)]
-    bounds.note(node.outputs[0], 1, (sides[0], sides[1]))
+    bounds.note_axis(node.outputs[0], 1, (sides[0], sides[1]))
 
 
 def _gemm(bounds: Bounds, node: OpNode) -> None:
@@ -435,9 +437,9 @@ def _gemm(bounds: Bounds, node: OpNode) -> None:
     if node.has(2):
         shape, beta = node.shape(2), np.array(node.attr("beta", 1.0))
         own = bool(shape) and shape[-1] == len(low) > 1
-        more = bounds.at(node.inputs[2], len(shape) - 1) if own else bounds.span(node.inputs[2])
+        more = bounds.at(node.inputs[2], len(shape) - 1) if own else span(bounds.of(node.inputs[2]))
         low, high = _add([(low, high), _times(more, (beta, beta))])
-    bounds.note(node.outputs[0], 1, (low, high))
+    bounds.note_axis(node.outputs[0], 1, (low, high))
 
 
 def _matmul(bounds: Bounds, node: OpNode) -> None:
@@ -445,28 +447,23 @@ def _matmul(bounds: Bounds, node: OpNode) -> None:
     (a, b), y = node.inputs[:2], node.outputs[0]
     m, n = len(node.shape(0)), len(node.shape(1))
     right, left = bounds.array(b), bounds.array(a)
+    rank = len(bounds.shape(y))
     if right is not None and n == 2:
         weight = right.T.astype(np.float64)
         found = contract(bounds.at(a, m - 1), np.maximum(weight, 0), np.minimum(weight, 0))
-        bounds.note(y, len(bounds.shape(y)) - 1, found)
+        bounds.note_axis(y, rank - 1, found)
     if left is not None and m == 2 and n > 1:
         weight = left.astype(np.float64)
         found = contract(bounds.at(b, n - 2), np.maximum(weight, 0), np.minimum(weight, 0))
-        bounds.note(y, len(bounds.shape(y)) - 2, found)
+        bounds.note_axis(y, rank - 2, found)
     if m < 2 or n < 2:
         return
-    rank, mean = len(bounds.shape(y)), a in bounds.sums_to_one
-    for axis in range(rank):
-        ranges = []
-        for name, own in ((a, axis - rank + m), (b, axis - rank + n)):
-            summed = (name == a and axis == rank - 1) or (name == b and axis == rank - 2)
-            same = own >= 0 and not summed and bounds.shape(name)[own] == bounds.shape(y)[axis]
-            ranges.append(bounds.at(name, own) if same else bounds.span(name))
-        nothing = [(low == 0) & (high == 0) for low, high in ranges]
-        zero = nothing[0] | nothing[1]
-        low, high = ranges[1] if mean else ANY
-        if axis not in bounds.known.get(y, {}):
-            bounds.note(y, axis, (np.where(zero, 0.0, low), np.where(zero, 0.0, high)))
+    rows, columns = (bounds.of(name) for name in (a, b))
+    rows = bounds.drawn(rows, (rows[0].ndim - 1,))
+    columns = bounds.drawn(columns, (columns[0].ndim - 2,))
+    zero = ((rows[0] == 0) & (rows[1] == 0)) | ((columns[0] == 0) & (columns[1] == 0))
+    low, high = columns if a in bounds.sums_to_one else ANY
+    bounds.note(y, (np.where(zero, 0.0, low), np.where(zero, 0.0, high)))
 
 
 def _batch_norm(bounds: Bounds, node: OpNode) -> None:
@@ -474,10 +471,9 @@ def _batch_norm(bounds: Bounds, node: OpNode) -> None:
     if node.attr("training_mode", 0) or any(array is None for array in arrays):
         return
     scale, shift, mean, variance = (np.asarray(array, np.float64) for array in arrays)
-    with np.errstate(all="ignore"):
-        scale = np.where(scale == 0, 0.0, scale / np.sqrt(variance + node.attr("epsilon", 1e-5)))
-        low, high = _times(_sub([bounds.at(node.inputs[0], 1), (mean, mean)]), (scale, scale))
-    bounds.note(node.outputs[0], 1, (low + shift, high + shift))
+    scale = np.where(scale == 0, 0.0, scale / np.sqrt(variance + node.attr("epsilon", 1e-5)))
+    low, high = _times(_sub([bounds.at(node.inputs[0], 1), (mean, mean)]), (scale, scale))
+    bounds.note_axis(node.outputs[0], 1, (low + shift, high + shift))
 
 
 def _norm(bounds: Bounds, node: OpNode) -> None:
@@ -493,49 +489,47 @@ def _norm(bounds: Bounds, node: OpNode) -> None:
     low, high = _times((-most, most), ranges[0]) if len(ranges[0][0]) == size else ANY
     if len(ranges) > 1:
         low, high = low + ranges[1][0], high + ranges[1][1]
-    bounds.note(node.outputs[0], 1 if own else rank - 1, (low, high))
+    bounds.note_axis(node.outputs[0], 1 if own else rank - 1, (low, high))
 
 
 def _pool(bounds: Bounds, node: OpNode) -> None:
     low, high = bounds.at(node.inputs[0], 1)
     if node.op_type == "AveragePool" and pads(node) and node.attr("count_include_pad", 0):
         low, high = np.minimum(low, 0), np.maximum(high, 0)
-    bounds.note(node.outputs[0], 1, (low, high))
+    bounds.note_axis(node.outputs[0], 1, (low, high))
 
 
 def _resize(bounds: Bounds, node: OpNode) -> None:
     """Weights between neighbours sum to one, and lie between zero and one unless they are cubic."""
-    for axis, size in enumerate(node.shape(0)):
-        if size == node.out_shape(0)[axis] and node.attr("coordinate_transformation_mode") != "tf_crop_and_resize":
-            low, high = bounds.at(node.inputs[0], axis)
-            cubic = (low != high) & (node.attr("mode", "nearest") == "cubic")
-            bounds.note(node.outputs[0], axis, (np.where(cubic, -np.inf, low), np.where(cubic, np.inf, high)))
+    if node.attr("coordinate_transformation_mode") == "tf_crop_and_resize":
+        return
+    changed = tuple(k for k, size in enumerate(node.shape(0)) if size != node.out_shape(0)[k])
+    low, high = bounds.drawn(bounds.of(node.inputs[0]), changed)
+    cubic = (low != high) & (node.attr("mode", "nearest") == "cubic")
+    bounds.note(node.outputs[0], (np.where(cubic, -np.inf, low), np.where(cubic, np.inf, high)))
 
 
 def _reduce(bounds: Bounds, node: OpNode) -> None:
     """Means, maxima and minima stay between the bounds; sums of nothing are nothing."""
     rank = len(node.shape(0))
     axes = node.attrs["axes"] if "axes" in node.attrs else node.const(1)
-    if axes is None and (node.has(1) or node.attr("noop_with_empty_axes", 0)):
+    low, high = bounds.of(node.inputs[0])
+    if not low.ndim or (axes is None and (node.has(1) or node.attr("noop_with_empty_axes", 0))):
         return
-    reduced = {int(a) % rank for a in (range(rank) if axes is None else np.atleast_1d(axes))}
-    keeps = node.attr("keepdims", 1)
-    place = 0
-    for axis in range(rank):
-        if axis in reduced and not keeps:
-            continue
-        low, high = bounds.at(node.inputs[0], axis) if axis not in reduced else bounds.span(node.inputs[0])
-        if node.op_type not in ("ReduceMean", "ReduceMax", "ReduceMin"):
-            zero = (low == 0) & (high == 0)
-            low, high = np.where(zero, 0.0, -np.inf), np.where(zero, 0.0, np.inf)
-        if place < len(node.out_shape(0)):
-            bounds.note(node.outputs[0], place, (low, high))
-        place += 1
+    reduced = tuple(sorted({int(a) % rank for a in (range(rank) if axes is None else np.atleast_1d(axes))}))
+    low, high = bounds.drawn((low, high), reduced)
+    if not node.attr("keepdims", 1):
+        low, high = np.squeeze(low, reduced), np.squeeze(high, reduced)
+    if node.op_type not in ("ReduceMean", "ReduceMax", "ReduceMin"):
+        zero = (low == 0) & (high == 0)
+        low, high = np.where(zero, 0.0, -np.inf), np.where(zero, 0.0, np.inf)
+    bounds.note(node.outputs[0], (low, high))
 
 
 RULES: dict[str, Callable[[Bounds, OpNode], None]] = {
     **dict.fromkeys(NARY, _nary),
-    **dict.fromkeys(("Dropout", "Expand"), _pass),
+    "Expand": _pass,
+    "Dropout": _dropout,
     **dict.fromkeys(("BiasGelu", "FastGelu", "Gelu"), _gelu),
     **dict.fromkeys(("Conv", "FusedConv"), _conv),
     **dict.fromkeys(("Gemm", "FusedGemm"), _gemm),

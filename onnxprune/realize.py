@@ -368,9 +368,8 @@ def constant_operands(analysis: Analysis, bounds: Bounds) -> dict[tuple[str, int
             others = [other for j, other in enumerate(node.inputs) if j != k]
             full = any(all(shapes.get(other) == shapes.get(y) for shapes in probes) for other in others)
             if full and (whole := bounds.whole(name)) is not None:
-                axis, values = whole
-                shaped = values.reshape(-1, *(1,) * (len(bounds.shape(name)) - 1 - axis))
-                found[y, k] = (shaped[:1] if (values == values[0]).all() else shaped, prepared.facts.types[name])
+                first = next((j for j, size in enumerate(whole.shape) if size > 1), whole.ndim - 1)
+                found[y, k] = (whole.reshape(whole.shape[first:]), prepared.facts.types[name])
     return found
 
 

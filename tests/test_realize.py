@@ -166,7 +166,7 @@ CASES: dict[str, tuple[str, Mapping[str, tuple[int, ...]], Edit, str, dict[str, 
     "gains of zero, a new bias": (
         CNN.format(pads="", b2=""),
         CNN_WEIGHTS,
-        both(zero(("g", 0, (0, 6))), zero(("s", 0, (0,)), value=0.5)),
+        both(zero(("g", 0, (0, 6))), zero(("s", 0, (0,)), value=0.5), zero(("s", 0, (6,)), value=-0.5)),
         IMAGE,
         {"w1": [9, 3, 3, 3], "w2": [2, 9, 3, 3], "y_bias": [2]},
     ),
