@@ -117,10 +117,8 @@ class Dead:
         self.terms: list[Term] = []
         self.barred: dict[int, str] = {}  # labels
         for node in analysis.view.nodes:
-            answer = ops.relations(node)
-            for pattern in answer if not isinstance(answer, str) else ():
-                if isinstance(pattern, Pattern):
-                    self._read(node, pattern)
+            for pattern in _patterns(node):
+                self._read(node, pattern)
         self._mixing()
 
     def labels_of(self, name: str, axis: int) -> Positions | None:
@@ -180,7 +178,8 @@ class Dead:
             return None
         elif kind.endswith("Gemm"):
             axis = 0 if node.attr("transA", 0) else 1
-            weight = (weight if node.attr("transB", 0) else weight.T) * node.attr("alpha", 1.0)
+            weight = weight if node.attr("transB", 0) else weight.T
+            weight = weight if node.attr("alpha", 1.0) == 1 else weight * node.attr("alpha", 1.0)
         else:
             taps = weight.reshape(*weight.shape[:2], -1)
             spread = np.zeros((2, len(taps), taps.shape[1] * groups))
@@ -192,10 +191,10 @@ class Dead:
         labels = self.labels_of(x, axis)
         if labels is None:
             return None
-        used = np.arange(len(labels))
+        used: Any = slice(None)
         if groups > 1:  # whole groups pass through, positions inside them are summed over
             inside = self.labels_of(node.inputs[1], 1)
-            used = used[labels == np.tile(inside, groups)] if inside is not None else used[:0]
+            used = labels == np.tile(inside, groups) if inside is not None else slice(0)
         conv = kind.endswith("Conv")
         nonzero = nonzero if conv else weight != 0
         constant, why = self.bounds.constant(x, axis), ""
@@ -337,6 +336,17 @@ class Dead:
                 found[term.node.name or term.node.outputs[0], term.why].update(term.labels[stuck].tolist())
         return [f"{len(units)} units that emit a constant stay before node '{name}': {why}"
                 for (name, why), units in found.items()]  # fmt: skip
+
+
+def _patterns(node: OpNode) -> list[Pattern]:
+    """What a node's rule says in axis notation; nothing where all its axes are frozen for lack of an answer."""
+    if not node.bodies and any(name and name not in node.shapes for name in (*node.inputs, *node.outputs)):
+        return []
+    try:
+        answer = ops.relations(node)
+    except (ArithmeticError, LookupError, TypeError, ValueError):  # attributes that contradict the shapes
+        return []
+    return [] if isinstance(answer, str) else [part for part in answer if isinstance(part, Pattern)]
 
 
 def _places(tokens: Sequence[Any], rank: int) -> list[tuple[int, Any]]:
