@@ -77,7 +77,7 @@ def _realized(report: reports.Report, dense: str, small: ir.Model, file: str, se
         again = realize(
             dense,
             tolerance=recipe["tolerance"],
-            new_bias=recipe["new-bias"],
+            no_new_bias=recipe["no-new-bias"],
             approximate=recipe["approximate"],
             ignore=tuple(recipe.get("ignore", ())),
             input_shape=shape,

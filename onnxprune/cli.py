@@ -313,7 +313,6 @@ def realize(model: str, **given: Any) -> None:
     if output is None:
         raise InputError("say where to write with -o", object="realize")
     given["measure"] = not given.pop("no_measure")
-    given["new_bias"] = not given.pop("no_new_bias")
     given["input_shape"] = parse_shapes(given["input_shape"])
     with stages(quiet) as progress:
         result = verb.realize(

@@ -23,10 +23,12 @@ from onnxprune.infer import initializers
 from onnxprune.model import Model
 from onnxprune.prove import Prover
 from onnxprune.recipe import Options, check, recorded
+from onnxprune.recovery import Repaired
 from onnxprune.relate import parse
 from onnxprune.types import Array, Axis, Group, Mask, OpNode, Pattern, Plan, Positions
 from onnxprune.worker import Worker
 
+RECORDED = frozenset("approximate no-new-bias ignore input-shape backend measure strict unproven seed threads".split())
 TOLERANCE = 1e-6  # of the median slice: what is smaller counts as zero
 FLOATS = frozenset({1, 10, 11, 16})  # ONNX element types
 ADDS = frozenset("ReduceSum ReduceL1 ReduceL2 ReduceSumSquare".split())  # over zeros, less of them is the same
@@ -446,7 +448,6 @@ def realize(
     output: str | Path | None = None,
     *,
     tolerance: float = TOLERANCE,
-    new_bias: bool = True,
     report: str | Path | Sequence[str | Path] = (),
     progress: pipeline.Progress = lambda stage: None,
     command: Sequence[str] = (),
@@ -454,7 +455,7 @@ def realize(
 ) -> pipeline.Result:
     """Take out what is at zero or without effect; the outputs stay what they are.
 
-    Slices up to `tolerance` times the median of their group count as zero. Without `new_bias`, units whose constant no
+    Slices up to `tolerance` times the median of their group count as zero. With `no_new_bias`, units whose constant no
     bias can take stay. `options` are those of `prune` that speak of no budget. Without `output` nothing is written.
     Raises InputError, ImpossibleError (nothing to take out), MachineError, InternalError.
     """
@@ -472,28 +473,27 @@ def realize(
         with clock.stage("run the dense model"):
             pipeline.check_dense(prover, worker, chosen)
         with clock.stage("find what has no effect, take it out and prove"):
-            run = _Run(analysis, chosen, tolerance, new_bias, prover, worker)
+            run = _Run(analysis, chosen, tolerance, prover, worker)
             found = run.result()
         gone = [*_lost(analysis, run.simple), *run.analysis.removals(found.plan)]
         nothing = pipeline.Proven(Plan({}), found.model, [], found.differences, run.unproven)
+        repaired = Repaired(found.model, found.repaired, run.warnings(found))
         shown = pipeline.measured(
-            analysis, chosen, opened.paths[0], nothing, prover, worker, opened.evaluation, clock, command, ()
+            analysis, chosen, opened.paths[0], nothing, prover, worker, opened.evaluation, clock, command, (), repaired
         )
     proven = pipeline.Proven(found.plan, found.model, gone, found.differences, run.unproven)
     changes = pipeline.changes(run.analysis, chosen, run.groups, proven)
     changes["rewrites"] = [f"folded {name}" for name in analysis.prepared.folded] + found.rewrites
     proof = shown.report.verification.model_copy(update={"method": run.method})
-    told = {key: value for key, value in recorded(chosen).items() if key not in ("ratio", "remove")}
+    told = {key: value for key, value in recorded(chosen).items() if key in RECORDED}
     result = replace(
         shown,
         plan=found.plan,
         report=shown.report.model_copy(
             update=changes
             | {
-                "recipe": {"remove": ["all"], **told, "tolerance": tolerance, "new-bias": new_bias},
-                "repaired": found.repaired,
+                "recipe": {"remove": ["all"], **told, "tolerance": tolerance},
                 "verification": proof,
-                "warnings": [*shown.report.warnings, *run.warnings(found)],
             }
         ),
     )
@@ -515,9 +515,7 @@ def _lost(analysis: Analysis, simple: Simple) -> list[verify.Removal]:
 class _Run:
     """One model: simplified, analysed again, and taken apart until the proof holds."""
 
-    def __init__(
-        self, dense: Analysis, options: Options, tolerance: float, new_bias: bool, prover: Prover, worker: Worker
-    ) -> None:
+    def __init__(self, dense: Analysis, options: Options, tolerance: float, prover: Prover, worker: Worker) -> None:
         self.dense, self.options, self.tolerance, self.prover, self.worker = dense, options, tolerance, prover, worker
         self.unproven: list[int] = []
         clean, dropped = cleaned(dense, tolerance)
@@ -535,7 +533,7 @@ class _Run:
                 dense.source.path, options.input_shape, remove=("all",), read=(self.simple.model, dense.source)
             )
             clean, _ = cleaned(self.analysis, tolerance)
-        self.dead = Dead(self.analysis, clean, options.approximate, new_bias)
+        self.dead = Dead(self.analysis, clean, options.approximate, not options.no_new_bias)
         self.groups = [group for group in self.analysis.groups if self._free(group)]
 
     def _free(self, group: Group) -> bool:

@@ -317,7 +317,7 @@ def test_a_constant_stays_before_a_border_of_zeros(tmp_path: Path) -> None:
 
 def test_without_new_biases_units_stay(tmp_path: Path) -> None:
     path = write(tmp_path, "gains of zero, a new bias")
-    found, report = check(path, new_bias=False)
+    found, report = check(path, no_new_bias=True)
     assert found["w1"] == [10, 3, 3, 3]  # that with a negative shift goes all the same
     assert "y_bias" not in found
     assert [text for text in report.warnings if "no bias" in text]
