@@ -38,8 +38,8 @@ def by_output(model: ir.Model) -> dict[str, ir.Node]:
 
 
 def _stored(value: ir.Value | None) -> Array | None:
-    """A float initializer that no input of the graph overrides."""
-    if value is None or value.const_value is None or value.is_graph_input() or value.is_graph_output():
+    """A float initializer that is no output of the graph."""
+    if value is None or value.const_value is None or value.is_graph_output():
         return None
     return value.const_value.numpy() if value.const_value.dtype.is_floating_point() else None
 

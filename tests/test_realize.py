@@ -357,6 +357,32 @@ def test_a_normalised_width_goes_only_on_request(tmp_path: Path) -> None:
     assert report.quality["relative-error"] > 1e-3  # the mean is over fewer numbers now
 
 
+def test_initializers_that_are_graph_inputs_too(tmp_path: Path) -> None:
+    path = write(tmp_path, "a constant through a ReLU into a bias")
+    model = onnx.load(path)
+    model.ir_version = 3
+    model.graph.input.extend(onnx.helper.make_tensor_value_info(i.name, 1, i.dims) for i in model.graph.initializer)
+    onnx.save(model, path)
+    small = tmp_path / "small.onnx"
+    realize(path, small, measure=False)
+    assert [(i.name, len(i.type.tensor_type.shape.dim)) for i in onnx.load(small).graph.input] == [
+        (i.name, len(i.type.tensor_type.shape.dim)) for i in model.graph.input
+    ]
+    assert sizes(small)["w1"] == [5, 14]
+
+
+def test_a_group_that_fails_its_proof_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, small = tmp_path / "dense.onnx", tmp_path / "small.onnx"
+    body = "h = Gemm(x, w1, b1)\na = Relu(h)\ni = Gemm(a, w2, b2)\nb = Relu(i)\ny = MatMul(b, w3)"
+    edit = both(zero(("w1", 1, (2,)), ("w3", 0, (0, 1))), zero(("b1", 0, (2,)), value=0.7))
+    path.write_bytes(network(body, {"w1": (5, 7), "b1": (7,), "w2": (7, 11), "b2": (11,), "w3": (11, 3)}, edit, FLAT))
+    monkeypatch.setattr(fold, "shift", lambda model, offsets: ([], []))
+    report = realize(path, small, measure=False).report
+    assert (sizes(small)["w1"], sizes(small)["w3"]) == ([5, 7], [9, 3])
+    assert report.verification.unproven == ["group 0"]
+    same(path, small)
+
+
 def test_half_precision(tmp_path: Path) -> None:
     path = tmp_path / "dense.onnx"
     edit = both(zero(("w1", 1, (2, 3))), zero(("b1", 0, (2,)), value=0.7))
