@@ -12,7 +12,7 @@ import numpy as np
 
 from onnxprune import feeds, plugin, storage, verify
 from onnxprune import select as selection
-from onnxprune.branches import Branches, Dropped, drop, find_branches, layer_groups
+from onnxprune.branches import Branches, Dropped, Sides, drop, find_branches, with_branches
 from onnxprune.cost import Cost, Costs
 from onnxprune.dims import DimGraph, couple
 from onnxprune.errors import InputError, PruneError
@@ -47,11 +47,12 @@ class Analysis:
         self.prepared: Prepared = prepare(self.dense.clone(), self.given)
         self.view: View = view(self.prepared)
         inside_heads = "head-dim" in remove and not {"heads", "all"} & set(remove)
-        self.dims: DimGraph = named(path, lambda: couple(self.view, inside_heads=inside_heads))
-        probes = (self.prepared.facts.shapes, self.prepared.other.shapes)
-        self.branches: Branches = find_branches(self.view, probes, self.prepared.facts.types, interface)
+        probes, types = (self.prepared.facts.shapes, self.prepared.other.shapes), self.prepared.facts.types
+        around = Sides(self.view, probes, types).around
+        self.dims: DimGraph = named(path, lambda: couple(self.view, inside_heads, around))
+        self.branches: Branches = find_branches(self.view, probes, types, interface, self.dims.tied)
         coupled = find_groups(self.dims, self.view)
-        self.groups: tuple[Group, ...] = coupled + layer_groups(self.branches, len(coupled), len(self.dims.frozen))
+        self.groups: tuple[Group, ...] = with_branches(coupled, self.branches, len(self.dims.frozen))
 
     @cached_property
     def costs(self) -> Costs:
@@ -61,7 +62,7 @@ class Analysis:
     @property
     def labels(self) -> int:
         """How many labels there are: the length of an alive mask."""
-        return len(self.dims.frozen) + len(self.branches.found)
+        return len(self.dims.frozen) + self.branches.free
 
     @cached_property
     def weights(self) -> plugin.Weights:
@@ -86,7 +87,7 @@ class Analysis:
 
     def dropped(self, alive: Mask) -> Dropped:
         """What goes with the branches of which the labels are not alive."""
-        return self.without(~alive[len(self.dims.frozen) :])
+        return self.without(self.branches.gone(alive))
 
     def without(self, goes: Mask) -> Dropped:
         """What goes with these branches (bool[branches])."""

@@ -54,7 +54,8 @@ def verify(dense: str, pruned: str, plan: str, input_shape: Mapping[str, Shape],
     ]
     gone, dropped = _branches(analysis, removals, report.bypass, Path(plan).name)
     slices = [removal for removal in removals if removal.removed != "all"]
-    alive = np.concatenate([_alive(analysis, slices, dropped.dead, Path(plan).name), ~gone])
+    own = ~gone[: analysis.branches.free]
+    alive = np.concatenate([_alive(analysis, slices, dropped.dead, Path(plan).name), own])
     whole = Plan({group.id: alive[group.units] for group in analysis.groups})
     if odd := set(analysis.removals(whole)) ^ set(removals):
         text = "its role, group, positions or readers are not those of the units that go"

@@ -8,17 +8,20 @@ projection beside it is the shortcut.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from types import MappingProxyType
 
 import numpy as np
 
 from onnxprune import ops
-from onnxprune.types import Axis, Branch, Frozen, Group, Mask, Member, OpNode, Positions, Shape, Stored, View
+from onnxprune.types import Axis, Branch, Frozen, Group, Mask, Member, OpNode, Positions, Shape, Side, Stored, View
 
 Edge = tuple[int, int]  # (node, input)
 PLAIN = frozenset({("", "Add"), ("", "Sum")})
+STACK = ("", "Concat")
 SKIP_NORMS = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3}  # and where their bias is
 CUTTING = frozenset({"weight", "bias", "norm"})
 NOT_CACHES = 3  # a cache has at least this rank: fewer axes hold states that cannot grow
@@ -28,14 +31,25 @@ NOT_CACHES = 3  # a cache has at least this rank: fewer axes hold states that ca
 class Branches:
     """All branches of a model that may go, those that stay although they could go, and why.
 
-    `view` has the nodes of the main graph alone, each with what is read inside it.
+    `view` has the nodes of the main graph alone, each with what is read inside it. The last ones found are experts;
+    `tied` are the labels that these go with.
     """
 
     view: View
     found: tuple[Branch, ...]
+    tied: Positions
     refused: tuple[Frozen, ...]
     types: Mapping[str, int]
     caches: tuple[tuple[str, str], ...]
+
+    @property
+    def free(self) -> int:
+        """How many branches have labels of their own, after those of coupling."""
+        return len(self.found) - len(self.tied)
+
+    def gone(self, alive: Mask) -> Mask:
+        """bool[branches]: which go, given all labels that are alive."""
+        return np.concatenate([~alive[len(alive) - self.free :], ~alive[self.tied]])
 
 
 @dataclass(frozen=True)
@@ -56,8 +70,8 @@ class Dropped:
 
 
 def operands(node: OpNode) -> tuple[int, ...]:
-    """The inputs that a node adds up; none if it is not a sum that branches can end in."""
-    if (node.domain, node.op_type) in PLAIN:
+    """The inputs that a node adds up, or stacks; none if it is nothing that branches can end in."""
+    if (node.domain, node.op_type) in {*PLAIN, STACK}:
         return tuple(range(len(node.inputs)))
     if node.domain == "com.microsoft" and node.op_type in SKIP_NORMS:
         return (0, 1)
@@ -104,7 +118,7 @@ class _Tree:
             for name in outputs:
                 for reader, _ in flow.readers[name]:
                     if self.parent[reader] >= 0:  # else it reaches no output
-                        meet = reader if meet < 0 else self._common(meet, reader)
+                        meet = reader if meet < 0 else self.common(meet, reader)
             if meet >= 0:
                 over = self.jump[meet]
                 even = self.depth[meet] - self.depth[over] == self.depth[over] - self.depth[self.jump[over]]
@@ -126,7 +140,8 @@ class _Tree:
         placed = np.array(self.start)
         self.order[placed[placed >= 0]] = np.flatnonzero(placed >= 0)
 
-    def _common(self, a: int, b: int) -> int:
+    def common(self, a: int, b: int) -> int:
+        """The first node that all paths of both run through."""
         jump, depth, parent = self.jump, self.depth, self.parent
         if depth[a] < depth[b]:
             a, b = b, a
@@ -165,6 +180,14 @@ class _Flow:
                 first = made[-1]  # the norm follows from the sum, where that is an output
             self.spring.update((name, first or name) for name in made)
 
+    def alone(self, value: str, exits: Collection[str]) -> int | None:
+        """The node that makes a value, if it makes nothing else and only one input reads this."""
+        maker = self.maker.get(value)
+        if maker is None or value in exits or len(self.readers[value]) != 1:
+            return None
+        others = [name for name in self.view.nodes[maker].outputs if name and name != value]
+        return None if any(self.readers[name] for name in others) else maker
+
     def data(self, i: int) -> list[str]:
         """The values with data that a node reads: no initializers, and nothing that is asked for its size only."""
         node = self.view.nodes[i]
@@ -188,12 +211,76 @@ class _Candidate:
     through: str
 
 
+class Sides:
+    """The operands of sums and stacks that hold weights, and that what leads to them serves alone.
+
+    Whatever else such an operand starts from, it can go if a position of some axis goes that it alone picks.
+    """
+
+    def __init__(self, view: View, probes: Sequence[Mapping[str, Shape]], types: Mapping[str, int]) -> None:
+        self.flow = flow = _Flow(_main(view))
+        self.tree = tree = _Tree(flow, set(view.outputs))
+        nodes, outside = flow.view.nodes, set(view.outputs)
+        stacks = [
+            (i, [((i, k), name) for k, name in enumerate(node.inputs)])
+            for i, node in enumerate(nodes)
+            if (node.domain, node.op_type) == STACK and tree.parent[i] >= 0
+        ]
+        heavy = np.zeros(len(tree.order) + 1, np.int64)  # nodes with weights, counted in the order of the tree
+        heavy[1:] = np.cumsum([i < len(nodes) and _heavy(nodes[i], view) for i in tree.order])
+        ends: dict[int, Side] = {}
+        for root, leaves in [*_sums(flow, tree, probes, types), *stacks]:
+            for edge, value in leaves:
+                maker = flow.alone(value, outside)
+                if maker is None or tree.parent[maker] < 0:
+                    continue
+                start = tree.start[maker]
+                if heavy[start + tree.size[maker]] > heavy[start]:
+                    ends[maker] = Side(root, *edge, value)
+        self.nearest = [-1] * (len(nodes) + 1)  # the innermost of them that a node serves alone, by its maker
+        for i in range(len(nodes) - 1, -1, -1):
+            self.nearest[i] = i if i in ends else self.nearest[tree.parent[i]]
+        for name in view.inputs:  # who reads an input alone stays, or the input would go with it
+            end = self._end(name)
+            while end >= 0:
+                ends.pop(end, None)
+                end = self.nearest[tree.parent[end]]
+        self.ends = ends
+
+    def _end(self, value: str) -> int:
+        readers = [i for i, _ in self.flow.readers[value] if self.tree.parent[i] >= 0]
+        return self.nearest[reduce(self.tree.common, readers)] if readers else -1
+
+    def around(self, value: str) -> list[Side]:
+        """The operands that a value is or serves alone, the innermost first."""
+        maker = self.flow.maker.get(value, -1)
+        end = maker if maker in self.ends and self.ends[maker].value == value else self._end(value)
+        found = []
+        while end >= 0:
+            if end in self.ends:
+                found.append(self.ends[end])
+            end = self.nearest[self.tree.parent[end]]
+        return found
+
+
+def _heavy(node: OpNode, view: View) -> bool:
+    return any(
+        name in view.stored and view.stored[name].role == "weight" and len(view.stored[name].shape) > 1
+        for name in node.inputs
+    )
+
+
 def find_branches(
-    view: View, probes: Sequence[Mapping[str, Shape]], types: Mapping[str, int], interface: bool = False
+    view: View,
+    probes: Sequence[Mapping[str, Shape]],
+    types: Mapping[str, int],
+    interface: bool = False,
+    tied: Mapping[Side, int] = MappingProxyType({}),
 ) -> Branches:
     """Branches in the order of their sums. `probes` are the shapes at both sets of dynamic sizes.
 
     Those with graph inputs or outputs inside, as a KV cache is, may go only with consent to change the `interface`.
+    Experts are `tied` to a label.
     """
     view = _main(view)
     flow = _Flow(view)
@@ -203,7 +290,8 @@ def find_branches(
     refused = []
     exits = set(view.outputs)
     hidden = {out for _, out in caches}
-    for candidate in _ends(flow, exits, hidden, probes, types):
+    experts = {(side.sum, side.operand) for side in tied}
+    for candidate in _ends(flow, exits, hidden, probes, types, experts):
         inside = set(candidate.cone.tolist())
         nodes = [view.nodes[i] for i in candidate.cone]
         if not any(roles.get(name) == "weight" for node in nodes for name in node.inputs):
@@ -221,16 +309,26 @@ def find_branches(
         Branch(*candidate.edge, candidate.value, candidate.cone, stream, inputs, outputs)
         for (candidate, inputs, outputs), stream in zip(found, streams, strict=True)
     ]
-    return Branches(view, tuple(branches), tuple(refused), types, caches)
+    tree = _Tree(flow, exits)
+    for side in tied:
+        cone = tree.cone(flow.maker[side.value])
+        branches.append(Branch(side.sum, side.operand, side.value, cone, -1, (), ()))
+    labels = np.array([*tied.values()], np.int64)
+    return Branches(view, tuple(branches), labels, tuple(refused), types, caches)
 
 
 def _ends(
-    flow: _Flow, exits: set[str], hidden: set[str], probes: Sequence[Mapping[str, Shape]], types: Mapping[str, int]
+    flow: _Flow,
+    exits: set[str],
+    hidden: set[str],
+    probes: Sequence[Mapping[str, Shape]],
+    types: Mapping[str, int],
+    experts: Collection[Edge],
 ) -> list[_Candidate]:
     """Candidates by their sums; those that make `hidden` outputs are seen where these do not count as exits."""
-    found = {candidate.edge: candidate for candidate in _candidates(flow, _Tree(flow, exits), probes, types)}
+    found = {candidate.edge: candidate for candidate in _candidates(flow, _Tree(flow, exits), probes, types, experts)}
     if hidden and exits - hidden:
-        for candidate in _candidates(flow, _Tree(flow, exits - hidden), probes, types):
+        for candidate in _candidates(flow, _Tree(flow, exits - hidden), probes, types, experts):
             if not hidden.isdisjoint(_made(flow, candidate)):
                 found[candidate.edge] = candidate
     return sorted(found.values(), key=lambda candidate: (candidate.root, candidate.edge))
@@ -284,9 +382,25 @@ def _stays(view: View, candidate: _Candidate, nodes: Sequence[OpNode], reason: s
 
 
 def _candidates(
-    flow: _Flow, tree: _Tree, probes: Sequence[Mapping[str, Shape]], types: Mapping[str, int]
+    flow: _Flow,
+    tree: _Tree,
+    probes: Sequence[Mapping[str, Shape]],
+    types: Mapping[str, int],
+    experts: Collection[Edge],
 ) -> Iterator[_Candidate]:
     """Operands that serve only their sum and start from what stays."""
+    for root, leaves in _sums(flow, tree, probes, types, experts):
+        yield from (found for found in _of_sum(flow, tree, root, leaves, types) if found.edge not in experts)
+
+
+def _sums(
+    flow: _Flow,
+    tree: _Tree,
+    probes: Sequence[Mapping[str, Shape]],
+    types: Mapping[str, int],
+    experts: Collection[Edge] = frozenset(),
+) -> Iterator[tuple[int, list[tuple[Edge, str]]]]:
+    """Sums that no other sum takes in, and what they add up in the end; a sum of experts is one operand of another."""
     view, outside = flow.view, set(flow.view.outputs)
     nested: dict[int, list[tuple[Edge, str]]] = {}  # sums whose operands are those of the sum that reads them
     for i, node in enumerate(view.nodes):
@@ -302,11 +416,14 @@ def _candidates(
             return value in flow.depth and same and types.get(value) == types.get(total)
 
         plain = (node.domain, node.op_type) in PLAIN
+        here = {(i, k) for k in summed}
         leaves: list[tuple[Edge, str]] = []
         for k in summed:
             value = node.inputs[k]
             if plain and value in flow.maker and flow.maker[value] in nested:
-                leaves += nested.pop(flow.maker[value])
+                inner = nested.pop(flow.maker[value])
+                apart = here.isdisjoint(experts) and any(edge in experts for edge, _ in inner)
+                leaves += [((i, k), value)] if apart else inner
             elif alike(value):
                 leaves.append(((i, k), value))
         whole = plain and all(alike(node.inputs[k]) for k in summed)
@@ -317,27 +434,26 @@ def _candidates(
             if (reader.domain, reader.op_type) in PLAIN and all(alike(value) for value in others):
                 nested[i] = leaves
                 continue
-        yield from _of_sum(flow, tree, i, leaves, types)
+        yield i, leaves
 
 
 def _of_sum(
     flow: _Flow, tree: _Tree, root: int, leaves: list[tuple[Edge, str]], types: Mapping[str, int]
 ) -> Iterator[_Candidate]:
     """The branches among the operands of one sum, in the order of the operands; the shallowest operand never is one."""
-    view, kept = flow.view, set(flow.view.outputs)
+    kept = set(flow.view.outputs)
     leaves = sorted(leaves, key=lambda leaf: flow.depth[leaf[1]])
     found = []
     for place, (edge, value) in enumerate(leaves):
-        maker = flow.maker.get(value)
-        if maker is None or tree.parent[maker] < 0 or value in kept or len(flow.readers[value]) != 1:
-            continue
-        if any(flow.readers[name] for name in view.nodes[maker].outputs if name and name != value):
+        maker = flow.alone(value, kept)
+        if maker is None or tree.parent[maker] < 0:
             continue
         cone = tree.cone(maker)
         inside = set(cone.tolist())
         starts = {name for i in inside for name in flow.data(i) if flow.maker.get(name, -1) not in inside}
-        shape = view.shapes.get(value, ())
-        starts = {n for n in starts if types.get(n) == types.get(value) and len(view.shapes.get(n, ())) == len(shape)}
+        shapes = flow.view.shapes
+        rank = len(shapes.get(value, ()))
+        starts = {n for n in starts if types.get(n) == types.get(value) and len(shapes.get(n, ())) == rank}
         for _, other in leaves[:place]:
             if flow.depth[other] < flow.depth[value] and _leads(flow, other, starts):
                 found.append(_Candidate(root, edge, value, cone, other))
@@ -389,24 +505,51 @@ def _streams(flow: _Flow, found: Sequence[_Candidate]) -> list[int]:
 # As groups ---------------------------------------------------------------------------------------------------------
 
 
-def layer_groups(branches: Branches, first_id: int, first_unit: int) -> tuple[Group, ...]:
-    """One group for each stream; unit `first_unit + k` is branch k. Members are whole initializers, along axis 0."""
-    view = branches.view
-    groups: list[Group] = []
+def with_branches(coupled: Sequence[Group], branches: Branches, first_unit: int) -> tuple[Group, ...]:
+    """The groups of coupling, with experts where they go with a unit, and those of the other branches after them.
+
+    Of these there is one for each stream; unit `first_unit + k` is branch k. Members are whole initializers, along
+    axis 0.
+    """
+    groups = [_with_experts(group, branches) for group in coupled]
     by_stream: dict[int, list[int]] = defaultdict(list)
-    for k, branch in enumerate(branches.found):
+    for k, branch in enumerate(branches.found[: branches.free]):
         by_stream[branch.stream].append(k)
     for listed in by_stream.values():
         members: list[Member] = []
         nodes: set[str] = set()
         for unit, k in enumerate(listed):
-            inside = [view.nodes[i] for i in branches.found[k].nodes]
-            nodes.update(node.name or node.outputs[0] for node in inside)
-            read = dict.fromkeys(name for node in inside for name in node.inputs if name in view.stored)
-            members += [_member(view.stored[name], name, unit) for name in read if view.stored[name].shape]
+            members += _members(branches, k, unit)
+            nodes |= _names(branches, k)
         units = np.array(listed, np.int64) + first_unit
-        groups.append(Group(first_id + len(groups), "layers", units, tuple(members), (), (), tuple(sorted(nodes))))
+        groups.append(Group(len(groups), "layers", units, tuple(members), (), (), tuple(sorted(nodes))))
     return tuple(groups)
+
+
+def _with_experts(group: Group, branches: Branches) -> Group:
+    """A group with what only its experts read, as a whole."""
+    place = {label: unit for unit, label in enumerate(group.units.tolist())}
+    listed = [(k, place[label]) for k, label in enumerate(branches.tied.tolist(), branches.free) if label in place]
+    if not listed:
+        return group
+    read = Counter(name for node in branches.view.nodes for name in node.inputs if name in branches.view.stored)
+    members = []
+    for k, unit in listed:
+        inside = Counter(name for i in branches.found[k].nodes for name in branches.view.nodes[i].inputs)
+        members += [m for m in _members(branches, k, unit) if m.role != "index" and inside[m.value] == read[m.value]]
+    nodes = set(group.nodes).union(*(_names(branches, k) for k, _ in listed))
+    return replace(group, kind="experts", members=(*group.members, *members), nodes=tuple(sorted(nodes)))
+
+
+def _members(branches: Branches, k: int, unit: int) -> list[Member]:
+    view = branches.view
+    read = dict.fromkeys(name for i in branches.found[k].nodes for name in view.nodes[i].inputs if name in view.stored)
+    return [_member(view.stored[name], name, unit) for name in read if view.stored[name].shape]
+
+
+def _names(branches: Branches, k: int) -> set[str]:
+    nodes = (branches.view.nodes[i] for i in branches.found[k].nodes)
+    return {node.name or node.outputs[0] for node in nodes}
 
 
 def _member(stored: Stored, name: str, unit: int) -> Member:
@@ -469,7 +612,9 @@ def drop(branches: Branches, groups: Sequence[Group], goes: Mask, first_unit: in
     alive, needed = living(branches, goes)
     inner = {i for k in np.flatnonzero(goes) for i in branches.found[k].nodes.tolist()}
     outer = [k for k in np.flatnonzero(goes).tolist() if branches.found[k].sum not in inner]
-    group_of = {unit - first_unit: g.id for g in groups if g.kind == "layers" for unit in g.units.tolist()}
+    owners = {label: g.id for g in groups for label in g.units.tolist()}
+    labels = [*range(first_unit, first_unit + branches.free), *branches.tied.tolist()]
+    group_of = [owners.get(label, -1) for label in labels]
     zeroed: list[tuple[str, int, int]] = []
     owner: dict[str, int] = {}
     for k in outer:

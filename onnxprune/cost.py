@@ -165,16 +165,16 @@ class Costs:
     def of(self, alive: Mask) -> dict[str, float]:
         """{macs, params, size} for these survivors; size is the weights' bytes alone."""
         shares = self.shares(alive)
-        nodes, stored = self._lives(~alive[self.labels :])
+        nodes, stored = self._lives(alive)
         return {
             "macs": self._macs(shares, nodes),
             "params": float(self._values(self.params_terms, shares, stored).sum()),
             "size": float(self._values(self.bytes_terms, shares, stored).sum()),
         }
 
-    def _lives(self, goes: Mask) -> tuple[Array, Array]:
-        """(float64[MACs terms], float64[initializers]): one for what is left without these branches, else zero."""
-        if self.branches is None or not goes.any():
+    def _lives(self, alive: Mask) -> tuple[Array, Array]:
+        """(float64[MACs terms], float64[initializers]): one for what is left without branches that go, else zero."""
+        if self.branches is None or not (goes := self.branches.gone(alive)).any():
             return np.ones(len(self.macs_terms[0])), np.ones(len(self.params_terms[0]))
         nodes, needed = living(self.branches, goes)
         stored = np.zeros(len(self.params_terms[0]))
@@ -186,7 +186,7 @@ class Costs:
 
         A branch counts for each of its slices, so that it compares with units that are one slice of each weight.
         """
-        alive = np.ones(self.labels + (len(self.branches.found) if self.branches else 0), np.bool_)
+        alive = np.ones(self.labels + (self.branches.free if self.branches else 0), np.bool_)
         dense = self.of(alive)[metric] or 1.0
         found = []
         for group in groups:

@@ -8,8 +8,9 @@ that a channel shuffle frees the same atom on both of its sides. Then one connec
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import networkx as nx
@@ -18,15 +19,18 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from onnxprune.errors import MachineError
-from onnxprune.relate import Relations
-from onnxprune.types import Array, Axis, Mask, Positions, View
+from onnxprune.relate import Pick, Relations
+from onnxprune.types import Array, Axis, Mask, Positions, Side, View
 
 MOST = 1 << 26  # positions of all axes together: a few arrays of this length must fit in memory
 
 
 @dataclass(frozen=True)
 class DimGraph:
-    """Positions of every axis with their labels; positions with one label go together or stay together."""
+    """Positions of every axis with their labels; positions with one label go together or stay together.
+
+    `tied` are operands of sums and stacks that go with a label.
+    """
 
     relations: Relations
     classes: Positions
@@ -35,6 +39,7 @@ class DimGraph:
     frozen: Positions
     reasons: tuple[str, ...]
     inner: frozenset[int]
+    tied: Mapping[Side, int] = field(default_factory=dict)
 
     def labels_of(self, axis: Axis) -> Positions | None:
         """int64[n] labels of an axis's positions; None for an axis of size one, which carries nothing."""
@@ -91,8 +96,13 @@ class DimGraph:
         return found
 
 
-def couple(view: View, inside_heads: bool = False) -> DimGraph:
-    """Relate every node, decide the cuts, label all positions; an axis of heads is cut inside each head on request."""
+def couple(
+    view: View, inside_heads: bool = False, around: Callable[[str], Sequence[Side]] = lambda value: ()
+) -> DimGraph:
+    """Relate every node, decide the cuts, label all positions; an axis of heads is cut inside each head on request.
+
+    `around` says which operands a value serves alone, the innermost first: they may go with a position that it picks.
+    """
     relations = Relations(view)
     sizes = np.array(relations.sizes, np.int64)
     classes, products = _classes(relations)
@@ -101,6 +111,7 @@ def couple(view: View, inside_heads: bool = False) -> DimGraph:
         number = relations.number.get(axis)
         if number is not None and int(classes[number]) not in composed:
             relations.freezes.append((number, None, "dynamic size"))
+    ties = _ties(relations, classes, around)
     heads = _heads(relations, classes, products)
     cuts, cut_freezes = _cuts(relations, classes, products, heads if inside_heads else frozenset())
     count = int(classes.max()) + 1 if len(classes) else 0
@@ -115,6 +126,9 @@ def couple(view: View, inside_heads: bool = False) -> DimGraph:
     for piece, whole, positions in relations.takes:
         a.append(offsets[classes[piece]] + np.arange(len(positions)))
         b.append(offsets[classes[whole]] + positions)
+    for places in ties.values():  # what goes with one operand goes together
+        a.append(offsets[classes[[axis for axis, _ in places]]] + [position for _, position in places])
+        b.append(np.full(len(places), a[-1][0]))
     for merged, atom, size, step in cuts:
         positions = np.arange(class_sizes[merged])
         a.append(offsets[merged] + positions)
@@ -129,9 +143,44 @@ def couple(view: View, inside_heads: bool = False) -> DimGraph:
         at = np.arange(class_sizes[c]) if positions_or_none is None else positions_or_none
         np.minimum.at(frozen, labels[offsets[c] + at], number)
     frozen[frozen == np.iinfo(np.int64).max] = -1
+    tied = {side: int(labels[offsets[classes[at[0][0]]] + at[0][1]]) for side, at in ties.items()}
     return DimGraph(
-        relations, classes, offsets, labels, frozen, tuple(reasons), _inner(relations, classes, products, cuts, heads)
+        relations,
+        classes,
+        offsets,
+        labels,
+        frozen,
+        tuple(reasons),
+        _inner(relations, classes, products, cuts, heads),
+        {side: label for side, label in tied.items() if frozen[label] < 0},
     )
+
+
+def _ties(
+    relations: Relations, classes: Positions, around: Callable[[str], Sequence[Side]]
+) -> dict[Side, list[tuple[int, int]]]:
+    """{operand: the (axis, position) that go with it}: of an axis whose picked positions part there; others freeze."""
+    picks: dict[int, list[tuple[Pick, Sequence[Side]]]] = defaultdict(list)
+    for pick in relations.picks:
+        picks[int(classes[pick.axis])].append((pick, around(pick.value)))
+    ties: dict[Side, list[tuple[int, int]]] = defaultdict(list)
+    for listed in picks.values():
+        read: dict[Side, set[int]] = defaultdict(set)
+        for pick, sides in listed:
+            for side in sides:
+                read[side].add(pick.position)
+        most: dict[int, int] = {}
+        for side, positions in read.items():
+            most[side.root] = max(most.get(side.root, 0), len(positions))
+        apart = Counter(side.root for side in read if most[side.root] == 1)
+        root = max(apart, key=lambda root: (apart[root], -root), default=-1)
+        for pick, sides in listed:
+            side_or_none = next((side for side in sides if side.root == root), None)
+            if side_or_none is not None and apart[root] > 1:
+                ties[side_or_none].append((pick.axis, pick.position))
+            else:
+                relations.freezes.append((pick.axis, np.array([pick.position]), pick.text))
+    return ties
 
 
 def _heads(relations: Relations, classes: Positions, products: list[Product]) -> frozenset[int]:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
-
 from onnxprune import ops
 from onnxprune.indexing import numbered
 from onnxprune.types import Axis, Freeze, Numbers, OpNode, Pattern, Positions, Shape, Take, View, Virtual
@@ -51,6 +49,15 @@ class Mixing(NamedTuple):
     text: str
 
 
+class Pick(NamedTuple):
+    """One position of an axis that is a value by itself: taken out, or stacked there; and how to say so."""
+
+    value: str
+    axis: int
+    position: int
+    text: str
+
+
 class Relations:
     """Everything that the rules said, with axes numbered; axes of size one carry nothing and have no number."""
 
@@ -63,6 +70,7 @@ class Relations:
         self.ties: list[tuple[int, int]] = []
         self.composites: list[Composite] = []
         self.takes: list[tuple[int, int, Positions]] = []
+        self.picks: list[Pick] = []
         self.freezes: list[tuple[int, Positions | None, str]] = []
         self.mixing: list[Mixing] = []
         self.batch: dict[int, bool] = {}
@@ -164,16 +172,18 @@ class Relations:
 
     def take(self, take: Take, label: str) -> set[int]:
         """Link positions of a piece with those of the whole."""
-        piece = self.number.get(Axis(take.piece, take.piece_axis))
+        piece = None if take.piece_axis is None else self.number.get(Axis(take.piece, take.piece_axis))
         whole = self.number.get(Axis(take.whole, take.whole_axis))
         if piece is None and whole is None:
             return set()
-        if piece is None or whole is None:  # one position of an axis of size one: nothing of it can go
-            kept = piece if whole is None else whole
-            assert kept is not None
-            positions = np.zeros(1, np.int64) if whole is None else take.positions
-            self.freezes.append((kept, positions, f"{label}: the only position of an axis"))
-            return {kept}
+        if whole is None:  # the only position of an axis, several times
+            assert piece is not None
+            self.freezes.append((piece, None, f"{label}: the only position of an axis"))
+            return {piece}
+        if piece is None:
+            if len(take.positions):
+                self.picks.append(Pick(take.piece, whole, int(take.positions[0]), f"{label}: a position by itself"))
+            return {whole}
         self.takes.append((piece, whole, take.positions))
         self.edges.append((piece, whole, label))
         return {piece, whole}

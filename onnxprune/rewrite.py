@@ -41,10 +41,10 @@ def apply(prepared: Prepared, dims: DimGraph, view: View, alive: Mask, branches:
         for name, shape in view.shapes.items()
     }
     _slice_initializers(model.graph, view, wanted, keep)
-    _resize_nodes(model, prepared, view, wanted, keep)
-    goes = ~alive[len(dims.frozen) :]
-    if branches is not None and goes.any():
+    if branches is not None and (goes := branches.gone(alive)).any():
         _bypass(model, nodes, branches, goes)
+    _drop_pieces(model.graph, view, keep)
+    _resize_nodes(model, prepared, view, wanted, keep)
     interface = set(model.graph.outputs)
     for node in walk(model.graph):
         inner = [value for body in bodies(node).values() for value in (*body.inputs, *body.outputs)]
@@ -102,11 +102,14 @@ def _resize_nodes(model: ir.Model, prepared: Prepared, view: View, wanted: Mappi
     graph = model.graph
     facts = seed(graph, prepared.sizes)
     facts.varying = prepared.facts.varying
-    dense_nodes = {node.outputs[0]: node for node in view.nodes}
+    dense_nodes = {name: node for node in view.nodes for name in node.outputs if name}
     for node in walk(graph, lambda node: enter(facts, node)):
         _keep_results(model, node, facts, prepared)
-        dense = dense_nodes[str(node.outputs[0].name)]
         opset = model.opset_imports.get(node.domain, 1)
+        dense = dense_nodes.get(next(str(value.name) for value in node.outputs if value.name))
+        if dense is None or dense.op_type != node.op_type:  # stands where a branch was
+            step(facts, node, opset)
+            continue
         _keep_numbers(model, node, facts, prepared)
         resize = ops.resize_of(node.domain, node.op_type)
         if resize is not None and all(name in dense.shapes for name in (*dense.inputs, *dense.outputs) if name):
@@ -339,3 +342,26 @@ def stand_for(graph: ir.Graph, node: ir.Node, old: ir.Value, value: ir.Value) ->
         value = copy.outputs[0]
         graph.outputs[:] = [value if output is old else output for output in graph.outputs]
     old.replace_all_uses_with(value)
+
+
+def _drop_pieces(graph: ir.Graph, view: View, keep: Keep) -> None:
+    """Outputs of a Split of which nothing is left go, if nobody reads them."""
+    for node in list(walk(graph)):
+        whole = str(node.inputs[0].name) if node.inputs and node.inputs[0] is not None else ""
+        if node.op_type != "Split" or node.domain or whole not in view.shapes:
+            continue
+        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+        axis %= len(view.shapes[whole])
+        ends = np.cumsum([view.shapes[str(value.name)][axis] for value in node.outputs])
+        pieces = np.split(keep(Axis(whole, axis)), ends[:-1])
+        empty = [not (value.uses() or value.is_graph_output() or piece.any())
+                 for value, piece in zip(node.outputs, pieces, strict=True)]  # fmt: skip
+        if not any(empty) or all(empty):
+            continue
+        left = [value for value, goes in zip(node.outputs, empty, strict=True) if not goes]
+        fresh = [ir.Value(name=value.name) for value in left]
+        smaller = ir.node("Split", list(node.inputs), dict(node.attributes), outputs=fresh, name=node.name)
+        for old, new in zip(left, fresh, strict=True):
+            old.replace_all_uses_with(new)
+        home(node).insert_before(node, smaller)
+        home(node).remove(node, safe=True)

@@ -116,10 +116,13 @@ class Virtual:
 
 @dataclass(frozen=True)
 class Take:
-    """`piece` is `positions` of `whole`, in order, along axis `piece_axis` and `whole_axis`."""
+    """`piece` is `positions` of `whole`, in order, along axis `piece_axis` and `whole_axis`.
+
+    `piece_axis` None: the piece is one position, and has no such axis.
+    """
 
     piece: str
-    piece_axis: int
+    piece_axis: int | None
     whole: str
     whole_axis: int
     positions: Positions
@@ -208,6 +211,19 @@ class Frozen:
     axis: Axis
     reason: str
     parameters: int
+
+
+class Side(NamedTuple):
+    """Input `operand` of node `sum`, `value`, if what leads to it serves nothing else.
+
+    `root` is the node whose operands all are, in the end: the last one of a chain of sums, or a stack. Nodes count
+    without those of bodies.
+    """
+
+    root: int
+    sum: int
+    operand: int
+    value: str
 
 
 @dataclass(frozen=True)

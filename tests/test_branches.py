@@ -14,7 +14,7 @@ from test_zoo import analysed, run
 from zoo import ZOO
 
 from onnxprune import feeds, verify
-from onnxprune.branches import Branches, drop, find_branches, layer_groups
+from onnxprune.branches import Branches, drop, find_branches
 from onnxprune.masked import narrowed
 from onnxprune.rewrite import apply
 from onnxprune.select import alive_labels
@@ -25,11 +25,8 @@ PLANS = 6
 
 @cache
 def layered(name: str, interface: bool = False) -> tuple[Branches, tuple[Group, ...]]:
-    _, prepared, seen, dims, groups = analysed(name)
-    probes = (prepared.facts.shapes, prepared.other.shapes)
-    found = find_branches(seen, probes, prepared.facts.types, interface)
-    coupled = [group for group in groups if group.kind != "layers"]
-    return found, layer_groups(found, len(coupled), len(dims.frozen))
+    *_, found, groups = analysed(name, interface)
+    return found, tuple(group for group in groups if group.kind == "layers")
 
 
 def sums(name: str, interface: bool = False) -> list[list[str]]:
@@ -74,11 +71,11 @@ def test_a_cache_goes_with_its_branch_only_by_consent() -> None:
 
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_any_set_of_branches_is_removal(name: str) -> None:
-    dense, prepared, seen, dims, coupled = analysed(name)
-    found, layers = layered(name, interface=True)
+    dense, prepared, seen, dims, found, both = analysed(name, True)
+    layers = [group for group in both if group.kind == "layers"]
     rng = np.random.default_rng(len(name))
-    first, count = len(dims.frozen), len(found.found)
-    others = [group for group in coupled if len(group.units) > group.least]
+    first, count = len(dims.frozen), found.free
+    others = [group for group in both if len(group.units) > group.least and group.kind != "layers"]
     shapes = (prepared.facts.shapes, prepared.other.shapes)
     inputs = [feeds.random_feed(dense.graph, s, seed) for seed, s in enumerate(shapes)]
     if not count:
@@ -89,8 +86,8 @@ def test_any_set_of_branches_is_removal(name: str) -> None:
         if turn >= count:
             keep |= {group.id: some_stay(rng, len(group.units), group.least) for group in others}
         plan, groups = Plan(keep), (*others, *layers)
-        dropped = drop(found, layers, goes, first)
         alive = alive_labels(groups, plan, first + count)
+        dropped = drop(found, groups, found.gone(alive), first)
         smaller = apply(prepared, dims, seen, alive, found)
         gone, mixed = verify.removals(groups, plan, dropped), narrowed(dims, seen, alive)
         wanted = run(verify.reference(dense, gone, mixed, prepared.facts.types, dropped), inputs)

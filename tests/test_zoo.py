@@ -14,7 +14,7 @@ import pytest
 from zoo import ZOO
 
 from onnxprune import feeds, ops, verify
-from onnxprune.branches import find_branches, layer_groups
+from onnxprune.branches import Branches, Sides, drop, find_branches, with_branches
 from onnxprune.dims import DimGraph, couple
 from onnxprune.groups import find_groups
 from onnxprune.masked import narrowed
@@ -33,12 +33,16 @@ ort.set_default_logger_severity(4)
 
 
 @cache
-def analysed(name: str) -> tuple[ir.Model, Prepared, View, DimGraph, tuple[Group, ...]]:
+def analysed(
+    name: str, interface: bool = False
+) -> tuple[ir.Model, Prepared, View, DimGraph, Branches, tuple[Group, ...]]:
     dense = ir.serde.deserialize_model(ZOO[name.removesuffix(INSIDE)]())
     prepared = prepare(dense.clone())
     seen = view(prepared)
-    dims = couple(seen, inside_heads=name.endswith(INSIDE))
-    return dense, prepared, seen, dims, find_groups(dims, seen)
+    probes = (prepared.facts.shapes, prepared.other.shapes)
+    dims = couple(seen, name.endswith(INSIDE), Sides(seen, probes, prepared.facts.types).around)
+    branches = find_branches(seen, probes, prepared.facts.types, interface, dims.tied)
+    return dense, prepared, seen, dims, branches, with_branches(find_groups(dims, seen), branches, len(dims.frozen))
 
 
 def row(group: Group) -> str:
@@ -49,9 +53,7 @@ def row(group: Group) -> str:
 
 @pytest.mark.parametrize("name", CASES)
 def test_groups_are_the_expected_ones(name: str, update_golden: bool) -> None:
-    _, prepared, seen, dims, coupled = analysed(name)
-    branches = find_branches(seen, (prepared.facts.shapes, prepared.other.shapes), prepared.facts.types)
-    groups = coupled + layer_groups(branches, len(coupled), len(dims.frozen))
+    *_, groups = analysed(name)
     golden = json.loads(GOLDEN.read_text())
     if update_golden:
         golden = {k: v for k, v in golden.items() if k in CASES} | {name: [row(group) for group in groups]}
@@ -61,7 +63,8 @@ def test_groups_are_the_expected_ones(name: str, update_golden: bool) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_any_plan_is_removal(name: str) -> None:
-    dense, prepared, seen, dims, groups = analysed(name)
+    dense, prepared, seen, dims, branches, groups = analysed(name)
+    groups = tuple(group for group in groups if group.kind != "layers")
     rng = np.random.default_rng(len(name))
     several = [group for group in groups if len(group.units) > group.least]
 
@@ -76,12 +79,13 @@ def test_any_plan_is_removal(name: str) -> None:
     shapes = (prepared.facts.shapes, prepared.other.shapes)
     inputs = [feeds.random_feed(dense.graph, s, seed) for seed, s in enumerate(shapes)]
     for plan in plans:
-        alive = alive_labels(groups, plan, len(dims.frozen))
-        smaller = apply(prepared, dims, seen, alive)
+        alive = alive_labels(groups, plan, len(dims.frozen) + branches.free)
+        smaller = apply(prepared, dims, seen, alive, branches)
         mixed = narrowed(dims, seen, alive)
-        gone = verify.removals(groups, plan)
+        dropped = drop(branches, groups, branches.gone(alive), len(dims.frozen))
+        gone = verify.removals(groups, plan, dropped)
         constants = prepared.constants(removal.initializer for removal in gone)
-        reference = verify.reference(dense, gone, mixed, prepared.facts.types, constants=constants)
+        reference = verify.reference(dense, gone, mixed, prepared.facts.types, dropped, constants)
         wanted = run(reference, inputs)
         for a, b in zip(wanted, run(smaller, inputs), strict=True):
             differences = verify.differ(a, b, 1e-5)

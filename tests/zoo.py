@@ -817,6 +817,58 @@ entry(
     f"{ROUTER}y = MatMul(gate, w)",
 )
 
+
+def expert(e: int, gate: str, y: str, x: str = "x") -> str:
+    """A layer of its own for expert e, times its gate."""
+    return f"h{e} = MatMul({x}, up{e})\nr{e} = Relu(h{e})\nd{e} = MatMul(r{e}, down{e})\n{y} = Mul(d{e}, {gate})\n"
+
+
+LOOP = {name: shape for e in range(5) for name, shape in ((f"up{e}", (6, 11)), (f"down{e}", (11, 2)))}
+entry(
+    "experts in a loop, columns of the gate gathered and summed one after the other",
+    "float[n,6] x",
+    "float[n,2] y",
+    {"router": (6, 5), "rb": (5,), **{f"i{e}": i64(e) if e % 2 else np.array(e - 5) for e in range(5)}, "one": i64(1), **LOOP},
+    "l0 = MatMul(x, router)\nl = Add(l0, rb)\np = Softmax(l)\n"
+    + "".join(
+        f"q{e} = Gather<axis = 1>(p, i{e})\n" + ("" if e % 2 else f"g{e} = Unsqueeze(q{e}, one)\n")
+        + expert(e, f"q{e}" if e % 2 else f"g{e}", f"o{e}") for e in range(5)
+    )
+    + "s1 = Add(o0, o1)\ns2 = Add(s1, o2)\ns3 = Add(s2, o3)\ny = Add(s3, o4)",
+)  # fmt: skip
+entry(
+    "experts in a loop behind a scattered top-k gate, sliced, from zeros, beside a shared one",
+    "float[n,6] x",
+    "float[n,2] y",
+    {"router": (6, 5), "k": i64(2), "last": i64(-1), "zero": f32(0), "two": i64(0, 2), "axis": i64(1),
+     **{f"i{e}": i64(e) for e in range(6)}, "up": (6, 13), "down": (13, 2), "n2": i64(2), "size": i64(0), **LOOP},
+    ROUTER + "ps = Shape(p)\nnone = ConstantOfShape(ps)\ndense = ScatterElements<axis = 1>(none, chosen, gate)\n"
+    + "xs = Shape(x)\nxn = Gather(xs, size)\noutsize = Concat<axis = 0>(xn, n2)\nz = ConstantOfShape(outsize)\n"
+    + "".join(f"g{e} = Slice(dense, i{e}, i{e + 1}, axis)\n" + expert(e, f"g{e}", f"o{e}") for e in range(5))
+    + "t0 = Add(z, o0)\nt1 = Add(t0, o1)\nt2 = Add(t1, o2)\nt3 = Add(t2, o3)\nt4 = Add(t3, o4)\n"
+    + "h = MatMul(x, up)\nr = Relu(h)\nd = MatMul(r, down)\ny = Add(t4, d)",
+)  # fmt: skip
+entry(
+    "experts in a loop by a split gate without a norm, one Sum, in a residual block",
+    "float[n,6] x",
+    "float[n,2] y",
+    {"w": (6, 6), "router": (6, 5), "head": (6, 2),
+     **{name: shape for e in range(5) for name, shape in ((f"up{e}", (6, 11)), (f"down{e}", (11, 6)))}},
+    "x0 = MatMul(x, w)\nl = MatMul(x0, router)\np = Sigmoid(l)\n"
+    "g0, g1, g2, g3, g4 = Split<axis = -1, num_outputs = 5>(p)\n"
+    + "".join(expert(e, f"g{e}", f"o{e}", "x0") for e in range(5))
+    + "s = Sum(o0, o1, o2, o3, o4)\nx1 = Add(x0, s)\ny = MatMul(x1, head)",
+)  # fmt: skip
+entry(
+    "experts in a loop, stacked",
+    "float[n,6] x",
+    "float[n,2] y",
+    {"router": (6, 5), "k": i64(2), "last": i64(-1), "depth": i64(5), "onoff": f32(0, 1), "one": i64(1), "two": i64(2), **LOOP},
+    f"{ROUTER}hot = OneHot(chosen, depth, onoff)\ng0 = Unsqueeze(gate, two)\nm0 = Mul(hot, g0)\ndense = ReduceSum<keepdims = 0>(m0, one)\n"
+    + "".join(f"h{e} = MatMul(x, up{e})\nr{e} = Relu(h{e})\nd{e} = MatMul(r{e}, down{e})\no{e} = Unsqueeze(d{e}, one)\n" for e in range(5))
+    + "s = Concat<axis = 1>(o0, o1, o2, o3, o4)\ng = Unsqueeze(dense, two)\nm = Mul(s, g)\ny = ReduceSum<keepdims = 0>(m, one)",
+)  # fmt: skip
+
 # Quantised ---------------------------------------------------------------------------------------------------------
 
 SCALES = {"s": np.array(0.05, np.float32), "z": np.array(120, np.uint8), "zi": np.array(2, np.int8)}

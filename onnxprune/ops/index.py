@@ -47,7 +47,7 @@ def split(node: OpNode) -> Iterable[Relation]:
 def split_sizes(this: Resizing) -> Edit | None:
     """Sizes become the survivors of each piece, written down even where they were implied."""
     axis = this.node.attr("axis", 0) % len(this.dense.shape(0))
-    dense = [this.dense.out_shape(k)[axis] for k in range(len(this.node.outputs))]
+    dense = [this.dense.shapes[name][axis] for name in this.dense.outputs]
     sizes = [this.wanted[name][axis] for name in this.node.outputs]
     if sizes == dense:
         return None
@@ -153,7 +153,7 @@ def gather(node: OpNode) -> Iterable[Relation]:
         return
     positions = constant.astype(np.int64) % data[axis]
     if constant.ndim == 0:
-        yield Freeze(node.inputs[0], axis, "Gather picks this position by its number", positions.reshape(1))
+        yield Take(node.outputs[0], None, node.inputs[0], axis, positions.reshape(1))
     else:
         yield Take(node.outputs[0], axis, node.inputs[0], axis, positions)
 
