@@ -12,26 +12,29 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from onnxprune import ops
-from onnxprune.types import Axis, Numbers, OpNode, View
+from onnxprune.types import Axis, Named, Numbers, OpNode, View
 
 
 @dataclass
 class Numbered:
     """Axes whose positions one set of numbers speaks of, what else becomes of the numbers, and whether they are chosen.
 
-    `reasons` are uses that need the numbers as they are; `chosen` means that they come from an operator of the model.
+    `named` are values that speak of some positions, by number. `reasons` are uses that need the numbers as they are;
+    `chosen` means that they come from an operator of the model. `values` all hold them.
     """
 
     axes: list[Axis] = field(default_factory=list)
+    named: list[Named] = field(default_factory=list)
+    values: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     chosen: bool = False
 
 
-def numbered(view: View, said: Iterable[tuple[OpNode, Numbers]]) -> Iterator[Numbered]:
+def numbered(view: View, said: Iterable[tuple[OpNode, Numbers | Named]]) -> Iterator[Numbered]:
     """Follow what the rules said of values that hold positions; one answer for each set of values that share them."""
-    spoken: dict[str, list[tuple[OpNode, Numbers]]] = defaultdict(list)
+    spoken: dict[str, list[tuple[OpNode, Numbers | Named]]] = defaultdict(list)
     for node, relation in said:
-        spoken[relation.value].append((node, relation))
+        spoken[relation.numbers if isinstance(relation, Named) else relation.value].append((node, relation))
     readers: dict[str, list[tuple[OpNode, int]]] = defaultdict(list)
     makers: dict[str, OpNode] = {}
     if spoken:
@@ -51,7 +54,10 @@ def numbered(view: View, said: Iterable[tuple[OpNode, Numbers]]) -> Iterator[Num
         while pending:
             value = pending.pop()
             speakers = {node.outputs[0] for node, _ in spoken[value]}
-            found.axes += [Axis(relation.whole, relation.axis) for _, relation in spoken[value]]
+            relations = [relation for _, relation in spoken[value]]
+            found.axes += [Axis(said.whole, said.axis) for said in relations if isinstance(said, Numbers)]
+            found.named += [said for said in relations if isinstance(said, Named)]
+            found.values.append(value)
             maker = makers.get(value)
             found.chosen |= maker is not None and maker.outputs[0] in speakers
             found.reasons += _reasons(view, value, maker, readers[value], speakers)

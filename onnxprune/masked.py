@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnxprune.dims import DimGraph
 from onnxprune.infer import home, walk
 from onnxprune.model import free_name, register
-from onnxprune.types import Axis, Mask, OpNode, Positions, View
+from onnxprune.types import Axis, Mask, Numbers, OpNode, Positions, View
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def narrowed(dims: DimGraph, view: View, alive: Mask) -> list[Narrowed]:
             numbers = {
                 node.outputs.index(said.value): inputs[node.inputs.index(said.whole), said.axis]
                 for speaker, said in dims.relations.numbers
-                if speaker is node and said.value in node.outputs
+                if speaker is node and isinstance(said, Numbers) and said.value in node.outputs
             }
             found.append(Narrowed(node.outputs[0], inputs, numbers, outputs))
     return found

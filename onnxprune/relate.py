@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 from onnxprune import ops
 from onnxprune.indexing import numbered
-from onnxprune.types import Axis, Freeze, Numbers, OpNode, Pattern, Positions, Shape, Take, View, Virtual
+from onnxprune.types import Axis, Freeze, Named, Numbers, OpNode, Pattern, Positions, Shape, Take, View, Virtual
 
 Token = str | tuple[str, ...]
+RENUMBERED = frozenset({"Gather.1", "Equal.0", "Equal.1"})  # tables of numbers that follow the survivors
 
 
 @lru_cache(maxsize=4096)
@@ -77,7 +78,8 @@ class Relations:
         self.multiplied: set[int] = set()
         self.avoid: set[int] = set()
         self.least: dict[int, int] = {}
-        self.numbers: list[tuple[OpNode, Numbers]] = []
+        self.numbers: list[tuple[OpNode, Numbers | Named]] = []
+        self.counted: dict[str, Axis] = {}
         self.edges: list[tuple[int, int, str]] = []
         self.unknown: dict[str, str] = {}
         for value, shape in self.shapes.items():
@@ -89,7 +91,7 @@ class Relations:
         for name in view.inputs:
             self.freeze(name, None, "graph input")
         for name, stored in view.stored.items():
-            if stored.role == "index" and "INT" in stored.dtype and stored.slot != "Gather.1":
+            if stored.role == "index" and "INT" in stored.dtype and stored.slot not in RENUMBERED:
                 self.freeze(name, None, "an integer table numbers these positions")
         for node in view.nodes:
             self.relate(node)
@@ -146,6 +148,8 @@ class Relations:
                     self.numbers.append((node, relation))
                     if (picked := self.number.get(Axis(relation.whole, relation.axis))) is not None:
                         mentioned.add(picked)
+                case Named():
+                    self.numbers.append((node, relation))
                 case Freeze():
                     self.freeze(relation.value, relation.axis, relation.reason, relation.positions)
                     mentioned |= {
@@ -160,11 +164,19 @@ class Relations:
         """Tie the axes that the same numbers speak of, or freeze them where the numbers may not change."""
         for found in numbered(self.view, self.numbers):
             axes = [number for axis in found.axes if (number := self.number.get(axis)) is not None]
-            if found.reasons:
-                reason = f"its positions are picked by number, {found.reasons[0]}"
-                self.freezes += [(number, None, reason) for number in axes]
+            ends = [Axis(said.value, said.axis) for said in found.named if said.axis is not None] if axes else []
+            names = [self.number[axis] for axis in ends if axis in self.number]
+            wide = any((said.positions % self.sizes[n] != said.positions).any() for n in axes for said in found.named)
+            if found.reasons or wide:
+                why = found.reasons[0] if found.reasons else "and compared with others"
+                reason = f"its positions are picked by number, {why}"
+                self.freezes += [(number, None, reason) for number in (*axes, *names)]
                 continue
             self.tie(axes, "positions by number")
+            for said in found.named if axes else ():
+                named = Take(said.value, said.axis, *self.axes[axes[0]], said.positions)
+                self.take(named, "positions by number")
+            self.counted |= dict.fromkeys(found.values, self.axes[axes[0]]) if axes else {}
             for number in axes:  # a table of weights from which rows are fetched by choice holds experts
                 stored = self.view.stored.get(self.axes[number].value)
                 if found.chosen and stored is not None and len(stored.shape) > 2:

@@ -44,7 +44,7 @@ def apply(prepared: Prepared, dims: DimGraph, view: View, alive: Mask, branches:
     if branches is not None and (goes := branches.gone(alive)).any():
         _bypass(model, nodes, branches, goes)
     _drop_pieces(model.graph, view, keep)
-    _resize_nodes(model, prepared, view, wanted, keep)
+    _resize_nodes(model, prepared, dims, view, wanted, keep)
     interface = set(model.graph.outputs)
     for node in walk(model.graph):
         inner = [value for body in bodies(node).values() for value in (*body.inputs, *body.outputs)]
@@ -97,7 +97,9 @@ def _slice_initializers(graph: ir.Graph, view: View, wanted: Mapping[str, Shape]
             (value.graph or graph).initializers.pop(initializer)
 
 
-def _resize_nodes(model: ir.Model, prepared: Prepared, view: View, wanted: Mapping[str, Shape], keep: Keep) -> None:
+def _resize_nodes(
+    model: ir.Model, prepared: Prepared, dims: DimGraph, view: View, wanted: Mapping[str, Shape], keep: Keep
+) -> None:
     """Walk the smaller graph; where sizes are written down in a node, write down the new ones."""
     graph = model.graph
     facts = seed(graph, prepared.sizes)
@@ -116,7 +118,7 @@ def _resize_nodes(model: ir.Model, prepared: Prepared, view: View, wanted: Mappi
             alias = {k: name for k, name in enumerate(dense.inputs) if "\0" in name}
             now = op_node(node, opset, facts, ChainMap(facts.values, facts.small), alias)
             try:
-                edit = resize(ops.Resizing(_named(now, dense), dense, wanted, keep))
+                edit = resize(ops.Resizing(_named(now, dense), dense, wanted, keep, dims.relations.counted.get))
             except KeyError as missing:
                 raise InternalError(
                     f"the size in {missing} is not known", object=dense.name or dense.outputs[0]

@@ -147,7 +147,17 @@ class Numbers:
     axis: int
 
 
-Relation = Pattern | Take | Freeze | Virtual | Numbers
+@dataclass(frozen=True)
+class Named:
+    """`value`, or each position along `axis` of it, speaks of those `positions` that `numbers` count."""
+
+    value: str
+    axis: int | None
+    numbers: str
+    positions: Positions
+
+
+Relation = Pattern | Take | Freeze | Virtual | Numbers | Named
 
 
 # What coupling gives -------------------------------------------------------------------------------------------

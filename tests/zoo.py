@@ -860,6 +860,32 @@ entry(
     + "s = Sum(o0, o1, o2, o3, o4)\nx1 = Add(x0, s)\ny = MatMul(x1, head)",
 )  # fmt: skip
 entry(
+    "experts in a loop, the chosen numbers compared with each one's own",
+    "float[n,6] x",
+    "float[n,2] y",
+    {"router": (6, 5), "k": i64(2), "last": i64(-1), **{f"i{e}": np.array(e) for e in range(5)}, **LOOP},
+    ROUTER
+    + "".join(
+        f"e{e} = Equal(chosen, i{e})\nc{e} = Cast<to = 1>(e{e})\nm{e} = Mul(c{e}, gate)\ng{e} = ReduceSum(m{e}, last)\n"
+        + expert(e, f"g{e}", f"o{e}") for e in range(5)
+    )
+    + "y = Sum(o0, o1, o2, o3, o4)",
+)  # fmt: skip
+entry(
+    "experts in a loop, one-hot by comparison with a table, backwards",
+    "float[n,6] x",
+    "float[n,2] y",
+    {"router": (6, 5), "k": i64(2), "last": i64(-1), "table": i64(4, 3, 2, 1, 0), "one": i64(1), "two": i64(2),
+     **{f"i{e}": np.array(e) for e in range(5)}, **LOOP},
+    ROUTER + "n = Unsqueeze(chosen, two)\nhit = Equal(table, n)\nhot = Cast<to = 1>(hit)\ng = Unsqueeze(gate, two)\n"
+    "m = Mul(hot, g)\ndense = ReduceSum<keepdims = 0>(m, one)\n"
+    + "".join(
+        f"q{e} = Gather<axis = 1>(dense, i{e})\ng{e} = Unsqueeze(q{e}, one)\n" + expert(e, f"g{e}", f"o{e}")
+        for e in range(5)
+    )
+    + "y = Sum(o0, o1, o2, o3, o4)",
+)  # fmt: skip
+entry(
     "experts in a loop, stacked",
     "float[n,6] x",
     "float[n,2] y",

@@ -26,12 +26,16 @@ class Edit:
 
 @dataclass(frozen=True)
 class Resizing:
-    """What a resize may look at: the dense node, and the sizes and keep masks after removal."""
+    """What a resize may look at: the dense node, and the sizes and keep masks after removal.
+
+    `counted` is the axis whose positions the elements of a value count, if any.
+    """
 
     node: OpNode
     dense: OpNode
     wanted: Mapping[str, Shape]
     keep: Callable[[Axis], Mask]
+    counted: Callable[[str], Axis | None]
 
 
 ResizeFunction = Callable[[Resizing], Edit | None]
