@@ -29,7 +29,8 @@ class Analysis:
     """A model that was read, with everything that coupling says about it; computed once, used for any plan.
 
     Labels are those of coupling, and after them one for each branch. An axis of heads is cut by heads, or inside every
-    head where `remove` names `head-dim` and not `heads`. With `interface`, graph inputs and outputs that lie inside a
+    head where `remove` names `head-dim` and not `heads`; normalised groups go whole, or in part where `remove` names
+    `width` and not `channels`. With `interface`, graph inputs and outputs that lie inside a
     branch may go with it. `read` is the model and its source, where it is not the one in the file.
     """
 
@@ -47,9 +48,10 @@ class Analysis:
         self.prepared: Prepared = prepare(self.dense.clone(), self.given)
         self.view: View = view(self.prepared)
         inside_heads = "head-dim" in remove and not {"heads", "all"} & set(remove)
+        inside_norms = "width" in remove and not {"channels", "all"} & set(remove)
         probes, types = (self.prepared.facts.shapes, self.prepared.other.shapes), self.prepared.facts.types
         around = Sides(self.view, probes, types).around
-        self.dims: DimGraph = named(path, lambda: couple(self.view, inside_heads, around))
+        self.dims: DimGraph = named(path, lambda: couple(self.view, inside_heads, around, inside_norms))
         self.branches: Branches = find_branches(self.view, probes, types, interface, self.dims.tied)
         coupled = find_groups(self.dims, self.view)
         self.groups: tuple[Group, ...] = with_branches(coupled, self.branches, len(self.dims.frozen))

@@ -388,15 +388,17 @@ def _variants(given: dict[str, Any]) -> list[Options]:
 @main.command()
 @click.argument("model")
 @click.option("--head-dim", is_flag=True, help="Cut axes of heads inside every head, as --remove head-dim does.")
+@click.option("--width", is_flag=True, help="Cut norm groups (GroupNorm) inside every group, as --remove width does.")
 @shapes_option
 @common
 def inspect(
-    model: str, head_dim: bool, input_shape: tuple[str, ...], as_json: bool, verbose: bool, quiet: bool
+    model: str, head_dim: bool, width: bool, input_shape: tuple[str, ...], as_json: bool, verbose: bool, quiet: bool
 ) -> None:
     """What a model is, what can be removed, what stays and why."""
     from onnxprune.analysis import Analysis, cost_of
 
-    analysis = Analysis(model, parse_shapes(input_shape), remove=("head-dim",) if head_dim else ())
+    remove = [kind for kind, given in (("head-dim", head_dim), ("width", width)) if given]
+    analysis = Analysis(model, parse_shapes(input_shape), remove=remove)
     cost = cost_of(analysis.dense, analysis.given, analysis.source.bytes)
     frozen = analysis.frozen([g for g in analysis.groups if g.exact])
     if as_json:

@@ -97,10 +97,14 @@ class DimGraph:
 
 
 def couple(
-    view: View, inside_heads: bool = False, around: Callable[[str], Sequence[Side]] = lambda value: ()
+    view: View,
+    inside_heads: bool = False,
+    around: Callable[[str], Sequence[Side]] = lambda value: (),
+    inside_norms: bool = False,
 ) -> DimGraph:
-    """Relate every node, decide the cuts, label all positions; an axis of heads is cut inside each head on request.
+    """Relate every node, decide the cuts, label all positions.
 
+    On request an axis of heads is cut inside each head, and one of normalised groups inside each group.
     `around` says which operands a value serves alone, the innermost first: they may go with a position that it picks.
     """
     relations = Relations(view)
@@ -113,7 +117,10 @@ def couple(
             relations.freezes.append((number, None, "dynamic size"))
     ties = _ties(relations, classes, around)
     heads = _heads(relations, classes, products)
-    cuts, cut_freezes = _cuts(relations, classes, products, heads if inside_heads else frozenset())
+    last = (heads if inside_heads else frozenset()) | (
+        _normalised(relations, classes, products) - heads if inside_norms else frozenset()
+    )
+    cuts, cut_freezes = _cuts(relations, classes, products, last)
     count = int(classes.max()) + 1 if len(classes) else 0
     class_sizes = np.zeros(count, np.int64)
     class_sizes[classes] = sizes
@@ -190,6 +197,14 @@ def _heads(relations: Relations, classes: Positions, products: list[Product]) ->
         if merged in batch:
             batch.update(atom for atom, _, _ in atoms)
     return frozenset(batch)
+
+
+def _normalised(relations: Relations, classes: Positions, products: list[Product]) -> frozenset[int]:
+    """Classes that count groups of which the positions see each other, such as those of a GroupNorm."""
+    mixed = {int(classes[mark.axis]) for mark in relations.mixing}
+    mixed |= {atom for merged, atoms in products if merged in mixed for atom, _, _ in atoms}
+    sets = [{atom for atom, _, _ in atoms} for _, atoms in products]
+    return frozenset(atom for names in sets if names & mixed for atom in names - mixed)
 
 
 def _inner(

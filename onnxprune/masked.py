@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -19,18 +20,28 @@ from onnxprune.model import free_name, register
 from onnxprune.types import Axis, Mask, Numbers, OpNode, Positions, View
 
 
+class Kept(NamedTuple):
+    """Which positions of an axis survive, with `after` more axes behind it.
+
+    Of a dynamic axis (channels and space as one, say) `keep` speaks of as few equal `parts` as will do.
+    """
+
+    keep: Mask
+    after: int
+    parts: bool
+
+
 @dataclass(frozen=True)
 class Narrowed:
-    """A node, by its first output, that mixes removed positions: {(input or output, axis): True survives}.
+    """A node, by its first output, that mixes removed positions: {(input or output, axis): what survives}.
 
-    A mask is bool[n, 1, ...], with as many axes as follow its own, so that it broadcasts against the operand. `numbers`
-    are outputs that hold positions by number, with the mask of the axis that these are of.
+    `numbers` are outputs that hold positions by number, with the mask of the axis that these are of.
     """
 
     node: str
-    inputs: Mapping[tuple[int, int], Mask]
+    inputs: Mapping[tuple[int, int], Kept]
     numbers: Mapping[int, Mask]
-    outputs: Mapping[tuple[int, int], Mask]
+    outputs: Mapping[tuple[int, int], Kept]
 
 
 def narrowed(dims: DimGraph, view: View, alive: Mask) -> list[Narrowed]:
@@ -45,9 +56,11 @@ def narrowed(dims: DimGraph, view: View, alive: Mask) -> list[Narrowed]:
     for node in view.nodes:
         if node.outputs[0] in gone:
             labels = np.array(sorted(gone[node.outputs[0]]), np.int64)
-            inputs, outputs = (dict(_survivors(dims, node, names, labels)) for names in (node.inputs, node.outputs))
+            inputs, outputs = (
+                dict(_survivors(dims, view, node, names, labels)) for names in (node.inputs, node.outputs)
+            )
             numbers = {
-                node.outputs.index(said.value): inputs[node.inputs.index(said.whole), said.axis]
+                node.outputs.index(said.value): inputs[node.inputs.index(said.whole), said.axis].keep
                 for speaker, said in dims.relations.numbers
                 if speaker is node and isinstance(said, Numbers) and said.value in node.outputs
             }
@@ -56,14 +69,17 @@ def narrowed(dims: DimGraph, view: View, alive: Mask) -> list[Narrowed]:
 
 
 def _survivors(
-    dims: DimGraph, node: OpNode, names: Iterable[str], gone: Positions
-) -> Iterator[tuple[tuple[int, int], Mask]]:
+    dims: DimGraph, view: View, node: OpNode, names: Iterable[str], gone: Positions
+) -> Iterator[tuple[tuple[int, int], Kept]]:
     for k, name in enumerate(names):
         rank = len(node.shapes.get(name, ()))
         for axis in range(rank):
             labels = dims.labels_of(Axis(name, axis))
             if labels is not None and not (keep := ~np.isin(labels, gone)).all():
-                yield (k, axis), keep.reshape(-1, *(1,) * (rank - 1 - axis))
+                parts = Axis(name, axis) in view.dynamic
+                if parts:
+                    keep = keep[:: int(np.gcd.reduce([len(keep), *np.flatnonzero(np.diff(keep)) + 1]))]
+                yield (k, axis), Kept(keep, rank - 1 - axis, parts)
 
 
 def narrow(model: ir.Model, nodes: Iterable[Narrowed], types: Mapping[str, int]) -> None:
@@ -72,18 +88,32 @@ def narrow(model: ir.Model, nodes: Iterable[Narrowed], types: Mapping[str, int])
     by_output = {str(node.outputs[0].name): node for node in walk(graph)}
     for item in nodes:
         node = by_output[item.node]
-        for (k, axis), keep in item.inputs.items():
+        for (k, axis), kept in item.inputs.items():
             value = node.inputs[k]
             assert value is not None
-            picked = _node(
-                graph, "Gather", [value, register(graph, "survivors", np.flatnonzero(keep.reshape(-1)))], axis=axis
-            )
-            home(node).insert_before(node, picked)
-            node.replace_input_with(k, picked.outputs[0])
+            if kept.parts:
+                mask, made = _spread(graph, value, axis, kept.keep, len(kept.keep))
+                made.append(_node(graph, "Compress", [value, mask], axis=axis))
+            else:
+                survivors = register(graph, "survivors", np.flatnonzero(kept.keep))
+                made = [_node(graph, "Gather", [value, survivors], axis=axis)]
+            home(node).insert_before(node, made)
+            node.replace_input_with(k, made[-1].outputs[0])
         for k, keep in item.numbers.items():
             _renumber(graph, node, k, keep)
-        for (k, axis), keep in item.outputs.items():
-            _put_back(graph, node, k, axis, keep, types)
+        for (k, axis), kept in item.outputs.items():
+            _put_back(graph, node, k, axis, kept, types)
+
+
+def _spread(graph: ir.Graph, value: ir.Value, axis: int, keep: Mask, parts: int) -> tuple[ir.Value, list[ir.Node]]:
+    """(bool[n], the nodes that make it): a mask of parts over all positions of an axis, where `value` has so many."""
+    size = _node(graph, "Shape", [value])
+    length = _node(graph, "Gather", [size.outputs[0], register(graph, "axis", np.array([axis]))], axis=0)
+    step = _node(graph, "Div", [length.outputs[0], register(graph, "parts", np.array([parts]))])
+    shape = _node(graph, "Concat", [register(graph, "all", np.array([len(keep)])), step.outputs[0]], axis=0)
+    wide = _node(graph, "Expand", [register(graph, "alive", keep[:, None]), shape.outputs[0]])
+    flat = _node(graph, "Reshape", [wide.outputs[0], register(graph, "flat", np.array([-1]))])
+    return flat.outputs[0], [size, length, step, shape, wide, flat]
 
 
 def _renumber(graph: ir.Graph, node: ir.Node, k: int, keep: Mask) -> None:
@@ -96,17 +126,31 @@ def _renumber(graph: ir.Graph, node: ir.Node, k: int, keep: Mask) -> None:
         reader.replace_input_with(place, numbers.outputs[0])
 
 
-def _put_back(graph: ir.Graph, node: ir.Node, k: int, axis: int, keep: Mask, types: Mapping[str, int]) -> None:
+def _put_back(graph: ir.Graph, node: ir.Node, k: int, axis: int, kept: Kept, types: Mapping[str, int]) -> None:
     """Zeros where nothing survives, for all readers of an output."""
-    value = node.outputs[k]
-    alive = keep.reshape(-1)
-    places = register(graph, "places", np.where(alive, np.cumsum(alive) - 1, 0))
+    value, keep = node.outputs[k], kept.keep
+    shape = [-1, *[1] * kept.after]
+    made: list[ir.Node] = []
+    if kept.parts:
+        mask, made = _spread(graph, value, axis, keep, int(keep.sum()))
+        flags = _node(graph, "Cast", [mask], to=int(ir.DataType.INT64))
+        count = _node(graph, "CumSum", [flags.outputs[0], register(graph, "axis", np.array(0))])
+        before = _node(graph, "Sub", [count.outputs[0], flags.outputs[0]])
+        place = _node(graph, "Mul", [before.outputs[0], flags.outputs[0]])
+        wide = _node(graph, "Reshape", [mask, register(graph, "behind", np.array(shape))])
+        made += [flags, count, before, place, wide]
+        places, alive = place.outputs[0], wide.outputs[0]
+    else:
+        places = register(graph, "places", np.where(keep, np.cumsum(keep) - 1, 0))
+        alive = register(graph, "alive", keep.reshape(shape))
     spread = _node(graph, "Gather", [value, places], axis=axis)
     zero = register(graph, "zero", np.zeros((), ir.DataType(types[str(value.name)]).numpy()))
-    filled = _node(graph, "Where", [register(graph, "alive", keep), spread.outputs[0], zero])
+    filled = _node(graph, "Where", [alive, spread.outputs[0], zero])
     value.replace_all_uses_with(filled.outputs[0], replace_graph_outputs=True)
     spread.replace_input_with(0, value)
-    home(node).insert_after(node, [spread, filled])
+    for fresh in made[:1]:
+        fresh.replace_input_with(0, value)
+    home(node).insert_after(node, [*made, spread, filled])
 
 
 def _node(graph: ir.Graph, op: str, inputs: list[ir.Value], **attributes: int) -> ir.Node:

@@ -25,8 +25,15 @@ from onnxprune.types import Group, Plan, View
 
 GOLDEN = Path(__file__).parent / "golden" / "zoo.json"
 INSIDE = " | inside heads"  # after a name: analysed with axes of heads cut inside each head
+NORMS = " | inside norms"  # the same for axes of normalised groups
 EXPECTED = json.loads(GOLDEN.read_text())
-CASES = sorted([*ZOO, *(f"{name}{INSIDE}" for name in ZOO if "heads " in str(EXPECTED.get(name)))])
+CASES = sorted(
+    [
+        *ZOO,
+        *(f"{name}{INSIDE}" for name in ZOO if "heads " in str(EXPECTED.get(name))),
+        *(f"{name}{NORMS}" for name in ZOO if "GroupNorm" in name),
+    ]
+)
 PLANS = 4  # random plans over all groups of an entry together, besides one for each group alone
 
 ort.set_default_logger_severity(4)
@@ -36,11 +43,12 @@ ort.set_default_logger_severity(4)
 def analysed(
     name: str, interface: bool = False
 ) -> tuple[ir.Model, Prepared, View, DimGraph, Branches, tuple[Group, ...]]:
-    dense = ir.serde.deserialize_model(ZOO[name.removesuffix(INSIDE)]())
+    dense = ir.serde.deserialize_model(ZOO[name.removesuffix(INSIDE).removesuffix(NORMS)]())
     prepared = prepare(dense.clone())
     seen = view(prepared)
     probes = (prepared.facts.shapes, prepared.other.shapes)
-    dims = couple(seen, name.endswith(INSIDE), Sides(seen, probes, prepared.facts.types).around)
+    around = Sides(seen, probes, prepared.facts.types).around
+    dims = couple(seen, name.endswith(INSIDE), around, name.endswith(NORMS))
     branches = find_branches(seen, probes, prepared.facts.types, interface, dims.tied)
     return dense, prepared, seen, dims, branches, with_branches(find_groups(dims, seen), branches, len(dims.frozen))
 

@@ -26,8 +26,10 @@ def batch_norm(node: OpNode) -> Iterable[Relation]:
 
 @rule("InstanceNormalization", roles={1: "norm", 2: "norm"})
 def instance_norm(node: OpNode) -> Iterable[Relation]:
-    """X (n, c, *s), scale, shift (c) -> Y: statistics are per channel, over space."""
-    yield Pattern("n c *, c, c -> n c *")
+    """X (n, c, *s), scale, shift (c) -> Y: averaged over space, which mixes, in each channel by itself."""
+    space = [f"s{k}" for k in range(len(node.shape(0)) - 2)]
+    text = " ".join(["n", "c", *space])
+    yield Pattern(f"{text}, c, c -> {text}", mixes=tuple(space))
 
 
 @rule("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", roles={1: "norm", 2: "norm"})
