@@ -19,7 +19,7 @@ KINDS: Mapping[str, str] = {
     "channels": "Channels of convolutions, FFN neurons, recurrent units, any exact width.",
     "heads": "Attention heads, with grouped queries a key-value head and its queries.",
     "head-dim": "Positions inside every head: of queries and keys, of values and output.",
-    "width": "Positions of a residual width or another axis that is normalised along; mixing.",
+    "width": "Positions of a residual width, or inside every group of a GroupNorm; mixing.",
     "experts": "Experts behind a router, with their row of it; mixing behind a softmax or top-k.",
     "layers": "Residual branches, which become identity.",
 }
