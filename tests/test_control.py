@@ -28,7 +28,7 @@ from onnxprune.reading import read_model
     ],
 )
 def test_a_body_costs_as_often_as_it_runs(name: str, macs: int) -> None:
-    _, prepared, seen, dims, _ = analysed(name)
+    _, prepared, seen, dims, *_ = analysed(name)
     sizes = {key: 13 if key == "t" else 1 for key in prepared.sizes}
     costs = Costs(dims, seen, infer(prepared.model, sizes).shapes)
     assert costs.of(np.ones(len(dims.frozen), np.bool_))["macs"] == macs
