@@ -21,6 +21,7 @@ PACKAGE = "onnxprune"
 # Lowest first. A module imports only from its own row and the rows above it.
 LAYERS = (
     ("errors", "types"),
+    ("lsq",),
     ("ops", "ops.*", "plugin", "passes", "passes.*"),
     ("indexing",),
     ("relate",),
@@ -30,7 +31,10 @@ LAYERS = (
     ("worker", "runtime", "runtime.*", "measure"),
     ("masked", "bounds", "fold"),
     ("verify",),
-    ("analysis", "prove", "recipe", "calibrate"),
+    ("analysis", "prove", "recipe", "calibrate", "sites", "flow"),
+    ("evidence", "bases", "reconstruct"),
+    ("allocate",),
+    ("recovery",),
     ("pipeline", "realize", "verbs", "audit"),
     ("cli", "__init__", "__main__"),
 )
@@ -40,17 +44,17 @@ ONLY = {
     "ops": ("types",),
     "ops.*": ("types", "ops"),
     "passes": (),
-    "passes.*": ("plugin", "types"),
+    "passes.*": ("plugin", "types", "lsq"),
 }
 PLUGINS = ("passes", "passes.*")  # found by entry point, imported by nobody
 
 # Every package from outside that may be imported, and by whom. What is not here is imported nowhere: no torch.
 OUTSIDE = {
     "numpy": ("*",),
-    "scipy": ("dims", "passes.*"),
+    "scipy": ("dims", "lsq", "passes.*"),
     "networkx": ("dims",),
     "google": ("reading",),  # protobuf
-    "onnx": ("reading", "storage", "model", "rewrite", "verify", "infer"),
+    "onnx": ("reading", "storage", "model", "rewrite", "verify", "infer", "flow"),
     "onnx_ir": (
         "reading",
         "storage",
@@ -64,6 +68,10 @@ OUTSIDE = {
         "calibrate",
         "masked",
         "fold",
+        "sites",
+        "flow",
+        "bases",
+        "reconstruct",
     ),
     "onnxruntime": ("runtime.ort",),
     "pydantic": ("report", "recipe"),
