@@ -39,6 +39,7 @@ FORMATS = (
 TensorType = onnx.TensorProto.DataType
 FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 PACKED = frozenset((TensorType.INT4, TensorType.UINT4, TensorType.FLOAT4E2M1))  # two elements in a byte
+MAPS = "maps"  # where a graph keeps the types that are not in memory
 COMPLEX = (TensorType.COMPLEX64, TensorType.COMPLEX128)
 
 
@@ -93,17 +94,55 @@ def read_model(path: str | Path) -> tuple[ir.Model, Source]:
         _check_functions(proto.functions)
         _check_graph(proto.graph)
         mapped, files = _map_external(proto, path)
-        model = ir.serde.deserialize_model(proto)
+        model = deserialized(proto)
     except InputError as error:
         raise InputError(error.message, file=path, object=error.object) from None
-    except (ValueError, TypeError, KeyError, NotImplementedError) as error:
-        raise InputError(f"inconsistent model: {(str(error).splitlines() or ['?'])[0][:200]}", file=path) from None
+    except (ValueError, TypeError, KeyError, NotImplementedError, ir.serde.SerdeError) as error:
+        text = str(error.__cause__ or error)
+        raise InputError(f"inconsistent model: {(text.splitlines() or ['?'])[0][:200]}", file=path) from None
     _attach(model, mapped)
     model.graph.sort()
     for file in files:
         digest.update(_hash_file(file))
         size += file.stat().st_size
     return model, Source(path, digest.hexdigest(), size, bool(files), (path, *files))
+
+
+def deserialized(proto: onnx.ModelProto) -> ir.Model:
+    """The model in memory, where maps have no type: those of graph outputs are kept aside for `serialized`."""
+    maps: dict[str, bytes] = {}
+    for graph in _graphs(proto):
+        for value in (*graph.value_info, *graph.output):
+            if _holds_map(value.type):
+                maps[value.name] = value.type.SerializeToString()
+                value.ClearField("type")
+    model = ir.serde.deserialize_model(proto)
+    if maps:
+        model.graph.meta[MAPS] = {name: maps[name] for name in maps if any(v.name == name for v in model.graph.outputs)}
+    return model
+
+
+def serialized(model: ir.Model) -> onnx.ModelProto:
+    """The protobuf message of a model."""
+    proto = ir.serde.serialize_model(model)
+    maps = model.graph.meta.get(MAPS, {})
+    for value in proto.graph.output:
+        if value.name in maps:
+            value.type.ParseFromString(maps[value.name])
+    return proto
+
+
+def _holds_map(kind: onnx.TypeProto) -> bool:
+    while kind.HasField("sequence_type") or kind.HasField("optional_type"):
+        kind = (kind.sequence_type if kind.HasField("sequence_type") else kind.optional_type).elem_type
+    return kind.HasField("map_type")
+
+
+def _graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    """The main graph and all inside its nodes."""
+    yield proto.graph
+    for node in _nodes(proto.graph.node):
+        yield from _subgraphs(node)
 
 
 def _parse(path: Path) -> tuple[onnx.ModelProto, hashlib._Hash, int]:

@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxprune.errors import InputError, MachineError, shown
-from onnxprune.reading import Source, open_regular, read_bytes, read_model
+from onnxprune.reading import Source, open_regular, read_bytes, read_model, serialized
 from onnxprune.types import Array
 
 __all__ = [
@@ -181,7 +181,7 @@ def write_model(
 
 def _message(model: ir.Model) -> onnx.ModelProto:
     """The protobuf message, without shapes of initializers, which say nothing that the tensors do not."""
-    proto = ir.serde.serialize_model(model)
+    proto = serialized(model)
     stored = {tensor.name for tensor in proto.graph.initializer}
     left = [value for value in proto.graph.value_info if value.name not in stored]
     del proto.graph.value_info[:]

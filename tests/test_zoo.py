@@ -19,6 +19,7 @@ from onnxprune.dims import DimGraph, couple
 from onnxprune.groups import find_groups
 from onnxprune.masked import narrowed
 from onnxprune.model import Prepared, prepare, view
+from onnxprune.reading import deserialized, serialized
 from onnxprune.rewrite import apply
 from onnxprune.select import alive_labels
 from onnxprune.types import Group, Plan, View
@@ -43,7 +44,7 @@ ort.set_default_logger_severity(4)
 def analysed(
     name: str, interface: bool = False
 ) -> tuple[ir.Model, Prepared, View, DimGraph, Branches, tuple[Group, ...]]:
-    dense = ir.serde.deserialize_model(ZOO[name.removesuffix(INSIDE).removesuffix(NORMS)]())
+    dense = deserialized(ZOO[name.removesuffix(INSIDE).removesuffix(NORMS)]())
     prepared = prepare(dense.clone())
     seen = view(prepared)
     probes = (prepared.facts.shapes, prepared.other.shapes)
@@ -101,9 +102,11 @@ def test_any_plan_is_removal(name: str) -> None:
 
 
 def run(model: ir.Model, inputs: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
-    session = ort.InferenceSession(ir.serde.serialize_model(model).SerializeToString())
+    session = ort.InferenceSession(serialized(model).SerializeToString())
     names = [output.name for output in session.get_outputs()]
-    return [dict(zip(names, session.run(None, feed), strict=True)) for feed in inputs]
+    found = [dict(zip(names, session.run(None, feed), strict=True)) for feed in inputs]
+    return [{k: np.array([[*row.values()] for row in v]) if isinstance(v, list) else v for k, v in values.items()}
+            for values in found]  # fmt: skip
 
 
 def test_the_zoo_has_every_registered_operator() -> None:

@@ -618,6 +618,14 @@ entry(
     "s = ai.onnx.ml.Scaler<offset = [0.1, 0.2, 0.3], scale = [1.0, 2.0, 0.5]>(x)\na = MatMul(s, w1)\nb = Add(a, b1)\nc = Relu(b)\n"
     "y = MatMul(c, w2)\nd = ArgMax<axis = 1, keepdims = 0>(y)\nlabel = ai.onnx.ml.ArrayFeatureExtractor(labels, d)",
 )  # fmt: skip
+entry(
+    "probabilities by name",
+    "float[n,3] x",
+    "seq(map(int64, float)) y",
+    {"w1": (3, 7), "b1": (7,), "w2": (7, 2)},
+    "a = MatMul(x, w1)\nb = Add(a, b1)\nc = Relu(b)\nd = MatMul(c, w2)\ne = Softmax(d)\n"
+    "y = ai.onnx.ml.ZipMap<classlabels_int64s = [10, 20]>(e)",
+)  # fmt: skip
 
 # Recurrent ---------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""How much of many exports can be pruned, and whether it is right: python tools/coverage.py FOLDER [--ratio 0.3].
+"""How much of many exports can be pruned, and whether it is right: python tools/coverage.py FOLDER... [--ratio 0.3].
 
 Prunes every model of a folder with all exact kinds, as a user would, and checks each result with an oracle of its own:
 the removed slices of the report are zeroed in the dense file with nothing but `onnx`, and both are run.
@@ -137,7 +137,12 @@ def run(model: onnx.ModelProto, samples: list[dict[str, np.ndarray]]) -> list[li
         session = ort.InferenceSession(data, exact)
     except Exception:  # not every quantised operator exists in that form
         session = ort.InferenceSession(data)
-    return [session.run(None, feed) for feed in samples]
+    return [[flat(value) for value in session.run(None, feed)] for feed in samples]
+
+
+def flat(value: object) -> np.ndarray:
+    """One output as one array; rows of numbers by name as a matrix."""
+    return np.array([[*row.values()] for row in value]) if isinstance(value, list) else np.asarray(value)
 
 
 def difference(analysis: Analysis, dense: Path, pruned: Path, report: dict) -> float:
@@ -152,13 +157,13 @@ def difference(analysis: Analysis, dense: Path, pruned: Path, report: dict) -> f
     for a, b in zip(wanted[0], found[0], strict=True):
         if a.shape != b.shape:
             return float("inf")
+        if a.dtype.kind != "f" or not a.size:
+            continue
         finite = np.isfinite(a)
-        if a.dtype.kind == "f" and not finite.any():
+        if not finite.any():
             return float("inf")  # nothing was compared
-        if a.dtype.kind == "f" and a.size:
-            worst = max(
-                worst, float(np.abs(a - b)[finite].max(initial=0) / max(np.abs(a[finite]).max(initial=0), 1e-6))
-            )
+        gap, scale = np.abs(a - b)[finite].max(initial=0), np.abs(a[finite]).max(initial=0)
+        worst = max(worst, float(gap / max(scale, 1e-6)))
     return worst
 
 
@@ -214,13 +219,13 @@ def row(path: Path, ratio: float, kinds: str) -> str:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("files", type=Path, nargs="+", help="models, or folders of them")
     parser.add_argument("--ratio", type=float, default=0.3)
     parser.add_argument("--remove", default="channels,heads")
     given = parser.parse_args()
     print("| model | proof | oracle | params | MACs | reach | largest reason for the rest |")
     print("| --- | --- | ---: | ---: | ---: | ---: | --- |")
-    for path in sorted(given.folder.glob("*.onnx")):
+    for path in sorted(file for place in given.files for file in [*place.glob("*.onnx")] or [place]):
         print(path, file=sys.stderr)
         try:
             print(row(path, given.ratio, given.remove), flush=True)

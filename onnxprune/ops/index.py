@@ -364,5 +364,6 @@ def trilu(node: OpNode) -> Iterable[Relation]:
 
 
 frozen("ai.onnx.ml::ArrayFeatureExtractor", "ArrayFeatureExtractor picks features by their numbers")
+frozen("ai.onnx.ml::ZipMap", "ZipMap names classes by their positions")
 frozen("ai.onnx.ml::Scaler", "the offsets and scales of Scaler are attributes")
 stand_in("ai.onnx.ml::Scaler", "Identity", (0,))

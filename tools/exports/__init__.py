@@ -1,74 +1,38 @@
 """Exports of architectures with random weights, for checks on networks that no rule was written for.
 
-Each module beside this file has `MODELS`: {name: a function without arguments that answers an Export}. Run
-`python -m exports FOLDER [NAME...]` in tools/.
+Each module has `MODELS`: {name: a function without arguments}. In tools/, `python -m exports FOLDER [NAME...]` writes
+those of `vision` and `text` with both exporters of PyTorch, `python -m exports.MODULE FOLDER [NAME...]` those of
+another module, in an environment with its framework.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import argparse
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
-import torch
-from torch import nn
-
-# The wheel of torchvision is built for CUDA: beside a CPU build of PyTorch its operators are missing, and it is not
-# imported without these two declared. No network here calls them.
-if torch.version.cuda is None:
-    OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in ("nms", "qnms"):
-        OPERATORS.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+Built = TypeVar("Built")
 
 
-@dataclass(frozen=True)
-class Export:
-    """A network, example arguments by input name, and which of their axes are dynamic: {input: {axis: dimension}}."""
-
-    model: nn.Module
-    args: Mapping[str, torch.Tensor]
-    dynamic: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
-    opset: int = 18
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Random numbers for everything that a fresh network has at zero or one: a proof must not pass by accident."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if not tensor.is_floating_point() or tensor.numel() == 0:
-                continue
-            if name.endswith("running_var"):
-                tensor.uniform_(0.5, 1.5, generator=generator)
-            elif float(tensor.min()) == float(tensor.max()) and isinstance(tensor, nn.Parameter):
-                tensor.add_(torch.empty_like(tensor).uniform_(-0.3, 0.3, generator=generator))
-            elif name.endswith("running_mean"):
-                tensor.uniform_(-0.3, 0.3, generator=generator)
-    return model.eval()
-
-
-def write(name: str, export: Export, folder: Path, exporter: str) -> Path:
-    """Export with PyTorch's `dynamo` or `torchscript` exporter."""
-    path = folder / f"{name}_{exporter}.onnx"
-    model = randomise(export.model)
-    names, args = list(export.args), tuple(export.args.values())
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if exporter == "dynamo":
-            shapes = {n: dict.fromkeys(export.dynamic.get(n, {}), torch.export.Dim.DYNAMIC) for n in names}
-            program = torch.onnx.export(
-                model, args, dynamo=True, input_names=names, opset_version=export.opset,
-                dynamic_shapes=tuple(shapes.values()) if any(shapes.values()) else None, verbose=False,
-            )  # fmt: skip
-            program.save(str(path), external_data=False)
-        else:
-            torch.onnx.export(
-                model, args, str(path), dynamo=False, input_names=names, opset_version=min(export.opset, 20),
-                dynamic_axes={n: dict(axes) for n, axes in export.dynamic.items()},
-            )  # fmt: skip
-    assert os.path.getsize(path)
-    return path
+def export_all(
+    text: str | None,
+    models: Mapping[str, Callable[[], Built]],
+    writers: Mapping[str, Callable[[Built, Path], None]],
+) -> None:
+    """The command line of a module: write FOLDER/NAME_WRITER.onnx; what cannot be written is said on stderr."""
+    parser = argparse.ArgumentParser(description=text)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("names", nargs="*")
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    for name in given.names or sorted(models):
+        for writer, write in writers.items():
+            path = given.folder / f"{name}_{writer}.onnx"
+            try:
+                write(models[name](), path)
+                print(path, flush=True)
+            except Exception as error:
+                said = [*str(error).splitlines(), ""][0][:200]
+                print(f"{path.stem}: {type(error).__name__}: {said}", file=sys.stderr, flush=True)

@@ -26,7 +26,8 @@ from onnxruntime.transformers.optimizer import optimize_model
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, ViTConfig, ViTModel
 
-from exports import Export, text, write
+from exports import text
+from exports.pytorch import Export, write
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 
@@ -202,8 +203,9 @@ def main() -> None:
             for exporter in ("torchscript", "dynamo"):
                 torch.manual_seed(0)
                 export = SOURCES[name]()
+                path = Path(folder) / f"{name}_{exporter}.onnx"
                 try:
-                    path = write(name, export, Path(folder), exporter)
+                    write(export, path, exporter)
                 except Exception as error:
                     print(f"{name}_{exporter}: {type(error).__name__}: {str(error).splitlines()[:1]}", file=sys.stderr)
                     continue

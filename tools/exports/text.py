@@ -26,7 +26,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from exports import Export
+from exports.pytorch import Export
 
 IDS = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(1))
 AXES = {0: "batch", 1: "length"}

@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 
-from exports import Export
+from exports.pytorch import Export
 
 BATCH = {0: "batch"}
 SIZES = {0: "batch", 2: "height", 3: "width"}

@@ -1,0 +1,70 @@
+"""How networks of PyTorch are written, with either of its exporters."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+# The wheel of torchvision is built for CUDA: beside a CPU build of PyTorch its operators are missing, and it is not
+# imported without these two declared. No network here calls them.
+if torch.version.cuda is None:
+    OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
+    for operator in ("nms", "qnms"):
+        OPERATORS.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+@dataclass(frozen=True)
+class Export:
+    """A network, example arguments by input name, and which of their axes are dynamic: {input: {axis: dimension}}."""
+
+    model: nn.Module
+    args: Mapping[str, torch.Tensor]
+    dynamic: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    opset: int = 18
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Random numbers for everything that a fresh network has at zero or one: a proof must not pass by accident."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if not tensor.is_floating_point() or tensor.numel() == 0:
+                continue
+            if name.endswith("running_var"):
+                tensor.uniform_(0.5, 1.5, generator=generator)
+            elif float(tensor.min()) == float(tensor.max()) and isinstance(tensor, nn.Parameter):
+                tensor.add_(torch.empty_like(tensor).uniform_(-0.3, 0.3, generator=generator))
+            elif name.endswith("running_mean"):
+                tensor.uniform_(-0.3, 0.3, generator=generator)
+    return model.eval()
+
+
+def write(export: Export, path: Path, exporter: str) -> None:
+    """Export with PyTorch's `dynamo` or `torchscript` exporter."""
+    model = randomise(export.model)
+    names, args = list(export.args), tuple(export.args.values())
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if exporter == "dynamo":
+            shapes = {n: dict.fromkeys(export.dynamic.get(n, {}), torch.export.Dim.DYNAMIC) for n in names}
+            program = torch.onnx.export(
+                model, args, dynamo=True, input_names=names, opset_version=export.opset,
+                dynamic_shapes=tuple(shapes.values()) if any(shapes.values()) else None, verbose=False,
+            )  # fmt: skip
+            program.save(str(path), external_data=False)
+        else:
+            torch.onnx.export(
+                model, args, str(path), dynamo=False, input_names=names, opset_version=min(export.opset, 20),
+                dynamic_axes={n: dict(axes) for n, axes in export.dynamic.items()},
+            )  # fmt: skip
+
+
+WRITERS = {exporter: partial(write, exporter=exporter) for exporter in ("dynamo", "torchscript")}
