@@ -619,6 +619,15 @@ entry(
     "y = MatMul(c, w2)\nd = ArgMax<axis = 1, keepdims = 0>(y)\nlabel = ai.onnx.ml.ArrayFeatureExtractor(labels, d)",
 )  # fmt: skip
 entry(
+    "a norm whose mean is a global pool",
+    "float[n,5,3] x",
+    "float[n,5,2] y",
+    {"w1": (3, 7), "g": (7,), "s": (7,), "eps": f32(1e-3), "w2": (7, 11), "b2": (11,), "w3": (11, 7), "w4": (7, 2)},
+    "a = MatMul(x, w1)\nm = GlobalAveragePool(a)\nd = Sub(a, m)\nq = Mul(d, d)\nv = GlobalAveragePool(q)\n"
+    "v1 = Add(v, eps)\nr = Sqrt(v1)\nz = Div(d, r)\nt = Mul(z, g)\nu = Add(t, s)\nc = MatMul(u, w2)\n"
+    "e = Add(c, b2)\nf = Relu(e)\nh = MatMul(f, w3)\ni = Add(h, a)\ny = MatMul(i, w4)",
+)  # fmt: skip
+entry(
     "probabilities by name",
     "float[n,3] x",
     "seq(map(int64, float)) y",

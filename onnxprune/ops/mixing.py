@@ -96,10 +96,18 @@ def arg_reduce(node: OpNode) -> Iterable[Relation]:
     yield Numbers(node.outputs[0], node.inputs[0], axis)
 
 
-@rule("MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
+@rule("MaxPool", "AveragePool", "LpPool")
 def pool(node: OpNode) -> Iterable[Relation]:
     """X (n, c, *s) -> Y (n, c, *s): each channel by itself, space kept whole."""
     yield Pattern("n c * -> n c *")
+
+
+@rule("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
+def global_pool(node: OpNode) -> Iterable[Relation]:
+    """X (n, c, *s) -> Y (n, c, 1, ...): a reduction over space, which mixes; some exporters write every mean so."""
+    names = _letters(len(node.shape(0)))
+    pooled = names[2:]
+    yield Pattern(f"{' '.join(names)} -> {' '.join(names[:2] + ['_'] * len(pooled))}", mixes=tuple(pooled))
 
 
 @rule("Resize", "Upsample")

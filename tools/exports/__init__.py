@@ -13,6 +13,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+try:
+    import torch
+except ImportError:  # an environment with another framework
+    pass
+else:
+    # The wheel of torchvision is built for CUDA: beside a CPU build of PyTorch its operators are missing, and it is not
+    # imported without these two declared. No network here calls them.
+    if torch.version.cuda is None:
+        OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
+        for operator in ("nms", "qnms"):
+            OPERATORS.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
 Built = TypeVar("Built")
 
 

@@ -122,8 +122,8 @@ class Cnn(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """float32[n, 30, 30, 3] -> float32[n, 10]."""
-        x = nnx.max_pool(nnx.silu(self.norm(self.a(x))), (2, 2), strides=(2, 2))
-        x = nnx.avg_pool(nnx.relu(self.b(nnx.relu(self.deep(x)))), (2, 2), strides=(2, 2))
+        x = nnx.max_pool(nnx.silu(self.norm(self.a(x))), window_shape=(2, 2), strides=(2, 2))
+        x = nnx.avg_pool(nnx.relu(self.b(nnx.relu(self.deep(x)))), window_shape=(2, 2), strides=(2, 2))
         x = nnx.leaky_relu(self.up(x)).reshape(x.shape[0], -1)
         return self.d(nnx.relu(self.c(x)))
 
@@ -200,8 +200,8 @@ class Old(linen.Module):
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """float32[n, 28, 28, 1] -> float32[n, 10]."""
-        x = linen.avg_pool(linen.relu(linen.Conv(13, (3, 3))(x)), (2, 2), strides=(2, 2))
-        x = linen.avg_pool(linen.relu(linen.Conv(23, (3, 3))(x)), (2, 2), strides=(2, 2))
+        x = linen.avg_pool(linen.relu(linen.Conv(13, (3, 3))(x)), window_shape=(2, 2), strides=(2, 2))
+        x = linen.avg_pool(linen.relu(linen.Conv(23, (3, 3))(x)), window_shape=(2, 2), strides=(2, 2))
         x = linen.relu(linen.Dense(41)(x.reshape(x.shape[0], -1)))
         return linen.Dense(10)(linen.LayerNorm()(x))
 

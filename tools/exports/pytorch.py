@@ -13,14 +13,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-# The wheel of torchvision is built for CUDA: beside a CPU build of PyTorch its operators are missing, and it is not
-# imported without these two declared. No network here calls them.
-if torch.version.cuda is None:
-    OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in ("nms", "qnms"):
-        OPERATORS.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
 @dataclass(frozen=True)
 class Export:
     """A network, example arguments by input name, and which of their axes are dynamic: {input: {axis: dimension}}."""
