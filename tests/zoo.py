@@ -106,6 +106,7 @@ def unary(
             "half": np.array(0.5, np.float32),
             "low": np.array(-0.4, np.float32),
             "zero": f32(0),
+            "count": i64(3, 5),
         },
         f"h0 = MatMul(x, w1)\nh = Add(h0, b1)\nq = {before}\nu = {op}{attrs}(q{extra})\nv = {after}\ny = MatMul(v, w2)",
         opset,
@@ -126,6 +127,8 @@ unary("Gelu", opset=20)
 unary("Swish", opset=24)
 unary("Clip", extra=", low, half")
 unary("Cast", attrs="<to = 7>", after="Cast<to = 1>(u)")
+unary("CastLike", extra=", count", after="Cast<to = 1>(u)")
+unary("ai.onnx.ml.Binarizer", attrs="<threshold = 0.2>")
 unary("IsNaN", "Log(h)", after="Cast<to = 1>(u)", opset=20)
 unary("IsInf", "Div(h, zero)", after="Cast<to = 1>(u)", opset=20)
 unary("Not", "Greater(h, half)", after="Cast<to = 1>(u)")
@@ -626,6 +629,14 @@ entry(
     "a = MatMul(x, w1)\nm = GlobalAveragePool(a)\nd = Sub(a, m)\nq = Mul(d, d)\nv = GlobalAveragePool(q)\n"
     "v1 = Add(v, eps)\nr = Sqrt(v1)\nz = Div(d, r)\nt = Mul(z, g)\nu = Add(t, s)\nc = MatMul(u, w2)\n"
     "e = Add(c, b2)\nf = Relu(e)\nh = MatMul(f, w3)\ni = Add(h, a)\ny = MatMul(i, w4)",
+)  # fmt: skip
+entry(
+    "sequences turned round",
+    "float[5,n,3] x",
+    "float[5,n,2] y",
+    {"w1": (3, 7), "b1": (7,), "w2": (7, 2), "long": i64(4), "one": i64(1), "two": i64(2)},
+    "a = MatMul(x, w1)\nb = Add(a, b1)\ns = Shape(b)\nn = Slice(s, one, two)\nl = Expand(long, n)\n"
+    "c = ReverseSequence(b, l)\nd = Relu(c)\ny = MatMul(d, w2)",
 )  # fmt: skip
 entry(
     "probabilities by name",

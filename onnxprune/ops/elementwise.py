@@ -11,8 +11,8 @@ from onnxprune.types import Axis, Named, OpNode, Pattern, Positions, Relation, S
 
 UNARY = """Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Clip Cos Cosh Dropout Elu Erf Exp Floor Gelu
 HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign
-Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu com.microsoft::Gelu
-com.microsoft::QuickGelu""".split()
+Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu ai.onnx.ml::Binarizer
+com.microsoft::Gelu com.microsoft::QuickGelu""".split()
 BROADCAST = """And BitwiseAnd BitwiseOr BitwiseXor Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Or
 PRelu Sum Where Xor""".split()
 
@@ -21,6 +21,12 @@ PRelu Sum Where Xor""".split()
 def same_elements(node: OpNode) -> Iterable[Relation]:
     """X -> Y with the same elements."""
     return unary(node)
+
+
+@rule("CastLike", carries=(0,))
+def cast_like(node: OpNode) -> Iterable[Relation]:
+    """X, a value of the wanted type, of which nothing else is read -> Y with the same elements."""
+    yield Pattern(f"..., {' '.join('_' for _ in node.shape(1))} -> ...")
 
 
 @rule(*(name for name in UNARY if name not in ("Cast", "Identity", "Reciprocal", "Log", "Sqrt")))

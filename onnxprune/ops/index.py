@@ -363,6 +363,14 @@ def trilu(node: OpNode) -> Iterable[Relation]:
     yield Pattern(f"{' '.join(names)}, -> {' '.join(names)}")
 
 
+@rule("ReverseSequence", carries=(0,))
+def reverse_sequence(node: OpNode) -> Iterable[Relation]:
+    """X, lengths (b) -> Y: what lies in time is numbered and stays; the other axes pass through."""
+    names = [f"a{k}" for k in range(len(node.shape(0)))]
+    names[node.attr("time_axis", 0)] = "!"
+    yield Pattern(f"{' '.join(names)}, {names[node.attr('batch_axis', 1)]} -> {' '.join(names)}")
+
+
 frozen("ai.onnx.ml::ArrayFeatureExtractor", "ArrayFeatureExtractor picks features by their numbers")
 frozen("ai.onnx.ml::ZipMap", "ZipMap names classes by their positions")
 frozen("ai.onnx.ml::Scaler", "the offsets and scales of Scaler are attributes")

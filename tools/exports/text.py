@@ -135,9 +135,13 @@ def config(kind: str, **given: Any) -> Any:
     return found
 
 
-def build(auto: Any, kind: str, given: Mapping[str, Any], attention: str | None = "eager") -> nn.Module:
-    """A model with random weights."""
+def build(
+    auto: Any, kind: str, given: Mapping[str, Any], attention: str | None = "eager", experts: str = "batched_mm"
+) -> nn.Module:
+    """A model with random weights; experts as a fetch of weights for each token, or as an `eager` loop."""
     chosen = {} if attention is None else {"attn_implementation": attention}
+    if "num_experts_per_tok" in given:
+        chosen["experts_implementation"] = experts
     return auto.from_config(config(kind, **given), **chosen)
 
 
@@ -298,9 +302,9 @@ WIDER = (
 )
 
 
-def _decoder(name: str, attention: str = "eager") -> nn.Module:
+def _decoder(name: str, attention: str = "eager", experts: str = "batched_mm") -> nn.Module:
     kind = name if name in SPELLED else name.split("_")[0]
-    return build(AutoModelForCausalLM, kind, DECODERS[name], attention)
+    return build(AutoModelForCausalLM, kind, DECODERS[name], attention, experts)
 
 
 def _named(name: str, attention: str) -> nn.Module:
@@ -319,6 +323,8 @@ MODELS: dict[str, Callable[[], Export]] = {
     **{name: partial(lambda n: both(build(AutoModelForSeq2SeqLM, n, BOTH[n])), name) for name in BOTH},
     **{f"{name}_cache": partial(lambda n: cached(_decoder(n)), name) for name in CACHED},
     **{f"{name}_sdpa": partial(lambda n: masked(_named(n, "sdpa")), name) for name in WIDER},
+    **{f"{name}_loop": partial(lambda n: masked(_decoder(n, experts="eager"), use_cache=False), name)
+       for name, given in DECODERS.items() if "num_experts_per_tok" in given},
     **{f"{name}_opset23": partial(lambda n: masked(_named(n, "sdpa"), 23), name) for name in NATIVE},
     "whisper": lambda: both(
         WhisperForConditionalGeneration(WhisperConfig(**LAYERS, **WIDTHS, **LONG, attn_implementation="eager")),
