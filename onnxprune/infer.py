@@ -23,6 +23,7 @@ from onnxprune.types import Array, Body, Mask, OpNode, Shape
 
 Partly = np.ma.MaskedArray[Any, Any]
 VALUE_LIMIT = 1 << 16  # elements of a value that is worth knowing
+ROUNDS = 4096  # of a loop that are worth following one by one
 SHORT = 16  # elements of a float initializer that may be a list of scales
 RANDOM = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
@@ -206,7 +207,7 @@ def step(facts: Facts, node: ir.Node, opset: int) -> None:
         _note(facts, outputs[0], np.array(np.prod(facts.shapes[inputs[0]], dtype=np.int64)))
         return
     if bodies(node):
-        _leave(facts, node)
+        _leave(facts, node, opset)
         return
     proto = ir.serde.serialize_node(node)
     known = [facts.values[name] for name in inputs if name and name in facts.values]
@@ -494,7 +495,7 @@ def _integers(node: ir.Node, key: str, count: int) -> list[int]:
     return list(node.attributes[key].as_ints()) if key in node.attributes else [0] * count
 
 
-def _leave(facts: Facts, node: ir.Node) -> None:
+def _leave(facts: Facts, node: ir.Node, opset: int) -> None:
     """Shapes of a node's outputs from those of its bodies; whatever differs from branch to branch stays unknown."""
     outputs = names(node.outputs)
     given = [names(body.outputs) for body in bodies(node).values()]
@@ -514,7 +515,7 @@ def _leave(facts: Facts, node: ir.Node) -> None:
             if facts.shapes.get(last) is not None and facts.shapes.get(first) == facts.shapes[last]:
                 facts.shapes[name] = facts.shapes[last]
             facts.types |= {name: facts.types[last]} if last in facts.types else {}
-        rounds = _rounds(facts, node)
+        rounds = _rounds(facts, node, opset)
         axes = _integers(node, "scan_output_axes", len(outputs) - count)
         for other, name, axis in zip(given[0][count + (kind == "Loop") :], outputs[count:], axes, strict=False):
             if other in facts.shapes and rounds is not None:
@@ -526,8 +527,8 @@ def _leave(facts: Facts, node: ir.Node) -> None:
         known.pop("", None)  # an output that nobody takes
 
 
-def _rounds(facts: Facts, node: ir.Node) -> int | None:
-    """How often a body runs, where no condition computed inside decides that."""
+def _rounds(facts: Facts, node: ir.Node, opset: int) -> int | None:
+    """How often a body runs, unless numbers that are not known decide that."""
     inputs = names(node.inputs)
     if node.op_type == "Scan":
         count = node.attributes["num_scan_inputs"].as_int()
@@ -540,7 +541,63 @@ def _rounds(facts: Facts, node: ir.Node) -> int | None:
     always = going is body.inputs[1] or (going is not None and _true(facts, str(going.name)))
     started = len(inputs) < 2 or not inputs[1] or _true(facts, inputs[1])
     most = facts.values.get(inputs[0])
-    return max(0, int(most.reshape(-1)[0])) if always and started and most is not None and most.size == 1 else None
+    if not started or (inputs[0] and (most is None or most.size != 1)):
+        return None
+    trips = ROUNDS if most is None else max(0, int(most.reshape(-1)[0]))
+    if always:
+        return None if most is None else trips
+    return _counted(facts, node, trips, opset) if trips <= ROUNDS else None
+
+
+def _counted(facts: Facts, node: ir.Node, trips: int, opset: int) -> int | None:
+    """How often the body of a Loop runs, by computing its condition from round to round out of known numbers alone."""
+    body = next(iter(bodies(node).values()))
+    carry = {inner: (source, last) for source, inner, last, _ in carried(node)}
+    condition, counter = str(body.outputs[0].name), str(body.inputs[0].name)
+    within = {name: maker for maker in body for name in names(maker.outputs)}
+    made: set[ir.Node] = set()
+    given: dict[str, Array] = {}
+    state: dict[str, Array] = {}
+    pending = [condition]
+    while pending:
+        name = pending.pop()
+        maker = within.get(name)
+        if maker is not None:
+            if maker.domain not in ("", "ai.onnx") or bodies(maker) or maker.op_type in RANDOM:
+                return None
+            if maker not in made:
+                made.add(maker)
+                pending += filter(None, names(maker.inputs))
+        elif name in carry and name not in state:
+            source, last = carry[name]
+            if source not in facts.values:
+                return None
+            state[name] = facts.values[source]
+            pending.append(last)
+        elif name in facts.values:
+            given[name] = facts.values[name]
+        elif name not in (*carry, counter):
+            return None
+    rank = len(facts.shapes[counter])
+    wanted = [condition, *(carry[name][1] for name in state)]
+    unknown = onnx.TensorProto.UNDEFINED
+    graph = onnx.helper.make_graph(
+        [ir.serde.serialize_node(maker) for maker in body if maker in made],
+        "condition",
+        [onnx.helper.make_tensor_value_info(n, unknown, None) for n in (*given, *state, counter)],
+        [onnx.helper.make_tensor_value_info(n, unknown, None) for n in dict.fromkeys(wanted) if n in within],
+    )
+    try:
+        run = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])).run
+        for count in range(trips):
+            feed = given | state | {counter: np.full((1,) * rank, count, np.int64)}
+            found = feed | dict(zip([o.name for o in graph.output], map(np.asarray, run(None, feed)), strict=True))
+            if not found[condition].all():
+                return count + 1
+            state = {name: found[carry[name][1]] for name in state}
+    except Exception:  # an operator or type that the reference does not know
+        return None
+    return trips
 
 
 def _true(facts: Facts, name: str) -> bool:

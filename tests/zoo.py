@@ -1204,6 +1204,62 @@ entry(
     "y = MatMul(h, w5)\nf = ReduceSum<keepdims = 0>(all, zero)\nz = MatMul(f, w6)",
 )
 entry(
+    "a loop that ends by what it computes",
+    "float[n,3] x",
+    "float[n,2] y, float[n,5] z",
+    {
+        "w0": (3, 7),
+        "w1": (3, 11),
+        "w2": (11, 7),
+        "w3": (7, 11),
+        "w5": (11, 2),
+        "w6": (7, 5),
+        "zero": i64(0),
+        "limit": np.array(0.9, np.float32),
+        "trip": np.array(5),
+    },
+    LOOP
+    + "h, all = Loop(trip, , h0) <body = round (int64 i, bool on, float[n,11] hi) => (bool on2, float[n,11] ho, float[n,7] e)\n"
+    "  { b = MatMul(hi, w2) c = Add(b, a) e = Tanh(c) ho = MatMul(e, w3) m = ReduceMin<keepdims = 0>(e) on2 = Less(m, limit) }>\n"
+    "y = MatMul(h, w5)\nf = ReduceSum<keepdims = 0>(all, zero)\nz = MatMul(f, w6)",
+)
+entry(
+    "a while loop over time",
+    "float[n,t,3] x",
+    "float[n,2] y",
+    {
+        "wx": (3, 33),
+        "wh": (11, 33),
+        "b": (33,),
+        "w5": (11, 2),
+        "zero": np.array(0.0, np.float32),
+        "one": np.array(1, np.int32),
+        "none": np.array(0, np.int32),
+        "eleven": i64(11),
+        "s0": i64(0),
+        "s1": i64(1),
+        "s2": i64(2),
+        "e1": i64(11),
+        "e2": i64(22),
+        "e3": i64(33),
+        "last": i64(-1),
+        "far": i64(2**31 - 1),
+        "unit": np.array(1.0, np.float32),
+    },
+    "v = Transpose<perm = [1, 0, 2]>(x)\nsizes = Shape(v)\nn = Slice(sizes, s1, s2)\nt0 = Slice(sizes, s0, s1)\n"
+    "t1 = Cast<to = 6>(t0)\nt = Squeeze(t1, s0)\ntrip = Cast<to = 7>(t)\ngo = Less(none, t)\n"
+    "k = Concat<axis = 0>(n, eleven)\nh0 = Expand(zero, k)\n"
+    "time, h, length, all = Loop(trip, go, none, h0, t) <body = round (int64 i, bool on, int32 at, float[n,11] hi, int32 li)\n"
+    "    => (bool on2, int32 at2, float[n,11] ho, int32 lo, float[n,11] e)\n"
+    "  { a = Gather(v, at) p = MatMul(a, wx) q = Add(p, b) r = MatMul(hi, wh) at2 = Add(at, one) lo = Identity(li)\n"
+    "    g1 = Cast<to = 1>(at2) g2 = Cast<to = 1>(li) g3 = Less(g1, g2) f1 = Cast<to = 1>(i) f2 = Cast<to = 1>(t)\n"
+    "    f3 = Less(f1, f2) on2 = And(f3, g3) u1, u2, u3 = Split<axis = -1, num_outputs = 3>(q)\n"
+    "    v1 = Slice(r, s0, e1, s1) v2 = Slice(r, e1, e2, s1) v3 = Slice(r, e2, e3, s1) z1 = Add(u1, v1) z2 = Sigmoid(z1)\n"
+    "    r1 = Add(u2, v2) r2 = Sigmoid(r1) c1 = Mul(r2, v3) c2 = Add(u3, c1) c3 = Tanh(c2) k1 = Sub(unit, z2)\n"
+    "    k2 = Mul(k1, c3) k3 = Mul(z2, hi) ho = Add(k2, k3) e = Identity(ho) }>\n"
+    "d = Slice(all, last, far, s0)\nf = Squeeze(d, s0)\ny = MatMul(f, w5)",
+)
+entry(
     "a loop whose state grows",
     "float[n,3] x",
     "float[n,2] y",

@@ -47,7 +47,9 @@ def randomise(model: keras.Model) -> keras.Model:
 def write(model: keras.Model, path: Path) -> None:
     """Batch dynamic, lengths where they are None."""
     (given,) = model.inputs
-    model(np.zeros([size or 3 for size in given.shape], given.dtype))  # before its first call it has no inputs to export
+    model(
+        np.zeros([size or 3 for size in given.shape], given.dtype)
+    )  # before its first call it has no inputs to export
     randomise(model).export(path, format="onnx", verbose=False)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+
 @dataclass(frozen=True)
 class Export:
     """A network, example arguments by input name, and which of their axes are dynamic: {input: {axis: dimension}}."""
