@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 import torch
 from onnxruntime_genai.models.builder import create_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from exports import export_all, text
 from exports.pytorch import randomise
@@ -47,8 +47,8 @@ def write(made: PreTrainedModel, path: Path, precision: str, **options: Any) -> 
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / "source", Path(folder) / "out"
         made.save_pretrained(source)
-        details = {"extra_kwargs": {}, "hf_name": str(source), "hf_config": made.config}
-        with suppress(OSError):
+        details = {"extra_kwargs": {}, "hf_name": str(source), "hf_config": AutoConfig.from_pretrained(source)}
+        with suppress(OSError, ValueError):
             create_model(str(source), str(source), str(out), precision, "cpu", folder, hf_details=details, **options)
         onnx.save(onnx.load(out / "model.onnx"), path)
 

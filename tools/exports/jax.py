@@ -228,7 +228,7 @@ class OldAttention(linen.Module):
         return linen.Dense(11)(linen.gelu(linen.Dense(67)(linen.LayerNorm()(x))))
 
 
-class Sequence(eqx.Module):
+class Attending(eqx.Module):
     """Attention of Equinox over one sequence."""
 
     norm: eqx.nn.LayerNorm
@@ -261,7 +261,7 @@ MODELS: dict[str, Callable[[], Network]] = {
     "linen_gru": lambda: old_flax(OldRecurrent(linen.GRUCell), ("B", 9, 13)),
     "linen_attention": lambda: old_flax(OldAttention(), ("B", 12, 23)),
     "equinox_mlp": partial(equinox, lambda key: eqx.nn.MLP(23, 10, 67, 2, key=key), ("B", 23)),
-    "equinox_attention": partial(equinox, Sequence, ("B", 12, 40)),
+    "equinox_attention": partial(equinox, Attending, ("B", 12, 40)),
 }
 
 if __name__ == "__main__":
