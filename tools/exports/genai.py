@@ -22,7 +22,7 @@ from exports import export_all, text
 from exports.pytorch import randomise
 
 ROUND = {"hidden_size": 64, "intermediate_size": 96}  # 4-bit blocks of 16 fill heads and neurons
-GROUPED = text.GROUPED | ROUND | {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 64}
+GROUPED = text.GROUPED | ROUND | {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
 SIZES: dict[str, dict[str, Any]] = {
     "llama": GROUPED,
     "mistral": GROUPED | {"sliding_window": 6},
