@@ -109,7 +109,7 @@ class Trials:
         keep = {group.id: np.ones(len(group.units), np.bool_) for group in self.groups}
         for (group, order), count in zip(self.orders, state, strict=True):
             keep[group.id][order[:count]] = False
-        return self.analysis.settled(Plan(keep))
+        return Plan(keep)
 
     def cost_of(self, state: Sequence[int]) -> float:
         """The largest ratio of a state's cost to its limit."""
@@ -121,7 +121,7 @@ class Trials:
 
     def _damage(self, state: tuple[int, ...]) -> float:
         if state not in self.found:
-            self.found[state] = self._measured(self.plan(state))
+            self.found[state] = self._measured(self.analysis.settled(self.plan(state)))
             self.progress(len(self.found))
         return self.found[state]
 
