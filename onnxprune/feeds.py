@@ -131,7 +131,7 @@ def noisy(feeds: Sequence[Mapping[str, Array]], share: float, seed: int) -> list
     spread = {
         name: float(np.std(np.concatenate([np.asarray(f[name], np.float64).reshape(-1) for f in feeds])))
         for name, array in (feeds[0].items() if feeds else ())
-        if array.dtype.kind == "f" and array.ndim > 1
+        if array.dtype.kind == "f" and array.ndim > 1 and array.size
     }
     if not any(spread.values()):
         return []
@@ -146,10 +146,13 @@ def noisy(feeds: Sequence[Mapping[str, Array]], share: float, seed: int) -> list
     ]
 
 
-BATCH = 32  # samples in one feed where the batch is dynamic
+BATCH = 32  # samples in one feed where the batch is dynamic, at most
+FEEDS = 8  # feeds that samples make at least, where there are as many: some to fit to, others to judge by
 
 
-def batches(graph: ir.Graph, arrays: Mapping[str, Array], file: str, batch: int = BATCH) -> list[dict[str, Array]]:
+def batches(
+    graph: ir.Graph, arrays: Mapping[str, Array], file: str, batch: int | None = None
+) -> list[dict[str, Array]]:
     """Feeds from stacked samples: one array for each graph input, samples along axis 0.
 
     An array of exactly the input's fixed shape stands for all samples. Raises InputError where arrays and inputs
@@ -172,14 +175,13 @@ def batches(graph: ir.Graph, arrays: Mapping[str, Array], file: str, batch: int 
             constant[name] = array
         else:
             stacked[name] = array
-            if dims[0] is not None:
-                batch = min(batch, dims[0])
     counts = {name: len(array) for name, array in stacked.items()}
     if len(set(counts.values())) > 1:
         raise InputError(f"arrays hold different numbers of samples: {counts}", file=file)
     if not stacked:
         return [constant]
     count = next(iter(counts.values()))
+    batch = batch or min(BATCH, max(1, -(-count // FEEDS)))
     fixed = {int(v.shape[0]) for n, v in inputs.items() if n in stacked and isinstance(v.shape[0], int) and v.shape[0]}  # type: ignore[index]
     if fixed and (len(fixed) > 1 or count % (batch := fixed.pop())):
         raise InputError(f"{count} samples do not fill batches of {batch}", file=file)

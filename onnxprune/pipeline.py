@@ -144,7 +144,9 @@ def select(
             found = of(alive)
             return max(found[metric] / most for metric, most in limits.items()) / (1 + 1e-9)
 
-        return trials(groups, importance, rounding, share, floor=allocator.floor).search(allocator)
+        found = trials(groups, importance, rounding, share, floor=allocator.floor).search(allocator)
+        if share(selection.alive_labels(groups, found, analysis.labels)) <= 1:
+            plan = found
     return plan
 
 

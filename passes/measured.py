@@ -12,7 +12,8 @@ from onnxprune.plugin import Search
 from onnxprune.types import Array
 
 KINDS = 4  # of which every combination is tried as a start
-LONGEST = 40  # halvings of a bracket
+LONGEST = 30  # halvings of a bracket
+COARSE = 8  # steps, up to which a knob turns by itself
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ class Measured:
             prices = self._prices(problem, state, best, live, step)
             wishes = [_balanced(problem, state, prices, size) for size in (step, step / 2, step / 4)]
             wishes += [_balanced(problem, _turned(state, k, 1), np.ones(len(state)), 4.0) for k in drops]
+            wishes = [wish for wish in wishes if problem.cost(wish) <= 1]
             found = problem.damage(wishes)
-            first = int(np.argmin(found))
-            if found[first] < best:
-                state, best = wishes[first], float(found[first])
+            if len(found) and found.min() < best:
+                state, best = wishes[int(np.argmin(found))], float(found.min())
             else:
                 step /= 2
         return state
@@ -122,8 +123,26 @@ def _uniform(problem: Search, kinds: set[str]) -> list[int] | None:
 
 
 def _least(at: Callable[[float], list[int]], problem: Search, low: float, high: float) -> list[int]:
-    """The state of the lowest number that meets the target, where a higher one costs less."""
-    for _ in range(LONGEST):
-        middle = (low + high) / 2
-        low, high = (low, middle) if problem.cost(at(middle)) <= 1 else (middle, high)
-    return at(high)
+    """The state of the lowest number that meets the target, where a higher one costs less.
+
+    Knobs of few steps would jump together: those that need not do so turn back, and the others take up the rest.
+    """
+
+    def lowest(at: Callable[[float], list[int]]) -> tuple[list[int], list[int]]:
+        under, over = low, high
+        for _ in range(LONGEST):
+            middle = (under + over) / 2
+            under, over = (under, middle) if problem.cost(at(middle)) <= 1 else (middle, over)
+        return at(under), at(over)
+
+    before, state = lowest(at)
+    if problem.cost(state) > 1:
+        return state  # out of reach within this bracket
+    coarse = {k for k, knob in enumerate(problem.knobs) if len(np.unique(knob.table)) <= COARSE}
+    for k in sorted(coarse, key=lambda k: problem.cost(_turned(state, k, before[k]))):
+        back = _turned(state, k, min(before[k], state[k]))
+        if problem.cost(back) <= 1:
+            state = back
+    held = state
+    finer = lowest(lambda number: [held[k] if k in coarse else gone for k, gone in enumerate(at(number))])[1]
+    return finer if problem.cost(finer) <= 1 else state
