@@ -8,11 +8,12 @@ from itertools import combinations
 
 import numpy as np
 
-from onnxprune.plugin import Search
+from onnxprune.plugin import Knob, Search
 from onnxprune.types import Array
 
 KINDS = 4  # of which every combination is tried as a start
 LONGEST = 30  # halvings of a bracket
+FREE = 4.0  # how far, as a logarithm, the others may move to make up for a coarse knob
 COARSE = 8  # steps, up to which a knob turns by itself
 
 
@@ -22,10 +23,10 @@ class Measured:
 
     Every judgement is the divergence at the output after repair, on samples the repair does not see, at the state that
     is to be improved: where much has gone, other cuts are the cheap ones. A round measures each knob turned a bit
-    further, and moves all of them by how their damage per cost compares with one price that meets the target. Dropping
-    a branch, and what that lets the others keep, is tried as well. Source: METHODS C7 (distortions measured at the
-    output), with the equal-slope condition of rate-distortion theory. `rounds` and `step` (a factor of what is kept,
-    as a logarithm) say how long and how far, `trials` how many plans may be measured;
+    further, and moves all of them by how their damage per cost compares with one price that meets the target. Knobs of
+    few steps (a branch, a handful of heads) are flipped one by one, and the others make up for it. Source: METHODS C7
+    (distortions measured at the output), with the equal-slope condition of rate-distortion theory. `rounds` and `step`
+    (a factor of what is kept, as a logarithm) say how long and how far, `trials` how many plans may be measured;
     without rounds it is the equal share of all kinds, and nothing is measured.
     """
 
@@ -41,14 +42,16 @@ class Measured:
             return state
         best, step, spent = float(problem.damage([state])[0]), self.step, 0
         for _ in range(self.rounds):
-            live = [k for k, knob in enumerate(problem.knobs) if knob.kind != "layers" and state[k] < knob.most]
-            drops = [k for k, knob in enumerate(problem.knobs) if knob.kind == "layers" and not state[k]]
-            spent += len(live) + len(drops) + 3
-            if spent > self.trials or not live:
+            fine = [k for k, knob in enumerate(problem.knobs) if not _coarse(knob) and state[k] < knob.most]
+            flips = [
+                turned for k, knob in enumerate(problem.knobs) if _coarse(knob) for turned in _flips(state, k, knob)
+            ]
+            spent += len(fine) + len(flips) + 3
+            if spent > self.trials:
                 break
-            prices = self._prices(problem, state, best, live, step)
+            prices = self._prices(problem, state, best, fine, step)
             wishes = [_balanced(problem, state, prices, size) for size in (step, step / 2, step / 4)]
-            wishes += [_balanced(problem, _turned(state, k, 1), np.ones(len(state)), 4.0) for k in drops]
+            wishes += [_balanced(problem, flip, np.ones(len(state)), FREE) for flip in flips]
             wishes = [wish for wish in wishes if problem.cost(wish) <= 1]
             found = problem.damage(wishes)
             if len(found) and found.min() < best:
@@ -79,6 +82,18 @@ class Measured:
         return prices
 
 
+def _coarse(knob: Knob) -> bool:
+    """Whether a knob has so few steps that it is turned by itself: branches, a handful of heads."""
+    return knob.kind == "layers" or len(np.unique(knob.table)) <= COARSE
+
+
+def _flips(state: Sequence[int], k: int, knob: Knob) -> list[list[int]]:
+    """States with one knob a step further or a step back."""
+    levels = np.unique(knob.table).tolist()
+    place = levels.index(state[k]) if state[k] in levels else 0
+    return [_turned(state, k, levels[i]) for i in (place - 1, place + 1) if 0 <= i < len(levels)]
+
+
 def _turned(state: Sequence[int], k: int, count: int) -> list[int]:
     return [count if i == k else gone for i, gone in enumerate(state)]
 
@@ -95,7 +110,7 @@ def _moved(problem: Search, state: Sequence[int], k: int, change: float) -> int:
 
 def _balanced(problem: Search, state: Sequence[int], prices: Array, step: float) -> list[int]:
     """Every knob moved by the logarithm of a common price over its own, at most by `step`; the lowest that will do."""
-    moving = [k for k, knob in enumerate(problem.knobs) if knob.kind != "layers"]
+    moving = [k for k, knob in enumerate(problem.knobs) if not _coarse(knob)]
 
     def at(price: float) -> list[int]:
         changes = {
@@ -104,7 +119,7 @@ def _balanced(problem: Search, state: Sequence[int], prices: Array, step: float)
         }
         return [_moved(problem, state, k, changes[k]) if k in changes else gone for k, gone in enumerate(state)]
 
-    finite = np.log(prices[np.isfinite(prices)])
+    finite = np.log(prices[np.isfinite(prices)]) if np.isfinite(prices).any() else np.zeros(1)
     return _least(at, problem, finite.min() - 2 * step, finite.max() + 2 * step)
 
 
@@ -138,7 +153,7 @@ def _least(at: Callable[[float], list[int]], problem: Search, low: float, high: 
     before, state = lowest(at)
     if problem.cost(state) > 1:
         return state  # out of reach within this bracket
-    coarse = {k for k, knob in enumerate(problem.knobs) if len(np.unique(knob.table)) <= COARSE}
+    coarse = {k for k, knob in enumerate(problem.knobs) if _coarse(knob)}
     for k in sorted(coarse, key=lambda k: problem.cost(_turned(state, k, before[k]))):
         back = _turned(state, k, min(before[k], state[k]))
         if problem.cost(back) <= 1:
