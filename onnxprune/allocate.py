@@ -82,7 +82,7 @@ class Trials:
     importance: Sequence[Array]
     rounding: Rounding
     cost: Callable[[Mask], float]
-    worker: Worker
+    worker: Worker | None
     reconstructor: Reconstructor | None
     floor: float = 0.0
     stays: Sequence[str] = ()
@@ -96,12 +96,14 @@ class Trials:
         self.orders: list[tuple[Group, Positions]] = []
         for group, scores in zip(self.groups, self.importance, strict=True):
             order = np.argsort(scores, kind="stable")
-            if group.kind == "layers":
+            if group.kind == "layers":  # whose importance is that of an average slice
                 for k in order.tolist():
-                    self.knobs.append(Knob(group.kind, np.array([0, 1])))
+                    worth = np.array([0.0, scores[k] * max(group.slices()[k], 1)])
+                    self.knobs.append(Knob(group.kind, np.array([0, 1]), worth))
                     self.orders.append((group, np.array([k])))
             else:
-                self.knobs.append(Knob(group.kind, self.rounding.table(group, self.floor)))
+                worth = np.concatenate([[0.0], np.cumsum(scores[order])])
+                self.knobs.append(Knob(group.kind, self.rounding.table(group, self.floor), worth))
                 self.orders.append((group, order))
 
     def plan(self, state: Sequence[int]) -> Plan:
@@ -131,6 +133,7 @@ class Trials:
         except InternalError:
             return float("inf")
         start = started(self.analysis, plan, pruned, self.bases, self.stays)
+        assert self.worker is not None
         found = reconstruct.repair(
             self.worker,
             pruned,

@@ -71,12 +71,7 @@ class Analysis:
         """The initializers as criteria see them."""
         stored = initializers(self.prepared.model.graph)
 
-        def read(name: str) -> Array:
-            tensor = stored[name].const_value
-            assert tensor is not None
-            return np.asarray(tensor.numpy()).astype(np.float64)
-
-        return plugin.Weights(read)
+        return plugin.Weights(lambda name: verify.meant(stored[name]))
 
     def frozen(self, groups: Sequence[Group]) -> list[Frozen]:
         """What stays and why, if only these groups may shrink."""

@@ -1,50 +1,219 @@
-"""What criteria look at: the weights, and what the operators that read a group are fed."""
+"""What criteria look at: the weights, what the operators that read a group are fed, and what its removal does."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from onnxprune import plugin
+from onnxprune import plugin, quality
 from onnxprune.analysis import Analysis
-from onnxprune.calibrate import Gather, Moments, MomentsOf, Reads
-from onnxprune.sites import Operator, find_sites
-from onnxprune.types import Array, Axis, Group, Mask
+from onnxprune.branches import PLAIN, SKIP_NORMS
+from onnxprune.calibrate import Columns, Gate, Gather, Moments, MomentsOf, Profile, ProfileOf, Reads, RowsOf, masked
+from onnxprune.errors import ImpossibleError, InputError, InternalError
+from onnxprune.plugin import Levels
+from onnxprune.runtime import ort
+from onnxprune.sites import Operator, Slot, find_sites
+from onnxprune.storage import dump
+from onnxprune.types import Array, Axis, Group, Mask, OpNode, Plan
+from onnxprune.worker import Worker
+
+Feeds = Sequence[Mapping[str, Array]]
+TOKENS = 2048  # rows of a stream or a router that are enough
+SAMPLES = 128  # of the calibration set on which losses are measured
+WEIGHTED = {"Conv": 0, "Gemm": None, "MatMul": -1}  # the axis of a weight's outputs; Gemm's depends on transB
+PLAIN_READERS = frozenset(
+    "Add Sub Mul Div PRelu BatchNormalization InstanceNormalization Identity Sum Max Min Where Expand".split()
+)
 
 
 def evidence(
-    analysis: Analysis, groups: Sequence[Group], seed: int, gather: Gather | None, budget: int
+    analysis: Analysis,
+    groups: Sequence[Group],
+    seed: int,
+    gather: Gather | None,
+    budget: int,
+    runs: Runs | None = None,
 ) -> plugin.Evidence:
-    """Evidence about these groups; second moments are gathered for as many groups at once as `budget` (bytes) holds."""
+    """Evidence about these groups; second moments are gathered for as many operators at once as `budget` (bytes) holds.
+
+    Losses are measured on `runs`, and unknown without them.
+    """
     if gather is None:
         return plugin.Evidence(analysis.weights, seed)
-    weights = _Operators(analysis)
-    moments: dict[str, Moments] = {}
-
-    def fetch(group: Group) -> None:
-        start = [g.id for g in groups].index(group.id)
-        wanted: dict[str, int] = {}
-        for other in groups[start:]:
-            new = {o.node: weights.bytes(o) for o, _ in weights.of(other)}
-            if wanted and sum((wanted | new).values()) > budget:
-                break
-            wanted |= new
-        moments.clear()
-        requests = {node: MomentsOf(Reads(node)) for node in wanted}
-        found = gather(list(requests.values()))
-        moments.update({node: found[request] for node, request in requests.items()})
-
-    def readers(group: Group) -> list[plugin.Reader]:
-        operators = weights.of(group)
-        if any(operator.node not in moments for operator, _ in operators):
-            fetch(group)
-        return [weights.reader(operator, columns, moments[operator.node]) for operator, columns in operators]
-
-    return plugin.Evidence(analysis.weights, seed, readers)
+    found = _Statistics(analysis, groups, gather, budget)
+    loss = _Losses(analysis, groups, found.operators, runs).of if runs is not None else None
+    return plugin.Evidence(analysis.weights, seed, found.readers, found.junctions, found.router, loss)
 
 
-class _Operators:
+@dataclass(frozen=True)
+class Runs:
+    """Where and on what losses are measured: all of the first feeds that hold so many samples."""
+
+    worker: Worker
+    feeds: Feeds
+    threads: int = 1
+
+    @cached_property
+    def taken(self) -> Feeds:
+        """The feeds that are used."""
+        found: list[Mapping[str, Array]] = []
+        for feed in self.feeds:
+            if sum(map(_count, found)) < SAMPLES:
+                found.append(feed)
+        return found
+
+
+@dataclass
+class _Statistics:
+    """Statistics of the dense model, each gathered when it is first asked for."""
+
+    analysis: Analysis
+    groups: Sequence[Group]
+    gather: Gather
+    budget: int
+    moments: dict[str, Moments] = field(default_factory=dict)
+    streams: dict[int, list[plugin.Junction]] = field(default_factory=dict)
+
+    # Readers
+
+    @cached_property
+    def operators(self) -> Operators:
+        """Linear operators that read groups."""
+        return Operators(self.analysis)
+
+    @cached_property
+    def nodes(self) -> dict[str, Operator]:
+        """The operators that read these groups by node, in the order of the groups."""
+        return {operator.node: operator for group in self.groups for operator, _ in self.operators.of(group)}
+
+    @cached_property
+    def profiles(self) -> dict[str, Profile]:
+        """Statistics of the columns of all of them, in one pass."""
+        requests = {node: ProfileOf(Reads(node)) for node in self.nodes}
+        found = self.gather(list(requests.values()))
+        return {node: found[request] for node, request in requests.items()}
+
+    def second(self, node: str) -> Array:
+        """Second moments of what a node reads; those of the next ones are collected with it."""
+        if node not in self.moments:
+            wanted: list[str] = []
+            taken = 0
+            for name in list(self.nodes)[list(self.nodes).index(node) :]:
+                taken += self.operators.bytes(self.nodes[name])
+                if wanted and taken > self.budget:
+                    break
+                wanted.append(name)
+            requests = {name: MomentsOf(Reads(name)) for name in wanted}
+            found = self.gather(list(requests.values()))
+            self.moments = {name: found[request] for name, request in requests.items()}
+        moments = self.moments[node]
+        return np.asarray(moments.xx[0] / max(moments.count, 1) + np.outer(moments.mean[0], moments.mean[0]))
+
+    def readers(self, group: Group) -> list[plugin.Reader]:
+        """See Evidence.readers."""
+        found = []
+        for operator, columns in self.operators.of(group):
+            node = operator.node
+            profile = self.profiles[node]
+            found.append(
+                plugin.Reader(
+                    node=node,
+                    weight=self.operators.matrix(operator),
+                    columns=columns,
+                    rows=profile.count,
+                    mean=profile.mean,
+                    variance=profile.variance,
+                    size=profile.l1 / max(profile.count, 1),
+                    intercept=node in self.operators.free,
+                    second=lambda node=node: self.second(node),  # type: ignore[misc]
+                )
+            )
+        return found
+
+    # Streams and routers
+
+    def junctions(self, group: Group) -> list[plugin.Junction]:
+        """See Evidence.junctions; none where one of the sums is quantised."""
+        if group.id not in self.streams:
+            self.streams = {group.id: self._junctions(group) if group.kind == "layers" else []}
+        return self.streams[group.id]
+
+    def _junctions(self, group: Group) -> list[plugin.Junction]:
+        branches, first = self.analysis.branches, len(self.analysis.dims.frozen)
+        places: list[tuple[str, str, bool]] = []  # (what the branch adds, the other value, whether that is the sum)
+        for unit in group.units.tolist():
+            branch = branches.found[unit - first]
+            node = branches.view.nodes[branch.sum]
+            if (node.domain, node.op_type) in PLAIN:
+                places.append((branch.value, node.outputs[0], True))
+            elif node.op_type in SKIP_NORMS:
+                places.append((branch.value, node.inputs[1 - branch.operand], False))
+            else:
+                return []
+        requests = {
+            value: RowsOf(Columns(value, self.channels(value)), TOKENS)
+            for added, other, _ in places
+            for value in (added, other)
+        }
+        found = self.gather(list(requests.values()))
+        rows = {value: found[request][0] for value, request in requests.items()}
+        return [
+            plugin.Junction(rows[other] - rows[added], rows[other])
+            if total
+            else plugin.Junction(rows[other], rows[other] + rows[added])
+            for added, other, total in places
+        ]
+
+    @cached_property
+    def uses(self) -> Counter[int]:
+        """{class of axes: how many axes of initializers are in it}."""
+        dims = self.analysis.dims
+        axes = (Axis(name, k) for name, item in self.analysis.view.stored.items() for k in range(len(item.shape)))
+        numbers = dims.relations.number
+        return Counter(int(dims.classes[numbers[axis]]) for axis in axes if axis in numbers)
+
+    def channels(self, value: str) -> int:
+        """The axis of a value that most initializers share; the last of equals."""
+        dims, rank = self.analysis.dims, len(self.analysis.view.shapes[value])
+        numbers = dims.relations.number
+        counts = [
+            self.uses[int(dims.classes[numbers[axis]])] if (axis := Axis(value, k)) in numbers else 0 for k in range(rank)
+        ]
+        return rank - 1 - int(np.argmax(counts[::-1]))
+
+    def router(self, group: Group) -> plugin.Router | None:
+        """See Evidence.router: the scores that a TopK chooses from, else those that a softmax or a fused operator reads."""
+        found = [place for node in self.analysis.view.nodes if (place := self._chooses(node, group)) is not None]
+        if group.kind != "experts" or not found:
+            return None
+        value, axis, top, places = min(found, key=lambda place: place[2])
+        rows = self.gather([request := RowsOf(Columns(value, axis), TOKENS)])[request][0]
+        return plugin.Router(rows, top, places)
+
+    def _chooses(self, node: OpNode, group: Group) -> tuple[str, int, int, Array] | None:
+        """(value, axis, how many are chosen, position of each unit) if a node chooses among the units of a group."""
+        if node.within or node.op_type not in ("TopK", "Softmax", "MoE", "QMoE"):
+            return None
+        value = node.inputs[1] if node.op_type in ("MoE", "QMoE") else node.inputs[0]
+        shape = self.analysis.view.shapes.get(value, ())
+        axis = int(node.attr("axis", -1)) % max(len(shape), 1)
+        labels = self.analysis.dims.labels_of(Axis(value, axis)) if shape else None
+        if labels is None or not np.isin(group.units, labels).all():
+            return None
+        top = node.attr("k") if node.op_type != "Softmax" else len(labels)
+        top = top if top is not None else node.const(1)
+        order = np.argsort(labels, kind="stable")
+        places = order[np.searchsorted(labels, group.units, sorter=order)]
+        return None if top is None else (value, axis, int(np.max(top)), places)
+
+
+class Operators:
     """Linear operators of the dense model by the slot of their weight."""
 
     def __init__(self, analysis: Analysis) -> None:
@@ -61,6 +230,10 @@ class _Operators:
             o.node for s in sites for o in s.operators if o.bias is not None or any(t.kind != "mul" for t in o.steps)
         }
 
+    def reads(self, operator: Operator) -> int:
+        """The axis of the stored weight that is summed over."""
+        return 1 if operator.op_type == "Conv" or operator.transposed else 0
+
     def of(self, group: Group) -> list[tuple[Operator, Array]]:
         """Operators that sum over units of a group, with the columns int64[units, ...] of each."""
         found = []
@@ -69,9 +242,9 @@ class _Operators:
                 operator = self.found.get(slot)
                 if operator is None or member.role != "weight" or operator.attrs.get("group", 1) != 1:
                     continue
-                shape = self.weights.array(member.initializer).shape
-                if member.axis != (1 if operator.op_type == "Conv" or operator.transposed else 0):
+                if member.axis != self.reads(operator):
                     continue
+                shape = self.weights.array(member.initializer).shape
                 patch = int(np.prod(shape[2:])) if operator.op_type == "Conv" else 1
                 count = len(group.units)
                 if (
@@ -84,31 +257,154 @@ class _Operators:
                 found.append((operator, columns))
         return found
 
-    def matrix(self, operator: Operator, initializer: str) -> Array:
+    def matrix(self, operator: Operator) -> Array:
         """float64[columns, outputs]."""
-        array = self.weights.array(initializer)
+        array = self.weights.array(self.names[operator.weight])
         return (
             array.reshape(len(array), -1).T if operator.op_type == "Conv" else array.T if operator.transposed else array
         )
 
     def bytes(self, operator: Operator) -> int:
         """What an operator's second moments take."""
-        return 8 * int(np.prod(self.shape(operator))) ** 2
+        shape = self.weights.array(self.names[operator.weight]).shape
+        own = shape[1:] if operator.op_type == "Conv" or operator.transposed else shape[:1]
+        return 8 * int(np.prod(own)) ** 2
 
-    def shape(self, operator: Operator) -> tuple[int, ...]:
-        """Sizes whose product is the number of columns."""
-        name = self.name(operator)
-        shape = self.weights.array(name).shape
-        return shape[1:] if operator.op_type == "Conv" or operator.transposed else shape[:1]
 
-    def name(self, operator: Operator) -> str:
-        """The operator's weight."""
-        return self.names[operator.weight]
+class _Losses:
+    """How far the outputs move if units go, or go in part; nothing is repaired.
 
-    def reader(self, operator: Operator, columns: Array, moments: Moments) -> plugin.Reader:
-        """The operator as criteria see it."""
-        free = operator.node in self.free
-        second = moments.xx[0] / max(moments.count, 1)
-        if not free:
-            second = second + np.outer(moments.mean[0], moments.mean[0])
-        return plugin.Reader(operator.node, self.matrix(operator, self.name(operator)), columns, second, free)
+    Units of a group go where the operators that read it see no more of them: their weights are multiplied by masks in
+    one copy of the model that serves every mask. Where something else reads a group as well, whole units are cut out
+    by the rewriter instead.
+    """
+
+    def __init__(self, analysis: Analysis, groups: Sequence[Group], operators: Operators, runs: Runs) -> None:
+        self.analysis, self.operators, self.runs = analysis, operators, runs
+        self.by_id = {group.id: group for group in (*analysis.groups, *groups)}
+
+    @cached_property
+    def dense(self) -> list[dict[str, Array]]:
+        """The dense outputs."""
+        return self._outputs(self.analysis.prepared.model)
+
+    def of(self, levels: Sequence[Levels], measure: str) -> Array:
+        """See Evidence.loss."""
+        score = quality.MEASURES[measure]
+        known = dict.fromkeys(k for each in levels for k in each)
+        gates = {k: found for k in known if (found := self._gates(self.by_id[k])) is not None}
+        if gates.keys() == known.keys():
+            return np.array([score(outputs, self.dense) for outputs in self._gated(levels, gates)])
+        return np.array([self._cut(each, score) for each in levels])
+
+    def _outputs(self, model: Any) -> list[dict[str, Array]]:
+        with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+            path = str(dump(model, folder, "copy"))
+            found: list[dict[str, Array]] = self.runs.worker.call(
+                ort.run, path, list(self.runs.taken), threads=self.runs.threads
+            )
+        return found
+
+    def _gated(self, levels: Sequence[Levels], gates: Mapping[int, list[tuple[Gate, Array]]]) -> Any:
+        """The outputs at each of the levels."""
+        places = {gate: None for each in gates.values() for gate, _ in each}
+        shapes = self.analysis.prepared.facts.shapes
+        order = list(places)
+        model, names = self.analysis.prepared.model, list(self.dense[0])
+        with masked(self.runs.worker, model, order, outputs=names, threads=self.runs.threads) as call:
+            for each in levels:
+                masks = {g: np.ones(() if g.axis is None else shapes[g.value][g.axis], np.float32) for g in order}
+                for k, level in each.items():
+                    for gate, units in gates[k]:
+                        if gate.axis is None:
+                            masks[gate] = np.float32(level[int(units[0])])  # type: ignore[assignment]
+                        else:
+                            masks[gate][units[0]] = np.asarray(level, np.float32)[units[1]]
+                yield [call(feed, [masks[gate] for gate in order]) for feed in self.runs.taken]
+
+    def _cut(self, levels: Levels, score: Any) -> float:
+        """The loss of a model from which whole units are cut."""
+        if any(not np.isin(level, (0, 1)).all() for level in levels.values()):
+            return float("nan")
+        keep = {}
+        for k, level in levels.items():
+            whole = next(group for group in self.analysis.groups if group.id == k)
+            gone = self.by_id[k].units[np.asarray(level) == 0]
+            keep[k] = ~np.isin(whole.units, gone)
+            if not keep[k].any():
+                return float("inf")
+        try:
+            outputs = self._outputs(self.analysis.rewrite(self.analysis.settled(Plan(keep))))
+        except (InternalError, InputError, ImpossibleError):
+            return float("inf")
+        return float(score(outputs, self.dense))
+
+    def _gates(self, group: Group) -> list[tuple[Gate, Array]] | None:
+        """Where units can be switched off, with what says which; None where masks would not be the removal.
+
+        For a branch the second is its number in the group, else int64[2, n]: positions and their units.
+        """
+        if group.kind == "layers":
+            first = len(self.analysis.dims.frozen)
+            return [
+                (Gate(self.analysis.branches.found[unit - first].value, None), np.array([k]))
+                for k, unit in enumerate(group.units.tolist())
+            ]
+        if not group.exact or np.isin(group.units, self.otherwise).any():
+            return None
+        found = []
+        for member in group.members:
+            if member.role not in ("weight", "bias", "norm", "divisor"):
+                return None
+            for slot in member.readers:
+                operator = self.operators.found.get(slot)
+                if operator is None and not self._writes(slot, member.axis):
+                    return None
+                if operator is not None and member.axis == self.operators.reads(operator):
+                    if operator.attrs.get("group", 1) != 1:
+                        return None
+                    found.append((Gate(member.initializer, member.axis), np.stack([member.positions, member.units])))
+        return found or None
+
+    @cached_property
+    def nodes(self) -> dict[str, OpNode]:
+        """The nodes by their first output."""
+        return {node.outputs[0]: node for node in self.analysis.view.nodes}
+
+    def _writes(self, slot: Slot, axis: int) -> bool:
+        """Whether what is stored in a slot only makes positions of an axis, or scales and shifts them."""
+        node = self.nodes.get(slot[0])
+        if node is None or node.within:
+            return False
+        rank = len(node.shapes.get(node.inputs[slot[1]], ()))
+        if node.op_type == "Conv" and not node.domain:
+            return slot[1] == 2 or axis == 0
+        if node.op_type in ("Gemm", "MatMul") and not node.domain:
+            outputs = rank - 1 if not node.attr("transB", 0) else 0
+            return slot[1] == 2 or (slot[1] == 1 and axis == outputs)
+        return node.op_type in PLAIN_READERS or (node.op_type == "Gather" and slot[1] == 0 and axis > 0)
+
+    @cached_property
+    def otherwise(self) -> Array:
+        """Labels that are summed over by something else than a linear operator with a weight of its own."""
+        linear = {operator.node for operator in self.operators.found.values()}
+        found: list[Array] = []
+        for node in self.analysis.view.nodes:
+            if node.outputs[0] in linear or node.op_type in ("Shape", "Size"):
+                continue
+            read, made = ([self._labels(name, node) for name in names if name] for names in (node.inputs, node.outputs))
+            found.append(np.setdiff1d(_union(read), _union(made)))
+        return np.unique(_union(found))
+
+    def _labels(self, name: str, node: OpNode) -> Array:
+        rank = len(node.shapes.get(name, ()))
+        labels = (self.analysis.dims.labels_of(Axis(name, k)) for k in range(rank))
+        return _union([each for each in labels if each is not None])
+
+
+def _union(parts: Sequence[Array]) -> Array:
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *parts]))
+
+
+def _count(feed: Mapping[str, Array]) -> int:
+    return max((len(array) for array in feed.values() if np.ndim(array)), default=1)

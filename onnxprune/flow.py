@@ -126,6 +126,10 @@ class Flow:
         for name in [n for n in self.live if not self.waiting[n] and n not in wanted and n not in self.outputs]:
             del self.live[name]
 
+    def knows(self, name: str) -> bool:
+        """Whether a value exists here."""
+        return name in self.maker or name in self.live or name in self.stored
+
     def gone(self, name: str) -> bool:
         """Whether a value was computed and forgotten."""
         k = self.maker.get(name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
 
+from onnxprune.plugin import Problem, Solution
 from onnxprune.types import Array, Mask
 
 RIDGES = (1e-3, 1e-2, 1e-1, 5e-1)  # shares of the mean diagonal of the second moments
@@ -55,6 +57,23 @@ class Regression:
             except LinAlgError:
                 return self._factor(max(ridge, 1e-8) * 10)
         return self._factors[ridge]
+
+
+def by_groups(problem: Problem, ridge: float, solve: Callable[[Array, Array, Array], Fit]) -> Solution:
+    """A solution whose change of each group is solve(x, weight, wanted - current), shapes as in Problem."""
+    groups, outputs = len(problem.x), problem.wanted.shape[1] // len(problem.x)
+    lacks = (problem.wanted - problem.current).reshape(len(problem.wanted), groups, outputs)
+    fits = [solve(problem.x[g], problem.weight[g], lacks[:, g]) for g in range(groups)]
+    return Solution(np.stack([fit.weight for fit in fits]), np.concatenate([fit.shift for fit in fits]), ridge)
+
+
+def surgeon(problem: Problem, damp: float) -> Solution:
+    """What optimal brain surgeon leaves of the weight once all columns that go are gone.
+
+    Each removal minimises tr(D^T H D), D the change so far and H the damped second moments, under what went before, so
+    the end is the minimum under all of them, whatever the order: H_SS D_S = H_SP W_P. Blocks make no difference to it.
+    """
+    return by_groups(problem, damp, lambda x, weight, lacks: Regression(x, intercept=False).solve(lacks, damp))
 
 
 def seen(value: Array, bounds: tuple[float, float]) -> Array:

@@ -89,15 +89,22 @@ def _unignored(analysis: Analysis, group: Group, patterns: Sequence[str]) -> Gro
 def score(
     analysis: Analysis, groups: Sequence[Group], options: Options, evidence: plugin.Evidence
 ) -> tuple[tuple[Group, ...], list[Array]]:
-    """Groups that the criterion can score, and their importance; what the default one cannot score, magnitude does."""
+    """Groups that the criterion can score, and their importance.
+
+    What is not of its kinds, the default one scores; what the default one cannot score, magnitude does.
+    """
     name = Methods.of(options).criterion
     criterion = plugin.build("criteria", name)
-    spare = plugin.build("criteria", "mag") if options.criterion is None else None
+    usual = plugin.build("criteria", Methods.of(replace(options, criterion=None)).criterion)
+    magnitude = plugin.build("criteria", "mag")
     scored, importance = [], []
     for group in groups:
-        found = criterion.importance(group, evidence)
-        if found is None and spare is not None:
-            found = spare.importance(group, evidence)
+        kinds = plugin.trait(criterion, "kinds")
+        other = options.criterion is None or (kinds and group.kind not in kinds)
+        for one in (usual, magnitude) if other else (criterion,):
+            found = one.importance(group, evidence)
+            if found is not None:
+                break
         if found is not None:
             scored.append(group)
             importance.append(np.nan_to_num(np.asarray(found, np.float64)))
@@ -126,7 +133,8 @@ def select(
     main = next(iter(limits))
     cost = analysis.costs.of_units(tuple(groups), main)
     searches = isinstance(allocator, plugin.Searcher)
-    if searches and trials is None:
+    measures = searches and plugin.trait(allocator, "measures")
+    if measures and trials is None:
         raise InputError(f"{options.allocate} measures: it needs --calibration and a repair", object="--allocate")
     priority = importance if searches else allocator.priority(importance, cost)
 
@@ -138,13 +146,17 @@ def select(
         return selection.by_target(groups, priority, allocator.floor, rounding, limits, of, analysis.labels)
 
     plan: Plan = named(analysis.source.path, chosen)  # also where nothing is searched: says what is out of reach
-    if searches and trials is not None:
+    if searches:
 
         def share(alive: Mask) -> float:
             found = of(alive)
             return max(found[metric] / most for metric, most in limits.items()) / (1 + 1e-9)
 
-        found = trials(groups, importance, rounding, share, floor=allocator.floor).search(allocator)
+        if trials is None or not measures:
+            given = Trials(analysis, groups, importance, rounding, share, None, None, allocator.floor)
+        else:
+            given = trials(groups, importance, rounding, share, floor=allocator.floor)
+        found = given.search(allocator)
         if share(selection.alive_labels(groups, found, analysis.labels)) <= 1:
             plan = found
     return plan

@@ -1,14 +1,15 @@
-"""What a pass is: a criterion scores the units of a group, an allocator says in which order units go.
+"""What a pass is: a criterion scores the units of a group, an allocator says which units go, a reconstructor repairs.
 
-Both are frozen dataclasses whose fields are their options and whose docstring's first line is their help. They are
-found by entry point, so a package of yours can bring its own.
+All are frozen dataclasses whose fields are their options and whose docstring's first line is their help. They are
+found by entry point, so a package of yours can bring its own. What a pass needs it says in class variables, of which
+TRAITS has the defaults.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -18,10 +19,25 @@ from onnxprune.errors import InputError
 from onnxprune.types import Array, Group, Member
 
 Feeds = Sequence[Mapping[str, Array]]
+Levels = Mapping[int, Array]  # {group id: float64[units]}: how much of each unit is left, 1 all of it, 0 nothing
+TRAITS: Mapping[str, Any] = {
+    "calibrated": False,  # a criterion that is nothing without calibration data
+    "kinds": (),  # the kinds of groups that a criterion scores, all of them where it is empty; others get the default
+    "measures": True,  # a searcher that asks for `damage`, for which there must be calibration data and a repair
+    "dense": False,  # a reconstructor that sees what the dense model feeds a site, not what the pruned one does
+    "consumers": False,  # one that fits only operators that lost columns
+    "synthetic": False,  # one that makes do with random inputs
+    "subspaces": False,  # one that fits producers and consumers, so that it can start from a change of basis
+}
+
+
+def trait(one: object, name: str) -> Any:
+    """What a pass says about itself, see TRAITS."""
+    return getattr(one, name, TRAITS[name])
 
 
 class Weights:
-    """Initializers as float64, dequantised by nothing but their own values; each is read when first asked for."""
+    """Initializers as float64, quantised ones by the values they stand for; each is read when first asked for."""
 
     def __init__(self, read: Callable[[str], Array]) -> None:
         self._read = lru_cache(maxsize=8)(read)
@@ -44,28 +60,92 @@ class Weights:
 class Reader:
     """A linear operator that reads a group: it sums x W over columns, of which each unit owns as many.
 
-    weight float64[columns, outputs]; columns int64[units, of each unit]; moments float64[columns, columns]: the mean of
-    x x^T over the calibration data, of the centred x where `intercept` says that a constant costs nothing.
+    weight float64[columns, outputs]; columns int64[units, of each unit]. Over `rows` rows of calibration data, each
+    column of x has a `mean`, a `variance` (divided by rows - 1) and a `size`, the mean of |x|, float64[columns].
+    `intercept` says that a constant costs nothing.
     """
 
     node: str
     weight: Array
     columns: Array
-    moments: Array
+    rows: int
+    mean: Array
+    variance: Array
+    size: Array
     intercept: bool
+    second: Callable[[], Array]
+
+    @property
+    def mean_square(self) -> Array:
+        """float64[columns]: the mean of x^2."""
+        return np.asarray(self.variance * ((self.rows - 1) / max(self.rows, 1)) + self.mean**2)
+
+    @cached_property
+    def uncentred(self) -> Array:
+        """float64[columns, columns]: the means of x x^T; collected when first asked for."""
+        return self.second()
+
+    @property
+    def moments(self) -> Array:
+        """float64[columns, columns]: the means of x x^T, of the centred x where a constant costs nothing."""
+        return self.uncentred - np.outer(self.mean, self.mean) if self.intercept else self.uncentred
 
     def energy(self) -> float:
-        """The operator's mean squared output, summed over its outputs."""
+        """The operator's mean squared output, summed over its outputs; without a constant where that costs nothing."""
         return float(np.einsum("io,ij,jo->", self.weight, self.moments, self.weight, optimize=True))
+
+    def of_units(self, values: Array) -> Array:
+        """float64[units]: float64[columns] summed over the columns of each unit."""
+        return np.asarray(values[self.columns].sum(axis=1))
+
+
+@dataclass(frozen=True)
+class Junction:
+    """Where a branch joins its stream, over the same rows for all of them: float32[rows, channels].
+
+    `before` is what the branch is added to, `after` the sum.
+    """
+
+    before: Array
+    after: Array
+
+
+@dataclass(frozen=True)
+class Router:
+    """What chooses among experts: its scores float32[rows, experts], of which each row takes the `top` highest.
+
+    `places` int64[units] are the columns of the units.
+    """
+
+    scores: Array
+    top: int
+    places: Array
+
+    def gates(self) -> Array:
+        """float64[rows, units]: the weight of each unit's expert; zero where it is not taken, one for each row in all."""
+        scores = self.scores.astype(np.float64)
+        if not ((scores >= 0).all() and np.allclose(scores.sum(axis=1), 1, atol=1e-3)):
+            scores = np.exp(scores - scores.max(axis=1, keepdims=True))
+        taken = np.argsort(-scores, axis=1, kind="stable")[:, : self.top]
+        found = np.zeros_like(scores)
+        np.put_along_axis(found, taken, np.take_along_axis(scores, taken, axis=1), axis=1)
+        return np.asarray((found / np.maximum(found.sum(axis=1, keepdims=True), 1e-30))[:, self.places])
 
 
 class Evidence:
-    """What criteria may look at: weights and a seed; readers and their inputs where there is calibration data."""
+    """What criteria may look at: weights and a seed always, the rest where there is calibration data."""
 
     def __init__(
-        self, weights: Weights, seed: int = 0, readers: Callable[[Group], Sequence[Reader]] | None = None
+        self,
+        weights: Weights,
+        seed: int = 0,
+        readers: Callable[[Group], Sequence[Reader]] | None = None,
+        junctions: Callable[[Group], Sequence[Junction]] | None = None,
+        router: Callable[[Group], Router | None] | None = None,
+        loss: Callable[[Sequence[Levels], str], Array] | None = None,
     ) -> None:
-        self.weights, self.seed, self._readers = weights, seed, readers
+        self.weights, self.seed = weights, seed
+        self._readers, self._junctions, self._router, self._loss = readers, junctions, router, loss
 
     @property
     def calibrated(self) -> bool:
@@ -75,6 +155,22 @@ class Evidence:
     def readers(self, group: Group) -> Sequence[Reader]:
         """The linear operators that read a group; none without calibration data."""
         return self._readers(group) if self._readers is not None else ()
+
+    def junctions(self, group: Group) -> Sequence[Junction]:
+        """For each branch of a group of the kind `layers` where it joins; none without calibration data."""
+        return self._junctions(group) if self._junctions is not None else ()
+
+    def router(self, group: Group) -> Router | None:
+        """What chooses among the units of a group of the kind `experts`, None where that is not found."""
+        return self._router(group) if self._router is not None else None
+
+    def loss(self, levels: Sequence[Levels], measure: str = "divergence") -> Array:
+        """float64[levels]: how far the outputs are from the dense model's if this much of these units is left.
+
+        `measure` is a name in quality.MEASURES. Nothing is repaired. No number where it cannot be known: units in
+        parts (levels besides 0 and 1) only where the operators that read them have float weights.
+        """
+        return self._loss(levels, measure) if self._loss is not None else np.full(len(levels), np.nan)
 
 
 @runtime_checkable
@@ -101,15 +197,24 @@ class Allocator(Protocol):
 
 @dataclass(frozen=True)
 class Knob:
-    """What more or less of may go, a group or a branch: `table[r]` units really go where r are to go."""
+    """What more or less of may go, a group or a branch: `table[r]` units really go where r are to go.
+
+    `worth[r]` is the importance that r units take with them, the least important first.
+    """
 
     kind: str
     table: Array
+    worth: Array
 
     @property
     def most(self) -> int:
         """How many units can go."""
         return int(self.table[-1])
+
+    @property
+    def levels(self) -> list[int]:
+        """How many units can go, all possible numbers, ascending."""
+        return [int(r) for r in np.unique(self.table)]
 
 
 @dataclass(frozen=True)
@@ -140,7 +245,8 @@ class Problem:
 
     x float32[groups, rows, columns], weight float64[groups, columns, outputs] as it is, wanted and current
     float32[rows, groups * outputs]; `held_out` bool[rows] is not to be fitted to. Readers see only what lies between
-    `bounds`. With `intercept` a constant may be added as well. `ridge` is a damping that was found before.
+    `bounds`. With `intercept` a constant may be added as well. `ridge` is a damping that was found before. `patch`
+    columns in a row belong to one channel.
     """
 
     x: Array
@@ -151,6 +257,7 @@ class Problem:
     bounds: tuple[float, float]
     intercept: bool
     ridge: float | None = None
+    patch: int = 1
 
 
 @dataclass(frozen=True)

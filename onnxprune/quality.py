@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -82,6 +82,51 @@ def divergence(found: Outputs, dense: Outputs) -> float:
     return float(np.mean(totals)) if totals else 0.0
 
 
+def jensen_shannon(found: Outputs, dense: Outputs) -> float:
+    """Mean Jensen-Shannon divergence of the rows of all outputs, as scores or probabilities; at most ln 2.
+
+    Outputs that are no scores count as in `divergence`.
+    """
+    totals = []
+    for name, pairs in _pairs(found, dense):
+        if pairs[0][1].ndim not in (2, 3) or pairs[0][1].shape[-1] < 2:
+            whole = [{name: pair[1]} for pair in pairs]
+            totals.append(divergence([{name: pair[0]} for pair in pairs], whole))
+            continue
+        likely = all((y >= 0).all() and np.allclose(y.sum(axis=-1), 1, atol=1e-3) for _, y in pairs)
+        total = rows = 0.0
+        for x, y in pairs:
+            p, q = (np.exp(_log(np.maximum(v, 1e-12) if likely else v, likely)) for v in (x, y))
+            middle = (p + q) / 2
+            total += 0.5 * float((p * np.log(p / middle) + q * np.log(q / middle)).sum())
+            rows += x.size / x.shape[-1]
+        totals.append(total / max(rows, 1))
+    return float(np.mean(totals)) if totals else 0.0
+
+
+def angle(found: Outputs, dense: Outputs) -> float:
+    """Mean angle between the rows of all outputs along their last axes, as a share of a straight angle."""
+    totals = []
+    for _, pairs in _pairs(found, dense):
+        x, y = (np.concatenate([v.reshape(-1, v.shape[-1] if v.ndim else 1) for v in side]) for side in zip(*pairs, strict=True))
+        norms = np.maximum(np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1), 1e-30)
+        totals.append(float(np.mean(np.arccos(np.clip((x * y).sum(axis=1) / norms, -1, 1))) / np.pi))
+    return float(np.mean(totals)) if totals else 0.0
+
+
+def _pairs(found: Outputs, dense: Outputs) -> Iterator[tuple[str, list[tuple[Array, Array]]]]:
+    """(name, [(found, dense) for each feed]) of the float outputs that both have, what is no number as zero."""
+    for name, whole in dense[0].items():
+        if name in found[0] and (whole.dtype.kind == "f" or whole.dtype.name == "bfloat16"):
+            yield (
+                name,
+                [
+                    (np.nan_to_num(row[name].astype(np.float64)), np.nan_to_num(other[name].astype(np.float64)))
+                    for row, other in zip(found, dense, strict=True)
+                ],
+            )
+
+
 def _kl(pairs: Sequence[tuple[Array, Array]]) -> float:
     """Mean KL divergence of the second from the first, over rows along the last axis."""
     likely = all((y >= 0).all() and np.allclose(y.sum(axis=-1), 1, atol=1e-3) for _, y in pairs)
@@ -101,6 +146,11 @@ def _log(values: Array, likely: bool) -> Array:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
+MEASURES: Mapping[str, Callable[[Outputs, Outputs], float]] = {
+    "angle": angle,
+    "divergence": divergence,
+    "jensen-shannon": jensen_shannon,
+}
 METRICS: Mapping[str, Callable[[Outputs, Outputs, Array | None], float]] = {
     "accuracy": accuracy,
     "agreement": agreement,

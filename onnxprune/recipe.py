@@ -115,10 +115,14 @@ def check(options: Options) -> None:
         raise InputError(f"one of {', '.join(EFFORTS)}", object=f"--effort {options.effort}")
     select.parse_size(options.memory)
     methods = Methods.of(options)
-    for kind, name in (("criteria", methods.criterion), ("allocators", methods.allocate)):
-        plugin.build(kind, name)
+    criterion = plugin.build("criteria", methods.criterion)
+    if plugin.trait(criterion, "calibrated") and options.calibration is None:
+        raise InputError(f"--criterion {methods.criterion} needs --calibration", object="prune")
+    plugin.build("allocators", methods.allocate)
     if methods.reconstruct is not None:
-        plugin.build("reconstructors", methods.reconstruct)
+        reconstructor = plugin.build("reconstructors", methods.reconstruct)
+        if options.calibration is None and not plugin.trait(reconstructor, "synthetic"):
+            raise InputError(f"--reconstruct {methods.reconstruct} needs --calibration", object="prune")
     if options.metric:
         quality.metric(options.metric)
 

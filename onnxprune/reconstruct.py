@@ -19,7 +19,7 @@ import onnx_ir as ir
 from onnxprune import quality
 from onnxprune.flow import Flow, Sessions
 from onnxprune.model import Model, add_initializer, free_name
-from onnxprune.plugin import Problem, Reconstructor
+from onnxprune.plugin import Problem, Reconstructor, trait
 from onnxprune.sites import Operator, Site, Slot, stored
 from onnxprune.storage import dump
 from onnxprune.types import Array, Mask, Positions
@@ -132,15 +132,18 @@ class _Dense:
         self.rows: dict[tuple[str, int], Array] = {}
         self.flow: Flow | None = None
 
-    def take(self, site: Site, rows: Rows, keep: bool, later: Sequence[Site]) -> Array:
+    def values(self, names: Sequence[str], pinned: Collection[str]) -> list[list[Array]] | None:
+        """For each name its arrays, None where one is not the dense model's; those of `pinned` stay for later."""
+        if self.flow is None or any(self.flow.gone(name) for name in names):
+            self.flow = Flow(self.model, self.feeds[: self.fitted], self.sessions, pinned)
+        known = all(map(self.flow.knows, names))
+        return [arrays[: self.fitted] for arrays in self.flow.values(names)] if known else None
+
+    def take(self, site: Site, rows: Rows, keep: bool, pinned: Collection[str]) -> Array:
         """float32[rows, channels of the dense value]."""
         key = (site.dense, site.axis)
         if key not in self.rows:
-            if self.flow is None or self.flow.gone(site.dense):
-                self.flow = Flow(
-                    self.model, self.feeds[: self.fitted], self.sessions, {s.dense for s in (site, *later)}
-                )
-            arrays = self.flow.values([site.dense])[0][: self.fitted]
+            arrays = (self.values([site.dense], pinned) or [[]])[0]
             found = rows.of(arrays, site.axis)
             if not keep:
                 return found
@@ -284,29 +287,45 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
     assert _task is not None and _dense is not None
     task, dense, site = _task, _dense, _task.sites[k]
     flow = task.flow
-    names = [operator.x for operator in site.operators]
-    arrays = [found[: dense.fitted] for found in flow.values([*names, *site.rest])]
+    local, consumers = trait(reconstructor, "dense"), trait(reconstructor, "consumers")
+    if consumers and all(operator.columns is None for operator in site.operators):
+        return
+    later = task.sites[k:]
+    pinned = {s.dense for s in later}
+    names = [operator.source if local else operator.x for operator in site.operators]
+    if local:
+        pinned |= {name for s in later for name in (*(o.source for o in s.operators), *s.rest)}
+        known = dense.values([*names, *site.rest], pinned)
+        if known is None or site.project is not None:
+            return
+        arrays = known
+    else:
+        arrays = [found[: dense.fitted] for found in flow.values([*names, *site.rest])]
     inputs, rest = arrays[: len(names)], arrays[len(names) :]
     like = _result_shape(site.operators[0], inputs[0], flow)
     padding = dense.sampling.padding
     masks = [feed.get(padding) if padding else None for feed in dense.feeds[: dense.fitted]]
     rows = Rows(like, site.axis, dense.counts, masks, dense.sampling)
-    wanted = dense.take(site, rows, task.keep, task.sites[k + 1 :])
+    wanted = dense.take(site, rows, task.keep, pinned)
     if site.project is not None:
         wanted = wanted @ site.project.astype(np.float32)
     elif site.kept is not None:
         wanted = wanted[:, site.kept]
-    parts = [_Part(flow, operator, x, rows) for operator, x in zip(site.operators, inputs, strict=True)]
+    parts = [_Part(flow, operator, x, rows, local) for operator, x in zip(site.operators, inputs, strict=True)]
+    if any(part.x.shape[2] != part.matrix.shape[1] for part in parts):
+        return  # a conv group lost channels, and which of the dense ones is not known here
     current = sum((part.output() for part in parts), np.zeros(1, np.float32))
     for value in rest:
-        current = current + rows.of(value, site.axis)
+        found = rows.of(value, site.axis)
+        current = current + (found[:, site.kept] if local and site.kept is not None else found)
+    if consumers:
+        parts = [part for part in parts if part.operator.columns is not None]
     off = float(np.mean((wanted - current) ** 2, dtype=np.float64))
     if off <= NOTHING * float(np.var(wanted, axis=0, dtype=np.float64).mean() + 1e-30):
         return
     batches = [parts] if all(part.groups == 1 for part in parts) else [[part] for part in parts]
     for batch in batches:
         home = next((part for part in batch if part.home is not None), None)
-        known = ridges.get(site.value)
         problem = Problem(
             x=np.concatenate([part.x for part in batch], axis=2),
             weight=np.concatenate([part.effective() for part in batch], axis=1),
@@ -315,7 +334,8 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
             held_out=rows.held_out,
             bounds=site.bounds,
             intercept=home is not None,
-            ridge=known,
+            ridge=ridges.get(site.value),
+            patch=batch[0].patch if len({part.patch for part in batch}) == 1 else 1,
         )
         solution = reconstructor.solve(problem)
         if solution is None:
@@ -364,7 +384,7 @@ def _result_shape(operator: Operator, x: Sequence[Array], flow: Flow) -> list[Ar
 class _Part:
     """One operator of a site: its rows, and its weight as a matrix whichever way it is stored."""
 
-    def __init__(self, flow: Flow, operator: Operator, x: Sequence[Array], rows: Rows) -> None:
+    def __init__(self, flow: Flow, operator: Operator, x: Sequence[Array], rows: Rows, local: bool = False) -> None:
         self.operator = operator
         self.stored = flow.array(operator.weight)
         self.conv = operator.op_type == "Conv"
@@ -372,11 +392,14 @@ class _Part:
         self.changes: dict[Slot, Array] = {}
         self.matrix = self._matrix()
         self.outputs = self.groups * self.matrix.shape[2]
+        self.patch = int(np.prod(self.stored.shape[2:])) if self.conv else 1
         if self.conv:
             self.x = rows.patches(x, operator, self.stored)
         else:
             axis = 0 if operator.attrs.get("transA", 0) else -1
             self.x = rows.of(x, axis)[None]
+        if local and operator.columns is not None:
+            self.x = np.ascontiguousarray(self.x[:, :, operator.columns])
         self._chain(flow)
 
     def _matrix(self) -> Array:

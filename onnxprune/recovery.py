@@ -10,10 +10,11 @@ from typing import Any
 
 from onnxprune import plugin, reconstruct
 from onnxprune.allocate import TRIAL_ROWS, Samples, Trials, started
-from onnxprune.analysis import Analysis
+from onnxprune.analysis import Analysis, cost_shapes
 from onnxprune.bases import Bases
 from onnxprune.calibrate import Answers, Request, collect
-from onnxprune.evidence import evidence
+from onnxprune.evidence import Runs, evidence
+from onnxprune.feeds import random_feed
 from onnxprune.model import Model
 from onnxprune.plugin import Reconstructor
 from onnxprune.recipe import Methods, Options
@@ -45,9 +46,13 @@ class Recovery:
         progress: Progress = lambda text: None,
     ) -> None:
         self.analysis, self.options, self.worker, self.progress = analysis, options, worker, progress
-        self.samples = Samples.of(analysis.dense.graph, feeds, options.seed)
         name = Methods.of(options).reconstruct
-        self.reconstructor: Reconstructor | None = plugin.build("reconstructors", name) if name and feeds else None
+        built = plugin.build("reconstructors", name) if name else None
+        self.given = feeds
+        if built is not None and not feeds and plugin.trait(built, "synthetic"):
+            feeds = _random(analysis, options.seed)
+        self.samples = Samples.of(analysis.dense.graph, feeds, options.seed)
+        self.reconstructor: Reconstructor | None = built if feeds else None
 
     @cached_property
     def stays(self) -> list[str]:
@@ -58,7 +63,7 @@ class Recovery:
     @cached_property
     def bases(self) -> Bases | None:
         """Changes of basis that the model allows, where weights may change at all."""
-        if self.reconstructor is None:
+        if self.reconstructor is None or not plugin.trait(self.reconstructor, "subspaces"):
             return None
         return Bases(self.analysis, self.gather)
 
@@ -78,8 +83,9 @@ class Recovery:
 
     def evidence(self, groups: Sequence[Group]) -> plugin.Evidence:
         """What criteria may look at."""
-        gather = self.gather if self.samples.feeds else None
-        return evidence(self.analysis, groups, self.options.seed, gather, parse_size(self.options.memory))
+        gather, budget = self.gather if self.given else None, parse_size(self.options.memory)
+        run = Runs(self.worker, self.given, self.options.threads)
+        return evidence(self.analysis, groups, self.options.seed, gather, budget, run)
 
     def trials(
         self,
@@ -135,12 +141,22 @@ class Recovery:
         )
         model = pruned.clone()
         names = reconstruct.apply(model, found.changes)
-        return Repaired(model, names, _thin(found))
+        told = [] if self.given else [f"there is no calibration data: repaired on {RANDOM} random inputs"]
+        return Repaired(model, names, told + _thin(found))
 
     def _begin(self, fitted: Any, judged: Any, rows: int) -> None:
         model = self.analysis.prepared.model
         sampling = self.samples.sampling(rows)
         reconstruct.begin(self.worker, model, fitted, sampling, judged=judged, threads=self.options.threads)
+
+
+RANDOM = 64  # inputs for a repair without data
+
+
+def _random(analysis: Analysis, seed: int) -> list[dict[str, Array]]:
+    """Random inputs at the sizes that cost is counted at."""
+    graph, shapes = analysis.prepared.model.graph, cost_shapes(analysis.prepared.model, analysis.given)
+    return [random_feed(graph, shapes, seed + k) for k in range(RANDOM)]
 
 
 ENOUGH = 3  # rows for each column below which a fit is thin

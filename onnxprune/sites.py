@@ -37,7 +37,7 @@ class Operator:
     """A Conv, Gemm or MatMul whose weight is stored for it alone.
 
     `transposed` where the stored matrix is [outputs, inputs]; `columns` are the positions of the dense operator's
-    columns (within a conv group) that are left, None for all of them.
+    columns (within a conv group) that are left, None for all of them. `source` is what the dense operator reads.
     """
 
     node: str
@@ -49,6 +49,7 @@ class Operator:
     attrs: Mapping[str, Any]
     steps: tuple[Step, ...]
     columns: Positions | None = None
+    source: str = ""
 
     def homes(self) -> list[Slot]:
         """Where a constant can be added: its bias, or what is stored for the first step that adds one."""
@@ -98,7 +99,9 @@ def find_sites(
         if operator is None:
             continue
         chain = _follow(node, _axis(node, shapes), shapes)
-        found[str(chain.value.name)].append((index, replace(operator, steps=tuple(chain.steps)), chain))
+        source = readers.get((operator.node, 0), operator.x)
+        operator = replace(operator, steps=tuple(chain.steps), source=source)
+        found[str(chain.value.name)].append((index, operator, chain))
     places = {str(out.name): index for index, node in enumerate(pruned.graph) for out in node.outputs}
     sites = []
     for name, parts in found.items():

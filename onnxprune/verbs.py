@@ -24,12 +24,13 @@ from onnxprune.worker import Worker
 def rows(what: str) -> list[tuple[str, str]]:
     """(name, one line of help) of everything of a kind, for `onnxprune list`."""
     if what in plugin.KINDS:
-        return [(name, plugin.help_of(cls)) for name, cls in plugin.available(what).items()]
+        none = [("none", "What stays keeps its values.")] if what == "reconstructors" else []
+        return none + [(name, plugin.help_of(cls)) for name, cls in plugin.available(what).items()]
     if what == "backends":
         return sorted(runtime.KNOWN.items())
     if what == "ops":
         return ops.known()
-    return list(KINDS.items()) if what == "passes" else [("none", "What stays keeps its values.")]
+    return list(KINDS.items())
 
 
 def explain(analysis: Analysis, a: str, b: str) -> tuple[list[tuple[Any, str, Any]] | None, dict[str, str]]:

@@ -187,30 +187,86 @@ def _normal(dense: ir.Model, gone: Sequence[Removal], changed: set[str]) -> ir.M
     return model
 
 
-def zero_of(value: ir.Value, array: Array) -> Array:
-    """What zero is for a quantised weight: the zero point that its reader is given."""
+SCALELESS = ("ConvInteger", "MatMulInteger")  # what comes out of these is scaled later, all of it alike
+
+
+def meant(value: ir.Value) -> Array:
+    """float64: what an initializer stands for: (codes - zero point) x scale, where its first reader says so.
+
+    Packed codes of MatMulNBits are spread along the last axis.
+    """
+    assert value.const_value is not None
+    array: Array = np.asarray(value.const_value.numpy())
+    place = _place(value)
+    if place is None or array.dtype.kind not in "iu":
+        return array.astype(np.float64)
+    node, point, axis = place
+    at = 3 if node.op_type == "MatMulIntegerToFloat" else point - 1
+    given = node.inputs[at] if node.op_type not in SCALELESS and at < len(node.inputs) else None
+    scale = None if given is None or given.const_value is None else np.asarray(given.const_value.numpy(), np.float64)
+    codes = array.astype(np.float64)
+    if node.op_type == "MatMulNBits":
+        bits = _bits(node)
+        codes, middle = _codes(array, bits), _codes(_packed_zero(node, array), bits)
+        spread = 1.0 if scale is None else scale.reshape(*array.shape[:2], 1)
+        return np.asarray((codes - middle) * spread)
+    codes = codes - _aligned(node.inputs[point] if point < len(node.inputs) else None, array, axis)
+    return codes if scale is None else codes * _spread(scale, array, axis)
+
+
+def _codes(packed: Array, bits: int) -> Array:
+    """float64: the codes of some bits each in bytes, along the last axis."""
+    shifts = np.arange(8 // bits, dtype=np.uint8) * bits
+    found = (packed.astype(np.uint8)[..., None] >> shifts) & ((1 << bits) - 1)
+    return found.reshape(*packed.shape[:-1], -1).astype(np.float64)
+
+
+def _bits(node: ir.Node) -> int:
+    return node.attributes["bits"].as_int() if "bits" in node.attributes else 4
+
+
+def _place(value: ir.Value) -> tuple[ir.Node, int, int] | None:
+    """(reader, input of the zero point, axis that it lies along) of a quantised weight."""
     for node, k in value.uses():
         place = ops.integers_of(node.domain, node.op_type).get(k)
         if place is None:
             continue
-        if node.op_type == "MatMulNBits":
-            return _packed_zero(node, array)
         point, axis = place
         if node.op_type == "DequantizeLinear" and "axis" in node.attributes:
             axis = node.attributes["axis"].as_int()
         if node.op_type == "QGemm" and "transB" in node.attributes and node.attributes["transB"].as_int():
             axis = 0
-        return _aligned(node.inputs[point] if point < len(node.inputs) else None, array, axis)
-    return np.zeros_like(array)
+        return node, point, axis
+    return None
+
+
+def zero_of(value: ir.Value, array: Array) -> Array:
+    """What zero is for a quantised weight: the zero point that its reader is given."""
+    place = _place(value)
+    if place is None:
+        return np.zeros_like(array)
+    node, point, axis = place
+    if node.op_type == "MatMulNBits":
+        return _packed_zero(node, array)
+    return _aligned(node.inputs[point] if point < len(node.inputs) else None, array, axis)
 
 
 def _aligned(point: ir.Value | None, array: Array, axis: int) -> Array:
     """A zero point spread over an array of which it scales one axis, or the leading and the last one."""
     if point is None or point.const_value is None:
         return np.zeros_like(array)
-    found = point.const_value.numpy()
+    return _spread(np.asarray(point.const_value.numpy()), array, axis)
+
+
+def _spread(found: Array, array: Array, axis: int) -> Array:
+    """One number, one for each position of an axis or of the leading and the last, or one for each block of an axis."""
+    if found.ndim == array.ndim > 1 and found.shape != (1,) * array.ndim:
+        for k, (size, whole) in enumerate(zip(found.shape, array.shape, strict=True)):
+            if size != whole and size > 1:
+                found = np.repeat(found, -(-whole // size), axis=k).take(np.arange(whole), axis=k)
+        return np.broadcast_to(found, array.shape)
     shape = [1] * array.ndim
-    if found.ndim == 2:
+    if found.ndim == 2 and array.ndim != 2:
         shape[0], shape[-1] = found.shape
     elif found.size > 1:
         shape[axis] = found.size
@@ -219,7 +275,7 @@ def _aligned(point: ir.Value | None, array: Array, axis: int) -> Array:
 
 def _packed_zero(node: ir.Node, array: Array) -> Array:
     """Bytes that stand for zero in MatMulNBits: each block's zero point, by default the middle of its range."""
-    bits = node.attributes["bits"].as_int() if "bits" in node.attributes else 4
+    bits = _bits(node)
     per_byte = 8 // bits
     given = node.inputs[3].const_value if len(node.inputs) > 3 and node.inputs[3] is not None else None
     point: Array | None = None if given is None else given.numpy()

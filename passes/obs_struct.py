@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from onnxprune.plugin import Evidence, Reader
+from onnxprune.lsq import surgeon
+from onnxprune.plugin import Evidence, Problem, Reader, Solution
 from onnxprune.types import Array, Group
 
 
@@ -23,7 +24,8 @@ class ObsStruct:
 
     damp: float = 1e-3
     rounds: int = 24
-    missing: ClassVar[str] = "no linear operator reads it, or there is no calibration data"
+    calibrated: ClassVar[bool] = True
+    missing: ClassVar[str] = "no linear operator reads it"
 
     def importance(self, group: Group, evidence: Evidence) -> Array | None:
         """float64[units], higher stays: rises in the order in which the units are best removed."""
@@ -42,6 +44,28 @@ class ObsStruct:
                 state.remove(left[goes])
             left = np.delete(left, goes)
         return found
+
+
+@dataclass(frozen=True)
+class ObsUpdate:
+    """Columns leave by the surgeon's update, on the dense model's inputs: what is left takes over their work.
+
+    W -= W_:j C_j: / C_jj for each column j that goes, C the inverse of the damped second moments. The order does not
+    change where that ends, which is computed at once. `damp` is a share of the mean diagonal of the second moments.
+    Source: METHODS D3 (ZipLM, Kurtic et al. 2023). Consumers only; biases stay.
+    """
+
+    damp: float = 1e-2
+    dense: ClassVar[bool] = True
+    consumers: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.damp > 0:
+            raise ValueError("obs-struct: damp is above 0")
+
+    def solve(self, problem: Problem) -> Solution | None:
+        """The change of one site."""
+        return surgeon(problem, self.damp)
 
 
 class _State:

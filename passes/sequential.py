@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -20,6 +21,7 @@ class Sequential:
     """
 
     rounds: int = 5
+    subspaces: ClassVar[bool] = True
 
     def solve(self, problem: Problem) -> Solution | None:
         """The change of one site; conv groups are fitted one by one."""
