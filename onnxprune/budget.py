@@ -91,7 +91,9 @@ def filled(problem: Search, state: Sequence[int]) -> list[int]:
                 steps[k] = before
         if not steps:
             return found
-        worth = {k: float(problem.knobs[k].worth[found[k]] - problem.knobs[k].worth[before]) for k, before in steps.items()}
+        worth = {
+            k: float(problem.knobs[k].worth[found[k]] - problem.knobs[k].worth[before]) for k, before in steps.items()
+        }
         best = max(sorted(worth), key=worth.__getitem__)
         found[best] = steps[best]
         live = set(steps)  # what does not fit now never will

@@ -183,12 +183,13 @@ class _Statistics:
         dims, rank = self.analysis.dims, len(self.analysis.view.shapes[value])
         numbers = dims.relations.number
         counts = [
-            self.uses[int(dims.classes[numbers[axis]])] if (axis := Axis(value, k)) in numbers else 0 for k in range(rank)
+            self.uses[int(dims.classes[numbers[axis]])] if (axis := Axis(value, k)) in numbers else 0
+            for k in range(rank)
         ]
         return rank - 1 - int(np.argmax(counts[::-1]))
 
     def router(self, group: Group) -> plugin.Router | None:
-        """See Evidence.router: the scores that a TopK chooses from, else those that a softmax or a fused operator reads."""
+        """See Evidence.router: what a TopK chooses from, else what a softmax or a fused operator reads."""
         found = [place for node in self.analysis.view.nodes if (place := self._chooses(node, group)) is not None]
         if group.kind != "experts" or not found:
             return None

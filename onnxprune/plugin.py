@@ -122,7 +122,7 @@ class Router:
     places: Array
 
     def gates(self) -> Array:
-        """float64[rows, units]: the weight of each unit's expert; zero where it is not taken, one for each row in all."""
+        """float64[rows, units]: what each unit weighs: one for each row in all, zero where it is not taken."""
         scores = self.scores.astype(np.float64)
         if not ((scores >= 0).all() and np.allclose(scores.sum(axis=1), 1, atol=1e-3)):
             scores = np.exp(scores - scores.max(axis=1, keepdims=True))

@@ -108,7 +108,10 @@ def angle(found: Outputs, dense: Outputs) -> float:
     """Mean angle between the rows of all outputs along their last axes, as a share of a straight angle."""
     totals = []
     for _, pairs in _pairs(found, dense):
-        x, y = (np.concatenate([v.reshape(-1, v.shape[-1] if v.ndim else 1) for v in side]) for side in zip(*pairs, strict=True))
+        x, y = (
+            np.concatenate([v.reshape(-1, v.shape[-1] if v.ndim else 1) for v in side])
+            for side in zip(*pairs, strict=True)
+        )
         norms = np.maximum(np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1), 1e-30)
         totals.append(float(np.mean(np.arccos(np.clip((x * y).sum(axis=1) / norms, -1, 1))) / np.pi))
     return float(np.mean(totals)) if totals else 0.0

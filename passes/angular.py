@@ -46,7 +46,7 @@ class Angular:
 
 
 def angle(x: Array, y: Array) -> float:
-    """Mean over rows of the angle between them, as a share of a straight angle; a whole one where they do not compare."""
+    """Mean over rows of the angle between them, as a share of a straight one; 1 where they do not compare."""
     if x.shape != y.shape:
         return 1.0
     x, y = x.astype(np.float64), y.astype(np.float64)

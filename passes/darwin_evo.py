@@ -12,7 +12,7 @@ from onnxprune.plugin import Search
 
 @dataclass(frozen=True)
 class Evolution:
-    """Offspring trade levels between groups of one kind; the one that does least damage at the output is the next parent.
+    """Offspring trade levels between groups of a kind; the one that does least damage at the output is the next parent.
 
     A child is the parent after 1 to 3 trades: one group gives a level, another of its kind takes one, and what that
     leaves of the budget is given back. Damage is measured after repair, and the parent competes. Source: METHODS C12
@@ -36,7 +36,9 @@ class Evolution:
         parent = uniform(problem)
         damage = float(problem.damage([parent])[0])
         for _ in range(self.generations):
-            children = [child for _ in range(self.offspring) if (child := self._child(problem, parent, levels, rng)) != parent]
+            children = [
+                child for _ in range(self.offspring) if (child := self._child(problem, parent, levels, rng)) != parent
+            ]
             if not children:
                 continue
             found = problem.damage(children)

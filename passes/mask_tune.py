@@ -51,4 +51,6 @@ def scales(x: Array, weight: Array, lacks: Array, patch: int, intercept: bool, d
     mean = float(np.trace(normal)) / max(count, 1)
     if mean <= 0:
         return np.ones(count)
-    return np.asarray(1 + np.linalg.solve(normal + damp * mean * np.eye(count), cross.reshape(count, patch).sum(axis=1)))
+    return np.asarray(
+        1 + np.linalg.solve(normal + damp * mean * np.eye(count), cross.reshape(count, patch).sum(axis=1))
+    )

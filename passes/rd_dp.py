@@ -14,8 +14,8 @@ from onnxprune.plugin import Search
 class RateDistortion:
     """Measure what each group alone costs at the output, at `levels` sizes; least sum of that for the budget.
 
-    Damages are taken to add up, which holds for small cuts. Source: METHODS C7 (Xu et al. 2023), with damage after repair
-    in place of the output's squared error. Needs a repair for each group and size.
+    Damages are taken to add up, which holds for small cuts. Source: METHODS C7 (Xu et al. 2023), with damage after
+    repair in place of the output's squared error. Needs a repair for each group and size.
     """
 
     levels: int = 6
@@ -30,7 +30,9 @@ class RateDistortion:
         """Units that go, by knob."""
         levels = tables(problem, self.levels)
         count = len(problem.knobs)
-        states = [[level if i == k else 0 for i in range(count)] for k, listed in enumerate(levels) for level in listed[1:]]
+        states = [
+            [level if i == k else 0 for i in range(count)] for k, listed in enumerate(levels) for level in listed[1:]
+        ]
         damage = np.maximum(problem.damage(states), 0) if states else np.zeros(0)
         losses, start = [], 0
         for listed in levels:
