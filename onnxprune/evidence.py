@@ -346,11 +346,7 @@ class _Losses:
         For a branch the second is its number in the group, else int64[2, n]: positions and their units.
         """
         if group.kind == "layers":
-            first = len(self.analysis.dims.frozen)
-            return [
-                (Gate(self.analysis.branches.found[unit - first].value, None), np.array([k]))
-                for k, unit in enumerate(group.units.tolist())
-            ]
+            return self._branch_gates(group)
         if not group.exact or np.isin(group.units, self.otherwise).any():
             return None
         found = []
@@ -366,6 +362,19 @@ class _Losses:
                         return None
                     found.append((Gate(member.initializer, member.axis), np.stack([member.positions, member.units])))
         return found or None
+
+    def _branch_gates(self, group: Group) -> list[tuple[Gate, Array]] | None:
+        branches, first = self.analysis.branches, len(self.analysis.dims.frozen)
+        found = []
+        for k, unit in enumerate(group.units.tolist()):
+            branch = branches.found[unit - first]
+            node = branches.view.nodes[branch.sum]
+            bias = SKIP_NORMS.get(node.op_type)
+            alone = bias is not None and not node.has(bias)  # else the bias goes as well
+            if (node.domain, node.op_type) not in PLAIN and not alone:
+                return None
+            found.append((Gate(branch.value, None), np.array([k])))
+        return found
 
     @cached_property
     def nodes(self) -> dict[str, OpNode]:

@@ -28,15 +28,23 @@ class ExpertClusters:
         """float64[units], higher stays: the distance at which another expert can stand in."""
         if group.kind != "experts":
             return None
+        count = len(group.units)
         routers: list[Array] = []
-        slices: list[Array] = []
+        slices: list[list[Array]] = [[] for _ in range(count)]
         for member in group.members:
-            if member.role in ("weight", "bias"):
-                array = np.moveaxis(evidence.weights.array(member.initializer), member.axis, 0)
-                order = np.argsort(member.units, kind="stable")
-                rows = array[member.positions[order]].reshape(len(group.units), -1)
-                (routers if member.role == "weight" and array.ndim == 2 else slices).append(rows)
-        return clusters(routers[0], np.concatenate(slices, axis=1)) if routers and slices else None
+            if member.role not in ("weight", "bias"):
+                continue
+            array = np.moveaxis(evidence.weights.array(member.initializer), member.axis, 0)
+            own = [array[member.positions[member.units == k]].reshape(-1) for k in range(count)]
+            if array.ndim == 2 and member.role == "weight" and len({each.size for each in own}) == 1:
+                routers.append(np.stack(own))
+            else:
+                for each, rows in zip(slices, own, strict=True):
+                    each.append(rows)
+        weights = [np.concatenate([np.zeros(0), *each]) for each in slices]
+        if not routers or len({each.size for each in weights}) != 1:
+            return None
+        return clusters(routers[0], np.stack(weights))
 
 
 def clusters(router: Array, weights: Array) -> Array:

@@ -21,8 +21,7 @@ PACKAGE = "onnxprune"
 # Lowest first. A module imports only from its own row and the rows above it.
 LAYERS = (
     ("errors", "types"),
-    ("lsq",),
-    ("ops", "ops.*", "plugin", "passes", "passes.*"),
+    ("ops", "ops.*", "plugin", "lsq", "budget", "greedy", "passes", "passes.*"),
     ("indexing",),
     ("relate",),
     ("dims", "groups", "branches", "select", "cost", "infer", "quality"),
@@ -44,7 +43,7 @@ ONLY = {
     "ops": ("types",),
     "ops.*": ("types", "ops"),
     "passes": (),
-    "passes.*": ("plugin", "types", "lsq"),
+    "passes.*": ("plugin", "types", "lsq", "budget", "greedy"),
 }
 PLUGINS = ("passes", "passes.*")  # found by entry point, imported by nobody
 
