@@ -39,7 +39,7 @@ class Bonsai:
         left, found = np.arange(count), np.zeros(count)
         for step in range(self.rounds):
             goes = -(-len(left) // (self.rounds - step))
-            candidates = left[np.argsort(prior[left], kind="stable")][: 2 * goes]
+            candidates = left[np.argsort(prior[left], kind="stable")][: 2 * goes] if prior.any() else left
             halves = [rng.permutation(len(candidates)) < len(candidates) // 2 for _ in range(self.masks // 2)]
             masks = np.array([side for half in halves for side in (half, ~half)], np.float64)  # True is gone
             base = np.isin(np.arange(count), left).astype(np.float64)
@@ -72,11 +72,10 @@ class Bonsai:
 
 
 def regression(masks: Array, values: Array, ridge: float) -> Array:
-    """float64[units]: ridge regression of float64[runs] on float64[runs, units], centred."""
-    x, y = masks - masks.mean(axis=0), values - values.mean()
-    gram = x.T @ x
+    """float64[units]: ridge regression of float64[runs] on float64[runs, units]; no offset is needed."""
+    gram = masks.T @ masks
     scale = float(np.trace(gram)) / max(len(gram), 1)
-    return np.asarray(np.linalg.solve(gram + max(ridge * scale, 1e-12) * np.eye(len(gram)), x.T @ y))
+    return np.asarray(np.linalg.solve(gram + max(ridge * scale, 1e-12) * np.eye(len(gram)), masks.T @ values))
 
 
 def _ranks(values: Array) -> Array:
