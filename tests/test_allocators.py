@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from onnxprune import budget, plugin
 from onnxprune.passes.darwin_evo import Evolution
@@ -34,7 +32,7 @@ def linear(knobs: Sequence[Knob], units: Sequence[float], most: float, damage: o
     whole = sum(cost * (len(k.worth) - 1) for k, cost in zip(knobs, units, strict=True))
 
     def cost(state: Sequence[int]) -> float:
-        return (whole - float(np.dot(state, units))) / most + 1e-12 * sum(state)
+        return (whole - float(np.dot(state, units))) / most
 
     def nothing(states: Sequence[Sequence[int]]) -> np.ndarray:
         return np.array([sum(k.worth[r] for k, r in zip(knobs, state, strict=True)) for state in states])
@@ -113,12 +111,10 @@ def test_dynamic_programme_against_every_choice() -> None:
 
 
 @pytest.mark.parametrize("name", SEARCHERS)
-@settings(max_examples=20, deadline=None)
-@given(data=st.data())
-def test_every_searcher_meets_the_budget_and_uses_it(name: str, data: st.DataObject) -> None:
-    count = data.draw(st.integers(2, 4))
-    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
-    step = data.draw(st.sampled_from([1, 2, 4]))
+@pytest.mark.parametrize("seed", range(6))
+def test_every_searcher_meets_the_budget_and_uses_it(name: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    count, step, share = int(rng.integers(2, 5)), int(rng.choice([1, 2, 4])), rng.uniform(0.3, 0.9)
     knobs = []
     for k in range(count):
         n = int(rng.integers(8, 33))
@@ -126,7 +122,6 @@ def test_every_searcher_meets_the_budget_and_uses_it(name: str, data: st.DataObj
         knobs.append(knob(*np.sort(rng.random(n)), kind=("channels", "heads")[k % 2], table=table // step * step))
     sizes = np.array([len(k.worth) - 1 for k in knobs])
     weights = rng.uniform(0.5, 2, count)
-    share = data.draw(st.floats(0.3, 0.9))
 
     def cost(state: Sequence[int]) -> float:  # pairs of neighbours, as layers are
         left = (sizes - np.array(state)) / sizes

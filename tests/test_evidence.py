@@ -94,9 +94,8 @@ def test_quantised_weights_count_by_the_values_they_stand_for(tmp_path: Path) ->
     codes = np.arange(12, dtype=np.int8).reshape(3, 4)
     scale, zero = np.array([0.5, 1, 2, 4], np.float32), np.array([1, 0, -1, 2], np.int8)
     arrays = {"w": codes, "s": scale, "z": zero, "v": np.ones((4, 2), np.float32)}
-    nodes = onnx.parser.parse_graph(
-        "g (float[n,3] x) => (float[n,2] y) { d = DequantizeLinear<axis = 1>(w, s, z) a = MatMul(x, d) y = MatMul(a, v) }"
-    )
+    body = "d = DequantizeLinear<axis = 1>(w, s, z) a = MatMul(x, d) y = MatMul(a, v)"
+    nodes = onnx.parser.parse_graph(f"g (float[n,3] x) => (float[n,2] y) {{ {body} }}")
     nodes.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in arrays.items())
     path = tmp_path / "model.onnx"
     onnx.save(onnx.helper.make_model(nodes, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8), path)
