@@ -346,9 +346,10 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
         start = 0
         for part in batch:
             columns = part.x.shape[2]
-            part.add(solution.weight[:, start : start + columns])
+            if solution.weight[:, start : start + columns].any():
+                part.add(solution.weight[:, start : start + columns])
             start += columns
-        if home is not None:
+        if home is not None and solution.shift.any():
             home.shift(solution.shift)
     for part in parts:
         for slot, array in part.changes.items():

@@ -206,8 +206,8 @@ def test_list(what: str) -> None:
     assert result.exit_code == 0
     rows = json.loads(result.stdout)[what]
     assert all(row["help"] for row in rows)
-    if what in ("criteria", "allocators", "backends", "ops"):
-        assert rows
+    assert rows
+    assert what != "reconstructors" or {"none", "sequential", "lsq"} <= {row["name"] for row in rows}
 
 
 def test_digits_evaluation_reports_accuracy(tmp_path: Path) -> None:
@@ -217,6 +217,28 @@ def test_digits_evaluation_reports_accuracy(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     accuracy = json.loads(result.stdout)["quality"]["accuracy"]
     assert accuracy["dense"] > 0.98
+
+
+def test_repair_without_data_runs_on_random_inputs_and_says_so(mlp: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s.onnx"
+    result = run("prune", mlp, "-o", out, "--ratio", 0.5, "--reconstruct", "obspa", "--no-measure", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["repaired"] == ["w2"]
+    assert any("random inputs" in warning for warning in report["warnings"])
+    assert run("verify", mlp, out, "--plan", _written(tmp_path, report)).exit_code == 0
+
+
+def _written(folder: Path, report: dict) -> Path:
+    path = folder / "report.json"
+    path.write_text(json.dumps(report))
+    return path
+
+
+def test_what_is_not_a_criterions_kind_gets_the_default(mlp: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s.onnx"
+    result = run("prune", mlp, "-o", out, "--ratio", 0.5, "--criterion", "tail", "--no-measure")
+    assert result.exit_code == 0, result.output
 
 
 BAD = {
@@ -234,6 +256,9 @@ BAD = {
     "criterion option": (["--ratio", "0.5", "--criterion", "mag,order=9"], "order"),
     "allocator": (["--target", "macs=0.5", "--allocate", "nope"], "nope"),
     "ratio with allocator": (["--ratio", "0.5", "--allocate", "global-rank"], "uniform"),
+    "criterion without data": (["--ratio", "0.5", "--criterion", "fluct"], "--criterion fluct needs --calibration"),
+    "repair without data": (["--ratio", "0.5", "--reconstruct", "lsq"], "--reconstruct lsq needs --calibration"),
+    "allocator without data": (["--target", "macs=0.5", "--allocate", "rd-dp"], "--calibration"),
     "kind": (["--ratio", "0.5", "--remove", "hats"], "hats"),
     "rounding": (["--ratio", "0.5", "--round-to", "0"], "--round-to"),
     "keep": (["--ratio", "0.5", "--min-keep", "0"], "--min-keep"),

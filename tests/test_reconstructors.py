@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from onnxprune import plugin
+from onnxprune import plugin, prune
 from onnxprune.passes.bias_comp import BiasCompensation
 from onnxprune.passes.bn_reest import MomentMatching
 from onnxprune.passes.lsq import LeastSquares
@@ -126,3 +128,23 @@ def test_dead_columns_are_no_trouble(name: str) -> None:
     zero = problem(np.zeros((20, 3)), np.ones((3, 2)), [0, 1], intercept=True)
     solution = plugin.build("reconstructors", name).solve(zero)
     assert solution is None or (np.isfinite(solution.weight).all() and np.isfinite(solution.shift).all())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(plugin.available("reconstructors")))
+def test_every_reconstructor_brings_a_network_nearer_to_the_dense_one(name: str) -> None:
+    models = Path(__file__).resolve().parents[1] / "models"
+
+    def error(reconstruct: str) -> float:
+        found = prune(
+            models / "digits_cnn.onnx",
+            ratio=0.4,
+            criterion="mag",
+            reconstruct=reconstruct,
+            calibration=str(models / "digits_calibration.npz"),
+            evaluation=str(models / "digits_evaluation.npz"),
+            measure=False,
+        )
+        return float(found.report.quality["relative-error"])
+
+    assert error(name) < 0.9 * error("none")
