@@ -227,6 +227,7 @@ class Operators:
         sites = find_sites(model, model, self.shapes, whole)
         self.found = {operator.weight: operator for site in sites for operator in site.operators}
         self.names = {slot: s.initializer for s in analysis.view.stored.values() for slot in s.uses}
+        self.sizes = {slot: s.shape for s in analysis.view.stored.values() for slot in s.uses}
         self.free = {
             o.node for s in sites for o in s.operators if o.bias is not None or any(t.kind != "mul" for t in o.steps)
         }
@@ -245,7 +246,7 @@ class Operators:
                     continue
                 if member.axis != self.reads(operator):
                     continue
-                shape = self.weights.array(member.initializer).shape
+                shape = self.sizes[slot]
                 patch = int(np.prod(shape[2:])) if operator.op_type == "Conv" else 1
                 count = len(group.units)
                 if (
@@ -267,7 +268,7 @@ class Operators:
 
     def bytes(self, operator: Operator) -> int:
         """What an operator's second moments take."""
-        shape = self.weights.array(self.names[operator.weight]).shape
+        shape = self.sizes[operator.weight]
         own = shape[1:] if operator.op_type == "Conv" or operator.transposed else shape[:1]
         return 8 * int(np.prod(own)) ** 2
 
