@@ -164,9 +164,10 @@ ENOUGH = 3  # rows for each column below which a fit is thin
 
 def _thin(found: reconstruct.Repair) -> list[str]:
     """A warning where there were few rows for the columns of a site."""
-    if not found.rows:
+    damped = {site: sizes for site, sizes in found.rows.items() if found.ridges.get(site)}
+    if not damped:
         return []
-    site, (rows, columns) = min(found.rows.items(), key=lambda item: item[1][0] / max(item[1][1], 1))
+    site, (rows, columns) = min(damped.items(), key=lambda item: item[1][0] / max(item[1][1], 1))
     if rows >= ENOUGH * columns:
         return []
     text = f"calibration gives {rows} rows for the {columns} input columns of '{site}', so weights were changed less"
