@@ -312,8 +312,8 @@ class _Losses:
         places = {gate: None for each in gates.values() for gate, _ in each}
         shapes = self.analysis.prepared.facts.shapes
         order = list(places)
-        model, names = self.analysis.prepared.model, list(self.dense[0])
-        with masked(self.runs.worker, model, order, outputs=names, threads=self.runs.threads) as call:
+        model = self.analysis.prepared.model
+        with masked(self.runs.worker, model, order, threads=self.runs.threads) as call:
             for each in levels:
                 masks = {g: np.ones(() if g.axis is None else shapes[g.value][g.axis], np.float32) for g in order}
                 for k, level in each.items():
