@@ -122,6 +122,10 @@ class Dead:
             for pattern in _patterns(node):
                 self._read(node, pattern)
         self._mixing()
+        branches = analysis.branches
+        for branch, label in zip(branches.found[branches.free :], branches.tied.tolist(), strict=True):
+            if np.any(self.bounds.of(branch.value)):  # it goes with the position, and says something
+                self.barred.setdefault(label, f"'{branch.value}' goes with it, which is not zero")
 
     def labels_of(self, name: str, axis: int) -> Positions | None:
         """Labels of an axis; None where it carries nothing."""

@@ -19,6 +19,7 @@ from onnxprune.analysis import Analysis
 from onnxprune.cli import main
 from onnxprune.errors import ImpossibleError, InputError
 from onnxprune.realize import Dead, realize
+from onnxprune.runtime import ort as runtime
 from onnxprune.storage import dump
 from onnxprune.types import Group, Plan
 
@@ -40,7 +41,7 @@ def network(body: str, weights: Mapping[str, tuple[int, ...]], edit: Edit, heade
 
 
 def outputs(path: Path, feed: Arrays) -> list[np.ndarray]:
-    return list(ort.InferenceSession(path).run(None, feed))
+    return list(runtime.run(str(path), [feed])[0].values())
 
 
 def sizes(path: Path) -> dict[str, list[int]]:
@@ -487,6 +488,7 @@ def test_planted_zeros_go_and_nothing_else_changes(name: str, roles: tuple[str, 
     path.write_bytes(ZOO[name]().SerializeToString())
     analysis = Analysis(path, remove=("all",))
     groups = [g for g in analysis.groups if g.kind != "layers" and g.exact and len(g.units) > g.least]
+    groups = [g for g in groups if not np.isin(g.units, analysis.branches.tied).any()]  # more goes than slices
     rng = np.random.default_rng(len(name))
 
     def third(group: Group) -> np.ndarray:
