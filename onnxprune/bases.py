@@ -307,6 +307,7 @@ class _Turned:
         self.bases, self.alive, self.sites = bases, alive, sites
         self.present = {site.value for site in sites}
         self.operators = {operator.node for site in sites for operator in site.operators}
+        self.biased = {operator.node for site in sites for operator in site.operators if operator.homes()}
         self.outputs: dict[str, Array] = {}
         self.inputs: dict[str, Array] = {}
         self.offsets: dict[str, Array] = {}
@@ -349,7 +350,7 @@ class _Turned:
             second = np.sum([self.bases.second(heads.second_site, heads.second[h], True) for h in group], axis=0)
             root, inverse = _roots(second)
             product = np.concatenate([root @ weight[heads.second[h]] for h in group], axis=1)
-            u = np.linalg.svd(product, full_matrices=False)[0][:, : len(left)]
+            u = np.linalg.eigh(product @ product.T)[1][:, ::-1][:, : len(left)]  # also where outputs are few
             self.output(heads.first_site)[np.ix_(values, _places(wrote, values[left]))] = inverse @ u
             for h in group:
                 columns = heads.second[h]
@@ -378,6 +379,8 @@ class _Turned:
         """A narrower width: the best directions, put into the zero-sum hyperplane that its norms leave alone."""
         left, size = int(self.alive[width.group.units].sum()), len(width.group.units)
         if not 1 < left < size or not set(width.readers) <= self.operators or not set(width.streams) <= self.present:
+            return
+        if any(width.norms[norm][1] is not None and node not in self.biased for node, norm in width.readers.items()):
             return
         helmert = np.linalg.qr(np.column_stack([np.ones(left), np.eye(left)[:, : left - 1]]))[0][:, 1:]
         project = self.bases.directions(width)[:, : left - 1] @ helmert.T
@@ -440,7 +443,10 @@ def _scaled(node: OpNode) -> str | None:
 
 def _plain(operator: Operator) -> bool:
     """Whether an operator has at most a bias, so that a matrix at its output folds into it."""
-    return all(step.kind == "add" for step in operator.steps) and (operator.bias is not None) + len(operator.steps) <= 1
+    return (
+        all(step.kind == "add" and not step.fixed for step in operator.steps)
+        and (operator.bias is not None) + len(operator.steps) <= 1
+    )
 
 
 def _shared(rows: Positions) -> list[list[int]]:

@@ -228,9 +228,7 @@ class Operators:
         self.found = {operator.weight: operator for site in sites for operator in site.operators}
         self.names = {slot: s.initializer for s in analysis.view.stored.values() for slot in s.uses}
         self.sizes = {slot: s.shape for s in analysis.view.stored.values() for slot in s.uses}
-        self.free = {
-            o.node for s in sites for o in s.operators if o.bias is not None or any(t.kind != "mul" for t in o.steps)
-        }
+        self.free = {o.node for s in sites if any(each.homes() for each in s.operators) for o in s.operators}
 
     def reads(self, operator: Operator) -> int:
         """The axis of the stored weight that is summed over."""

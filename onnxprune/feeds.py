@@ -126,14 +126,18 @@ def padding_of(graph: ir.Graph, feeds: Sequence[Mapping[str, Array]]) -> str | N
 
 
 def noisy(feeds: Sequence[Mapping[str, Array]], share: float, seed: int) -> list[dict[str, Array]]:
-    """Feeds whose float inputs carry noise of `share` of their standard deviation; none where no input is one."""
+    """Feeds whose float inputs carry noise of `share` of their standard deviation; none where no input is one.
+
+    What takes two values at most, or is not finite, is a mask or a switch and carries none.
+    """
     rng = np.random.default_rng(seed)
-    spread = {
-        name: float(np.std(np.concatenate([np.asarray(f[name], np.float64).reshape(-1) for f in feeds])))
-        for name, array in (feeds[0].items() if feeds else ())
-        if array.dtype.kind == "f" and array.ndim > 1 and array.size
-    }
-    if not any(spread.values()):
+    spread = {}
+    for name, first in feeds[0].items() if feeds else ():
+        if first.dtype.kind == "f" and first.ndim > 1:
+            values = np.concatenate([np.asarray(f[name], np.float64).reshape(-1) for f in feeds])
+            if np.isfinite(values).all() and len(np.unique(values)) > 2:
+                spread[name] = float(values.std())
+    if not spread:
         return []
     return [
         {

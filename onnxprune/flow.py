@@ -169,8 +169,10 @@ class Flow:
         read = {name for proto in protos for name in proto.input} | {n for k in todo for n in _captured(self.nodes[k])}
         weights = {name: array for name, array in weights.items() if name in read}
         graph = onnx.GraphProto(name="piece", node=protos)
+        inner = any(bodies(self.nodes[k]) for k in todo)  # what a body hands out needs a shape, found from these
         for name, array in (*entering.items(), *weights.items()):
-            graph.input.append(onnx.helper.make_tensor_value_info(name, _element(array), None))
+            dims = [size if name in weights else None for size in array.shape]
+            graph.input.append(onnx.helper.make_tensor_value_info(name, _element(array), dims if inner else None))
         for name in outputs:
             graph.output.append(onnx.ValueInfoProto(name=name))
         for name, value in constants.items():

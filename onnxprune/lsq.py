@@ -42,9 +42,14 @@ class Regression:
         self._factors: dict[float, tuple[Array, bool]] = {}
 
     def solve(self, y: Array, ridge: float) -> Fit:
-        """The weights that bring x nearest to y, float32[rows, outputs], damped by `ridge` x the mean diagonal."""
+        """The weights that bring x nearest to y, float32[rows, outputs], damped by `ridge` x the mean diagonal.
+
+        Raises LinAlgError for what is not finite.
+        """
         y_mean = y.mean(axis=0, dtype=np.float64) if self._intercept else np.zeros(y.shape[1])
         cross = (self._centred.T @ y).astype(np.float64) / max(len(y), 1)
+        if not np.isfinite(self.scale) or not np.isfinite(cross).all():
+            raise LinAlgError("moments are beyond what numbers hold")
         weight = np.asarray(cho_solve(self._factor(ridge), cross)) if self.scale > 0 else np.zeros_like(cross)
         return Fit(weight, y_mean - self.mean @ weight)
 
@@ -103,8 +108,26 @@ def fit(
 
     All float32[rows, ...]. Unless it is given, the damping is the one of RIDGES that does best on the held-out rows
     (bool[rows]) when fitted to the others, and the change is then fitted to all of them. None where leaving everything
-    alone does better there.
+    alone does better there, where no row is held out, or where moments are beyond what numbers hold.
     """
+    if ridge is None and (held_out.all() or not held_out.any()):
+        return None
+    try:
+        return _fit(x, wanted, current, held_out, bounds, ridge, rounds, intercept)
+    except LinAlgError:
+        return None
+
+
+def _fit(
+    x: Array,
+    wanted: Array,
+    current: Array,
+    held_out: Mask,
+    bounds: tuple[float, float],
+    ridge: float | None,
+    rounds: int,
+    intercept: bool,
+) -> tuple[Fit, float] | None:
     if ridge is None:
         part = Regression(x[~held_out], intercept)
         known, probe = ((wanted[rows], current[rows]) for rows in (~held_out, held_out))

@@ -104,6 +104,8 @@ def apply(model: Model, changes: Mapping[Slot, Array]) -> list[str]:
         node = nodes[reader]
         value = stored(node.inputs[k])
         assert value is not None and value.const_value is not None
+        if value.const_value.shape.numpy() == array.shape and value.const_value.tobytes() == array.tobytes():
+            continue
         tensor = ir.Tensor(array, dtype=value.const_value.dtype, name=value.name)
         if value is node.inputs[k] and len(value.uses()) == 1 and not value.is_graph_output():
             value.const_value, value.shape = tensor, ir.Shape(array.shape)
@@ -429,7 +431,7 @@ class _Part:
             values = [read(slot) for slot in step.slots]
             if step.kind == "add":
                 constant = constant + values[0]
-                if self.home is None:
+                if self.home is None and not step.fixed:
                     settle(step.slots[0])
                 continue
             factor, offset = values[0], np.zeros(self.outputs)
@@ -439,7 +441,7 @@ class _Part:
             gain, constant = gain * factor, constant * factor + offset
             if self.home is not None:
                 self.home = (self.home[0], self.home[1], self.home[2] * factor)
-            if step.kind == "norm":
+            if step.kind == "norm" and not step.fixed:
                 settle(step.slots[1])
         self.gain, self.constant = gain, constant
 

@@ -8,7 +8,7 @@ comes out right whatever its shortcut lost.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,11 +25,15 @@ SPATIAL = ("strides", "pads", "dilations", "group", "kernel_shape", "auto_pad")
 
 @dataclass(frozen=True)
 class Step:
-    """What a site's chain does to each channel: `add` or `mul` one number, or `norm` with running statistics."""
+    """What a site's chain does to each channel: `add` or `mul` one number, or `norm` with running statistics.
+
+    What it adds stays where it is `fixed`.
+    """
 
     kind: str
     slots: tuple[Slot, ...]
     epsilon: float = 0.0
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ class Operator:
 
     def homes(self) -> list[Slot]:
         """Where a constant can be added: its bias, or what is stored for the first step that adds one."""
-        added = [step.slots[1 if step.kind == "norm" else 0] for step in self.steps if step.kind != "mul"]
+        free = [step for step in self.steps if step.kind != "mul" and not step.fixed]
+        added = [step.slots[1 if step.kind == "norm" else 0] for step in free]
         return [self.bias] if self.bias is not None else added[:1]
 
 
@@ -98,15 +103,16 @@ def find_sites(
         operator = _operator(node, shapes, keep, stays)
         if operator is None:
             continue
-        chain = _follow(node, _axis(node, shapes), shapes)
+        chain = _follow(node, _axis(node, shapes), shapes, stays)
         source = readers.get((operator.node, 0), operator.x)
-        operator = replace(operator, steps=tuple(chain.steps), source=source)
+        operator = replace(operator, steps=(*operator.steps, *chain.steps), source=source)
         found[str(chain.value.name)].append((index, operator, chain))
     places = {str(out.name): index for index, node in enumerate(pruned.graph) for out in node.outputs}
     sites = []
-    for name, parts in found.items():
-        value = parts[0][2].value
-        axis = _axis(pruned.graph.node(parts[0][0]), shapes)
+    for name, every in found.items():
+        value = every[0][2].value
+        axis = _axis(pruned.graph.node(every[0][0]), shapes)
+        parts = [part for part in every if _axis(pruned.graph.node(part[0]), shapes) == axis]
         counterpart = _counterpart(value, readers, shapes)
         if any(not keep(Axis(counterpart, k)).all() for k in range(len(shapes[counterpart])) if k != axis):
             continue
@@ -114,9 +120,19 @@ def find_sites(
         rest = dict.fromkeys(str(v.name) for _, _, chain in parts for v in chain.rest if v.name not in paths)
         mask = keep(Axis(counterpart, axis))
         kept = None if mask.all() else np.flatnonzero(mask)
-        operators = tuple(operator for _, operator, _ in parts)
+        operators = _apart([operator for _, operator, _ in parts])
         sites.append((places[name], Site(name, counterpart, axis, kept, operators, tuple(rest), _bounds(value))))
     return [site for _, site in sorted(sites, key=lambda pair: pair[0])]
+
+
+def _apart(operators: Sequence[Operator]) -> tuple[Operator, ...]:
+    """Operators of one site: what is added behind the sum of several is a step of the first alone."""
+    seen: set[Step] = set()
+    found = []
+    for operator in operators:
+        found.append(replace(operator, steps=tuple(step for step in operator.steps if step not in seen)))
+        seen.update(operator.steps)
+    return tuple(found)
 
 
 def _readers(dense: ir.Model) -> dict[Slot, str]:
@@ -168,19 +184,23 @@ def _operator(
     elif flips or attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID", b"NOTSET", b"VALID"):
         return None
     owner = next(iter(weight.uses()))
-    bias = None
+    bias, steps = None, ()
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         value = stored(node.inputs[2])
         if value is None or value.const_value is None:
             return None
-        if value.const_value.size == _outputs(node, weight, transposed) and str(value.name) not in stays:
-            bias = (output, 2)
-        elif value.const_value.size != 1:
+        shape = tuple(value.const_value.shape.numpy())
+        whole = value.const_value.size == _outputs(node, weight, transposed) == (shape[-1] if shape else 1)
+        if not whole and value.const_value.size != 1:
             return None
+        if whole and str(value.name) not in stays:
+            bias = (output, 2)
+        else:
+            steps = (Step("add", ((output, 2),), fixed=True),)
     columns = _columns(node, attrs, str(x.name), shapes, keep)
     spatial = {key: attrs[key] for key in (*SPATIAL, "transA") if key in attrs}
     slot = (str(owner.node.outputs[0].name), owner.idx)
-    return Operator(output, node.op_type, str(x.name), slot, bias, transposed, spatial, (), columns)
+    return Operator(output, node.op_type, str(x.name), slot, bias, transposed, spatial, steps, columns)
 
 
 def _weight(value: ir.Value) -> tuple[ir.Value | None, bool]:
@@ -233,7 +253,7 @@ def _columns(
     return np.asarray((np.flatnonzero(mask)[:, None] * patch + np.arange(patch)).reshape(-1))
 
 
-def _follow(node: ir.Node, axis: int, shapes: Mapping[str, Shape]) -> _Chain:
+def _follow(node: ir.Node, axis: int, shapes: Mapping[str, Shape], stays: Collection[str]) -> _Chain:
     """What happens to an operator's output until something else than a gain, a shift or a sum reads it."""
     chain = _Chain(node.outputs[0], path=[str(node.outputs[0].name)])
     start = shapes[str(node.outputs[0].name)]
@@ -250,7 +270,7 @@ def _follow(node: ir.Node, axis: int, shapes: Mapping[str, Shape]) -> _Chain:
         if reader.op_type == "Identity":
             pass
         elif reader.op_type == "Add" and other is not None and _per_channel(other, axis, start):
-            chain.steps.append(Step("add", ((slot, 1 - k),)))
+            chain.steps.append(Step("add", ((slot, 1 - k),), fixed=_stays(other, stays)))
         elif (
             reader.op_type == "Add"
             and other is not None
@@ -266,12 +286,20 @@ def _follow(node: ir.Node, axis: int, shapes: Mapping[str, Shape]) -> _Chain:
             epsilon = float(attributes(reader).get("epsilon", 1e-5))  # type: ignore[arg-type]
             if any(stored(v) is None for v in reader.inputs[1:5]):
                 break
-            chain.steps.append(Step("norm", tuple((slot, i) for i in range(1, 5)), epsilon))
+            chain.steps.append(
+                Step("norm", tuple((slot, i) for i in range(1, 5)), epsilon, _stays(reader.inputs[2], stays))
+            )
         else:
             break
         chain.value = out
         chain.path.append(slot)
     return chain
+
+
+def _stays(value: ir.Value | None, stays: Collection[str]) -> bool:
+    """Whether a stored value is to keep its values."""
+    source = stored(value)
+    return source is not None and str(source.name) in stays
 
 
 def _per_channel(value: ir.Value, axis: int, shape: Shape) -> bool:
