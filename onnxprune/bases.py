@@ -347,7 +347,8 @@ class _Turned:
             left = np.flatnonzero(wrote[values])
             if not 0 < len(left) < len(values):
                 continue
-            second = np.sum([self.bases.second(heads.second_site, heads.second[h], True) for h in group], axis=0)
+            free = heads.reader in self.biased  # a bias takes the mean up
+            second = np.sum([self.bases.second(heads.second_site, heads.second[h], free) for h in group], axis=0)
             root, inverse = _roots(second)
             product = np.concatenate([root @ weight[heads.second[h]] for h in group], axis=1)
             u = np.linalg.eigh(product @ product.T)[1][:, ::-1][:, : len(left)]  # also where outputs are few

@@ -184,7 +184,8 @@ def _operator(
     elif flips or attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID", b"NOTSET", b"VALID"):
         return None
     owner = next(iter(weight.uses()))
-    bias, steps = None, ()
+    bias: Slot | None = None
+    steps: tuple[Step, ...] = ()
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         value = stored(node.inputs[2])
         if value is None or value.const_value is None:

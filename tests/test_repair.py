@@ -171,7 +171,8 @@ def test_weights_behind_transposes_and_identities() -> None:
         built(
             "float[n,3] x",
             "float[n,5] y, float[n,5] z",
-            "t = Transpose(w) i = Identity(b) y = Gemm(x, t, i) v = Transpose<perm = [1,0]>(u) z = Gemm<transB = 1>(x, v, b)",
+            "t = Transpose(w) i = Identity(b) y = Gemm(x, t, i) v = Transpose<perm = [1,0]>(u) "
+            "z = Gemm<transB = 1>(x, v, b)",
             w=(5, 3), u=(3, 5), b=(5,),
         )
     )  # fmt: skip

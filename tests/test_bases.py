@@ -1,0 +1,276 @@
+"""Changes of basis: exact where the data has no more directions than stay, refused where something sees positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from onnx import numpy_helper, parser
+
+from onnxprune import feeds, quality, reconstruct
+from onnxprune.allocate import started
+from onnxprune.analysis import Analysis
+from onnxprune.bases import Bases
+from onnxprune.recipe import Options
+from onnxprune.reconstruct import Repair
+from onnxprune.recovery import Recovery
+from onnxprune.types import Plan
+from onnxprune.worker import Worker
+
+ort.set_default_logger_severity(4)
+RNG = np.random.default_rng(5)
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Worker]:
+    with Worker(seconds=60) as made:
+        yield made
+
+
+def low(rows: int, heads: int, size: int, rank: int, spread: float = 0.5) -> np.ndarray:
+    """float32[rows, heads * size]: of every head only `rank` directions."""
+    parts = [RNG.standard_normal((rows, rank)) @ RNG.standard_normal((rank, size)) for _ in range(heads)]
+    return (np.concatenate(parts, axis=1) * spread / np.sqrt(rows * rank / 4)).astype(np.float32)
+
+
+def full(*shape: int) -> np.ndarray:
+    return (RNG.standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32)
+
+
+def i64(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+def analysis(
+    folder: Path, inputs: str, outputs: str, body: str, remove: tuple[str, ...], **weights: object
+) -> Analysis:
+    text = f'<ir_version: 8, opset_import: ["": 18]> g ({inputs}) => ({outputs}) {{ {body} }}'
+    model = parser.parse_model(text)
+    for name, array in weights.items():
+        if name in body:
+            model.graph.initializer.append(numpy_helper.from_array(np.asarray(array), name))
+    path = folder / "m.onnx"
+    onnx.save(model, path)
+    return Analysis(path, remove=remove)
+
+
+def cut(of: Analysis, kind: str, left: int, worker: Worker, fit: bool = False) -> tuple[Bases, ir.Model, float]:
+    """Leave as many units of every group of a kind: (bases, the repaired model, relative error on other samples).
+
+    Without `fit` the weights are only those that the basis gives.
+    """
+    groups = [group for group in of.groups if group.kind == kind]
+    assert groups, [group.kind for group in of.groups]
+    plan = Plan({g.id: np.isin(np.arange(len(g.units)), RNG.permutation(len(g.units))[:left]) for g in groups})
+    pruned = of.rewrite(plan)
+    shapes = of.prepared.facts.shapes
+    fed = [feeds.random_feed(of.dense.graph, shapes, seed) for seed in range(60)]
+    recovery = Recovery(of, fed[:48], Options(ratio=0.5, calibration="given"), worker)
+    assert recovery.bases is not None
+    start = started(of, plan, pruned, recovery.bases)
+    recovery._begin(recovery.samples.feeds, (), reconstruct.ROWS)
+    how = recovery.reconstructor if fit else None
+    found: Repair = reconstruct.repair(worker, pruned, start.sites, how, start=start.arrays)
+    model = pruned.clone()
+    reconstruct.apply(model, found.changes)
+    dense, small = (
+        [dict(zip((o.name for o in s.get_outputs()), s.run(None, feed), strict=True)) for feed in fed[48:]]
+        for s in (ort.InferenceSession(ir.serde.serialize_model(m).SerializeToString()) for m in (of.dense, model))
+    )
+    return recovery.bases, model, quality.relative_error(small, dense, None)
+
+
+# Heads ---------------------------------------------------------------------------------------------------------------
+
+ATTENTION = (
+    "q1 = Reshape(q0, split) k1 = Reshape(k0, split) v1 = Reshape(v0, split) "
+    "q = Transpose<perm = [0,2,1,3]>(q1) k = Transpose<perm = [0,2,3,1]>(k1) v = Transpose<perm = [0,2,1,3]>(v1) "
+    "s0 = MatMul(q, k) s = Mul(s0, scale) p = Softmax(s) c0 = MatMul(p, v) c1 = Transpose<perm = [0,2,1,3]>(c0) "
+    "c = Reshape(c1, join) "
+)
+PLAIN = "q0 = MatMul(x, wq) k0 = MatMul(x, wk) v0 = MatMul(x, wv) "
+BIASED = "q2 = MatMul(x, wq) q0 = Add(q2, bq) k2 = MatMul(x, wk) k0 = Add(bk, k2) v2 = MatMul(x, wv) v0 = Add(v2, bv) "
+SIZES = {"split": i64(0, 0, 3, 7), "join": i64(0, 0, -1), "scale": np.float32(0.6)}
+
+
+def heads(rank: int, **more: object) -> dict[str, object]:
+    """Weights of attention over 3 heads of 7 of which queries are whole, keys and values of low rank."""
+    return {"wq": full(11, 21), "bq": full(21), "wk": low(11, 3, 7, rank), "bk": full(21), "wv": low(11, 3, 7, rank),
+            "bv": full(21), "wo": full(21, 5), "bo": full(5), **SIZES, **more}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("body", "fit"),
+    [
+        (PLAIN + ATTENTION + "y = MatMul(c, wo)", False),
+        (PLAIN + ATTENTION + "y0 = MatMul(c, wo) y = Add(y0, bo)", False),
+        (BIASED + ATTENTION + "y0 = MatMul(c, wo) y = Add(y0, bo)", True),
+        (BIASED + ATTENTION + "y = MatMul(c, wo)", False),
+        (PLAIN + ATTENTION + "d = Reshape(c, flat) e = Gemm(d, wo, bo) y = Reshape(e, back)", False),
+    ],
+)
+def test_a_head_gives_up_what_it_does_not_use(body: str, fit: bool, worker: Worker, tmp_path: Path) -> None:
+    given = heads(3, flat=i64(-1, 21), back=i64(-1, 6, 5))
+    model = analysis(tmp_path, "float[n,6,11] x", "float[n,6,5] y", body, ("head-dim",), **given)
+    bases, _, error = cut(model, "head-dim", 4, worker, fit)
+    assert len(bases.heads) == 2
+    assert error < (0.02 if fit else 1e-3)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_heads_that_share_keys_and_values(count: int, worker: Worker, tmp_path: Path) -> None:
+    """Grouped queries (3 of 6), and one for all."""
+    body = (
+        "q0 = MatMul(x, wq) k0 = MatMul(x, wk) v0 = MatMul(x, wv) q1 = Reshape(q0, six) k1 = Reshape(k0, few) "
+        "v1 = Reshape(v0, few) q = Transpose<perm = [0,2,1,3]>(q1) k2 = Transpose<perm = [0,2,1,3]>(k1) "
+        "v2 = Transpose<perm = [0,2,1,3]>(v1) k3 = Unsqueeze(k2, two) v3 = Unsqueeze(v2, two) k4 = Expand(k3, many) "
+        "v4 = Expand(v3, many) k5 = Reshape(k4, all) v = Reshape(v4, all) k = Transpose<perm = [0,1,3,2]>(k5) "
+        "s = MatMul(q, k) p = Softmax(s) c0 = MatMul(p, v) c1 = Transpose<perm = [0,2,1,3]>(c0) c = Reshape(c1, join) "
+        "y = MatMul(c, wo)"
+    )
+    model = analysis(
+        tmp_path, "float[n,5,11] x", "float[n,5,4] y", body, ("head-dim",),
+        wq=full(11, 42), wk=low(11, count, 7, 3), wv=low(11, count, 7, 3), wo=full(42, 4), six=i64(0, 0, 6, 7),
+        few=i64(0, 0, count, 7), two=i64(2), many=i64(1, count, 6 // count, 5, 7), all=i64(-1, 6, 5, 7),
+        join=i64(0, 0, 42),
+    )  # fmt: skip
+    bases, _, error = cut(model, "head-dim", 3, worker)
+    assert len(bases.heads) == 2
+    assert error < 1e-3
+
+
+@pytest.mark.parametrize("order", ["3hd", "h3d"])
+def test_one_projection_for_all_three(order: str, worker: Worker, tmp_path: Path) -> None:
+    weight = np.concatenate([full(11, 21), low(11, 3, 7, 3), low(11, 3, 7, 3)], axis=1).reshape(11, 3, 3, 7)
+    perm, split, axes = (
+        ("[2,0,3,1,4]", (0, 0, 3, 3, 7), "3hd") if order == "3hd" else ("[3,0,2,1,4]", (0, 0, 3, 3, 7), "h3d")
+    )
+    weight = weight if axes == "3hd" else weight.transpose(0, 2, 1, 3)
+    body = (
+        f"a0 = MatMul(x, w) a = Add(a0, b) d = Reshape(a, split) e = Transpose<perm = {perm}>(d) "
+        "q = Gather<axis = 0>(e, i0) k1 = Gather<axis = 0>(e, i1) v = Gather<axis = 0>(e, i2) "
+        "k = Transpose<perm = [0,1,3,2]>(k1) s = MatMul(q, k) p = Softmax(s) c0 = MatMul(p, v) "
+        "c1 = Transpose<perm = [0,2,1,3]>(c0) c = Reshape(c1, join) y0 = MatMul(c, wo) y = Add(y0, bo)"
+    )
+    numbers = {f"i{k}": np.array(k, np.int64) for k in range(3)}
+    model = analysis(
+        tmp_path, "float[n,6,11] x", "float[n,6,5] y", body, ("head-dim",), w=weight.reshape(11, 63),
+        b=np.zeros(63, np.float32), wo=full(21, 5), bo=full(5), split=i64(*split), join=i64(0, 0, 21), **numbers,
+    )  # fmt: skip
+    bases, _, error = cut(model, "head-dim", 3, worker)
+    assert len(bases.heads) == 2
+    assert error < 1e-3
+
+
+def test_heads_folded_into_the_batch_with_a_scale_on_the_queries(worker: Worker, tmp_path: Path) -> None:
+    move = "{0}1 = Reshape({0}0, split) {0}2 = Transpose<perm = [0,2,1,3]>({0}1) {0}3 = Reshape({0}2, fold) "
+    body = (
+        PLAIN.replace("q0 =", "q9 =") + "q0 = Mul(q9, scale) " + "".join(move.format(name) for name in "qkv")
+        + "k = Transpose<perm = [0,2,1]>(k3) s = MatMul(q3, k) p = Softmax(s) c0 = MatMul(p, v3) c1 = Reshape(c0, unfold) "
+        "c2 = Transpose<perm = [0,2,1,3]>(c1) c = Reshape(c2, join) y = MatMul(c, wo)"
+    )  # fmt: skip
+    given = heads(3, fold=i64(-1, 6, 7), unfold=i64(-1, 3, 6, 7))
+    model = analysis(tmp_path, "float[n,6,11] x", "float[n,6,5] y", body, ("head-dim",), **given)
+    bases, _, error = cut(model, "head-dim", 3, worker)
+    assert len(bases.heads) == 2
+    assert error < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("n = LayerNormalization(q, g) s9 = MatMul(n, k)", 1),  # a norm on the queries
+        ("n = Mul(q, g) s9 = MatMul(n, k)", 1),  # a gain for each position
+        ("n = Mul(q, cos) r = Neg(q) m = Mul(r, sin) z = Add(n, m) s9 = MatMul(z, k)", 1),
+    ],
+)
+def test_queries_that_are_more_than_moved_lose_positions(text: str, left: int, worker: Worker, tmp_path: Path) -> None:
+    body = (
+        BIASED + ATTENTION.replace("s0 = MatMul(q, k)", text.replace("s9", "s0")) + "y0 = MatMul(c, wo) y = Add(y0, bo)"
+    )
+    given = heads(3, g=full(7), cos=full(6, 7), sin=full(6, 7))
+    model = analysis(tmp_path, "float[n,6,11] x", "float[n,6,5] y", body, ("head-dim",), **given)
+    bases = Bases(model)
+    assert len(bases.heads) == left  # values, and nothing else
+    assert all(h.reader for h in bases.heads)
+    if any(group.kind == "head-dim" for group in model.groups):
+        _, _, error = cut(model, "head-dim", 5, worker, fit=True)
+        assert error < 0.8
+
+
+# Width ---------------------------------------------------------------------------------------------------------------
+
+
+def stream(rank: int = 4, size: int = 13, **more: object) -> dict[str, object]:
+    """Weights of a block of this width, of which tokens use only `rank` directions."""
+    basis = RNG.standard_normal((rank, size))
+    basis -= basis.mean(axis=1, keepdims=True)
+
+    def inside(rows: int) -> np.ndarray:
+        return (RNG.standard_normal((rows, rank)) @ basis / np.sqrt(rows)).astype(np.float32)
+
+    return {"w0": inside(7), "b0": inside(1)[0], "g1": full(size) + 2, "s1": full(size), "w1": full(size, 17),
+            "b1": full(17), "w2": inside(17), "b2": inside(1)[0], "g2": full(size) + 2, "s2": full(size),
+            "w3": full(size, 3), "b3": full(3), "e": inside(5).reshape(1, 5, size), "g9": full(size) + 2, "g8": full(5, size), **more}  # fmt: skip
+
+
+BLOCK = (
+    "a0 = MatMul(x, w0) a1 = Add(a0, b0) a = Add(a1, e) c = LayerNormalization(a, g1, s1) d0 = MatMul(c, w1) "
+    "d1 = Add(d0, b1) d = Relu(d1) h0 = MatMul(d, w2) h1 = Add(h0, b2) h = Add(a, h1) "
+)
+END = "f = LayerNormalization(h, g2, s2) y0 = MatMul(f, w3) y = Add(y0, b3)"
+
+
+@pytest.mark.parametrize("shifts", [True, False])
+def test_a_width_gives_up_what_its_tokens_do_not_use(shifts: bool, worker: Worker, tmp_path: Path) -> None:
+    body = BLOCK + END if shifts else (BLOCK + END).replace(", s1)", ")").replace(", s2)", ")")
+    model = analysis(tmp_path, "float[n,5,7] x", "float[n,5,3] y", body, ("width",), **stream())
+    bases, _, error = cut(model, "width", 5, worker)
+    assert len(bases.widths) == 1
+    assert error < 1e-3
+    _, _, error = cut(model, "width", 4, worker, fit=True)
+    assert error < 0.8
+
+
+@pytest.mark.parametrize(
+    ("block", "end", "outputs"),
+    [
+        (BLOCK + "h9 = Mul(h, g9) ", END.replace("(h,", "(h9,"), ""),  # a gain on the stream
+        (BLOCK.replace("h = Add(a, h1)", "h9 = Mul(h1, g9) h = Add(a, h9)"), END, ""),
+        (BLOCK.replace("h = Add(a, h1)", "h = Add(c, h1)"), END, ""),  # post-norm
+        (BLOCK + "j = Add(h, c) ", END.replace("(h,", "(j,"), ""),  # a norm's output in a sum
+        (BLOCK, END.replace("f = LayerNormalization(h, g2, s2)", "f = Tanh(h)"), ""),
+        (BLOCK, END.replace("y = Add(y0, b3)", "y = Add(y0, b3) t = Softmax(h)"), ", float[n,5,13] t"),
+        (BLOCK.replace("LayerNormalization(a, g1, s1)", "LayerNormalization<axis = 1>(a, g8)"), END, ""),
+    ],
+)
+def test_a_width_that_others_see_loses_positions(
+    block: str, end: str, outputs: str, worker: Worker, tmp_path: Path
+) -> None:
+    model = analysis(tmp_path, "float[n,5,7] x", f"float[n,5,3] y{outputs}", block + end, ("width",), **stream(7))
+    assert Bases(model).widths == []
+    if any(group.kind == "width" for group in model.groups):
+        _, _, error = cut(model, "width", 11, worker, fit=True)
+        assert error < 0.9
+
+
+RMS = "sq = Mul(h, h) m = ReduceMean<keepdims = 1>(sq, last) r = Sqrt(m) u = Div(h, r) f = Mul(u, g2) "
+SPELT = (
+    "mu = ReduceMean<keepdims = 1>(h, last) o = Sub(h, mu) sq = Pow(o, two) va = ReduceMean<keepdims = 1>(sq, last) "
+    "ve = Add(va, tiny) r = Sqrt(ve) u = Div(o, r) f0 = Mul(u, g2) f = Add(f0, s2) "
+)
+
+
+@pytest.mark.parametrize("norm", [RMS, SPELT])
+def test_norms_in_primitive_operators_lose_positions(norm: str, worker: Worker, tmp_path: Path) -> None:
+    given = stream(7, last=i64(-1), two=np.float32(2), tiny=np.float32(1e-5))
+    end = norm + "y0 = MatMul(f, w3) y = Add(y0, b3)"
+    model = analysis(tmp_path, "float[n,5,7] x", "float[n,5,3] y", BLOCK + end, ("width",), **given)
+    assert Bases(model).widths == []
+    _, _, error = cut(model, "width", 11, worker, fit=True)
+    assert error < 0.9
