@@ -92,7 +92,8 @@ class Reader:
 
     def energy(self) -> float:
         """The operator's mean squared output, summed over its outputs; without a constant where that costs nothing."""
-        return float(np.einsum("io,ij,jo->", self.weight, self.moments, self.weight, optimize=True))
+        with np.errstate(all="ignore"):  # of moments beyond what numbers hold it is none
+            return float(np.einsum("io,ij,jo->", self.weight, self.moments, self.weight, optimize=True))
 
     def of_units(self, values: Array) -> Array:
         """float64[units]: float64[columns] summed over the columns of each unit."""

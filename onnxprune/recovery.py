@@ -128,7 +128,7 @@ class Recovery:
             self.worker, pruned, start.sites, self.reconstructor, start=start.arrays, judge=True
         ).divergence
         if not tried < naive:
-            why = f"repair made held-out samples worse ({naive:.3g} to {tried:.3g}), so nothing was repaired"
+            why = f"repair did not help on held-out samples ({naive:.3g} to {tried:.3g}), so nothing was repaired"
             return Repaired(pruned, [], [f"{why}; more calibration samples would help"])
         self._begin(self.samples.feeds, (), reconstruct.ROWS)
         found = reconstruct.repair(

@@ -112,7 +112,7 @@ def parse_size(text: str) -> int:
         number = float(digits) * UNITS[unit]
     except (ValueError, KeyError):
         number = float("nan")
-    if not np.isfinite(number) or number < 1 << 20:
+    if not np.isfinite(number) or number < 1_000_000:
         raise InputError("a size of at least 1MB, as in 512MB or 2GiB", object=f"--memory {text}")
     return int(number)
 

@@ -171,8 +171,8 @@ def test_heads_folded_into_the_batch_with_a_scale_on_the_queries(worker: Worker,
     move = "{0}1 = Reshape({0}0, split) {0}2 = Transpose<perm = [0,2,1,3]>({0}1) {0}3 = Reshape({0}2, fold) "
     body = (
         PLAIN.replace("q0 =", "q9 =") + "q0 = Mul(q9, scale) " + "".join(move.format(name) for name in "qkv")
-        + "k = Transpose<perm = [0,2,1]>(k3) s = MatMul(q3, k) p = Softmax(s) c0 = MatMul(p, v3) c1 = Reshape(c0, unfold) "
-        "c2 = Transpose<perm = [0,2,1,3]>(c1) c = Reshape(c2, join) y = MatMul(c, wo)"
+        + "k = Transpose<perm = [0,2,1]>(k3) s = MatMul(q3, k) p = Softmax(s) c0 = MatMul(p, v3) "
+        "c1 = Reshape(c0, unfold) c2 = Transpose<perm = [0,2,1,3]>(c1) c = Reshape(c2, join) y = MatMul(c, wo)"
     )  # fmt: skip
     given = heads(3, fold=i64(-1, 6, 7), unfold=i64(-1, 3, 6, 7))
     model = analysis(tmp_path, "float[n,6,11] x", "float[n,6,5] y", body, ("head-dim",), **given)
@@ -216,7 +216,8 @@ def stream(rank: int = 4, size: int = 13, **more: object) -> dict[str, object]:
 
     return {"w0": inside(7), "b0": inside(1)[0], "g1": full(size) + 2, "s1": full(size), "w1": full(size, 17),
             "b1": full(17), "w2": inside(17), "b2": inside(1)[0], "g2": full(size) + 2, "s2": full(size),
-            "w3": full(size, 3), "b3": full(3), "e": inside(5).reshape(1, 5, size), "g9": full(size) + 2, "g8": full(5, size), **more}  # fmt: skip
+            "w3": full(size, 3), "b3": full(3), "e": inside(5).reshape(1, 5, size), "g9": full(size) + 2,
+            "g8": full(5, size), **more}  # fmt: skip
 
 
 BLOCK = (
