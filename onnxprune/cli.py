@@ -106,6 +106,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _terminated)
+    # Before NumPy loads: a pool for it costs more than it gains, and results would depend on the number of cores.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def run() -> None:

@@ -94,10 +94,10 @@ class _State:
     def remove(self, units: Array) -> None:
         """Take units out; what is left takes over their work."""
         goes = self.columns[units].reshape(-1)
-        gain = np.linalg.solve(self.inverse[np.ix_(goes, goes)], self.inverse[goes]).T
-        self.weight -= gain @ self.weight[goes]
-        self.inverse -= gain @ self.inverse[goes]
-        self.weight[goes] = 0
-        self.inverse[goes] = 0
-        self.inverse[:, goes] = 0
-        self.inverse[goes, goes] = 1
+        stays = np.ones(len(self.weight), np.bool_)
+        stays[goes] = False
+        part = self.inverse[goes]
+        gain = np.linalg.solve(part[:, goes], part[:, stays]).T
+        self.weight = self.weight[stays] - gain @ self.weight[goes]
+        self.inverse = self.inverse[np.ix_(stays, stays)] - gain @ part[:, stays]
+        self.columns = (np.cumsum(stays) - 1)[self.columns]  # of units that went, it says nothing
