@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from onnxprune.infer import bodies, initializers, names, walk
 from onnxprune.prove import Prover
 from onnxprune.realize import realize
 from onnxprune.rewrite import apply
+from onnxprune.sites import stored as stored_in
 from onnxprune.types import Axis, Mask, Plan, Shape
 from onnxprune.worker import Worker
 
@@ -164,20 +167,25 @@ def _alive(analysis: Analysis, removals: Iterable[proof.Removal], dead: frozense
 
 
 def _same(rebuilt: ir.Model, pruned: ir.Model, repaired: frozenset[str], file: str) -> None:
-    """Raise ImpossibleError unless nodes, names, shapes and all values but the repaired ones agree."""
+    """Raise ImpossibleError unless nodes, names, shapes and all values but the repaired ones agree.
+
+    What several nodes read may be repaired for one of them: in a copy, alike but for its values.
+    """
     a, b = rebuilt.graph, pruned.graph
     if rebuilt.ir_version != pruned.ir_version or dict(rebuilt.opset_imports) != dict(pruned.opset_imports):
         raise ImpossibleError("its IR version or operator sets are not those of the dense model", file=file)
-    if unknown := repaired - set(initializers(a)):
+    copies = repaired - set(initializers(a))
+    if unknown := copies - set(initializers(b)):
         raise ImpossibleError("is listed as repaired, and is not there", file=file, object=min(unknown))
-    if [_node(n) for n in walk(a)] != [_node(n) for n in walk(b)]:
+    pairs = list(zip_longest(walk(a), walk(b)))
+    if any(m is None or t is None or _node(m) != _node(t, _originals(m, t, copies)) for m, t in pairs):
         raise ImpossibleError("its nodes are not those that the plan gives", file=file)
     for mine, theirs in ((a.inputs, b.inputs), (a.outputs, b.outputs)):
         if [(v.name, str(v.shape), v.dtype) for v in mine] != [(v.name, str(v.shape), v.dtype) for v in theirs]:
             raise ImpossibleError("its inputs and outputs are not those of the dense model", file=file)
     stored, found = initializers(a), initializers(b)
-    if set(stored) != set(found):
-        odd = sorted(set(stored) ^ set(found))[0]
+    if set(stored) != set(found) - copies:
+        odd = sorted(set(stored) ^ (set(found) - copies))[0]
         raise ImpossibleError("an initializer that the plan does not give, or lacks", file=file, object=odd)
     for name, value in stored.items():
         x, y = value.const_value, found[name].const_value
@@ -187,7 +195,19 @@ def _same(rebuilt: ir.Model, pruned: ir.Model, repaired: frozenset[str], file: s
             raise ImpossibleError("its values changed, and it is not listed as repaired", file=file, object=name)
 
 
-def _node(node: ir.Node) -> tuple[object, ...]:
+def _originals(mine: ir.Node, theirs: ir.Node, copies: frozenset[str]) -> dict[str, str]:
+    """{copy that their node reads: what my node reads in its place}, where that is stored and of its shape and type."""
+    found = {}
+    for x, y in zip(mine.inputs, theirs.inputs, strict=False):
+        if x is not None and y is not None and y.name in copies and (source := stored_in(x)) is not None:
+            a, b = source.const_value, y.const_value
+            if a is not None and b is not None and tuple(a.shape) == tuple(b.shape) and a.dtype == b.dtype:
+                found[str(y.name)] = str(x.name)
+    return found
+
+
+def _node(node: ir.Node, originals: Mapping[str, str] = MappingProxyType({})) -> tuple[object, ...]:
+    inputs = [originals.get(name, name) for name in names(node.inputs)]
     inner = [(key, names(body.inputs), names(body.outputs)) for key, body in bodies(node).items()]
     attributes = sorted((k, str(value)) for k, value in attributes_of(node).items())
-    return (node.domain, node.op_type, names(node.inputs), names(node.outputs), attributes, inner)
+    return (node.domain, node.op_type, inputs, list(names(node.outputs)), attributes, inner)

@@ -121,6 +121,22 @@ def test_a_value_that_is_not_listed_as_repaired_is_a_forgery(mlp: Path) -> None:
     assert run("verify", mlp, mlp.parent / "s.onnx", "--plan", mlp.parent / "r.json").exit_code == 3
 
 
+def test_a_bias_that_others_read_is_repaired_in_a_copy(tmp_path: Path) -> None:
+    body = (
+        "a = Gemm(x, w1, b1) r = Relu(a) y = Gemm(r, w2, b) i = Identity(b) z0 = MatMul(r, w3) z = Add(z0, i) "
+        "t = Gemm(x, w4, b)"
+    )
+    sizes = {"w1": (7, 32), "b1": (32,), "w2": (32, 5), "b": (5,), "w3": (32, 5), "w4": (7, 5)}
+    model = save(tmp_path / "m.onnx", "float[n,7] x", "float[n,5] y, float[n,5] z, float[n,5] t", body, **sizes)
+    result, report = prune(model, arrays(tmp_path, x=X))
+    assert result.exit_code == 0, result.output
+    before, after = ({i.name: i.raw_data for i in onnx.load(p).graph.initializer} for p in (model, tmp_path / "s.onnx"))
+    assert before["b"] == after["b"]
+    assert before["w4"] == after["w4"]
+    assert len(set(report["repaired"]) - before.keys()) == 2
+    assert run("verify", model, tmp_path / "s.onnx", "--plan", tmp_path / "r.json").exit_code == 0
+
+
 @pytest.mark.parametrize("name", ["w1", "b1", "w3", "b3"])
 def test_what_is_ignored_keeps_its_bits(mlp: Path, name: str) -> None:
     result, report = prune(mlp, arrays(mlp.parent, x=X), "--ignore", name)
