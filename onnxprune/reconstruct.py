@@ -339,7 +339,10 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
             ridge=ridges.get(site.value),
             patch=batch[0].patch if len({part.patch for part in batch}) == 1 else 1,
         )
-        solution = reconstructor.solve(problem)
+        try:
+            solution = reconstructor.solve(problem)
+        except np.linalg.LinAlgError:  # what is beyond numbers stays as it is
+            solution = None
         if solution is None:
             continue
         task.ridges[site.value] = solution.ridge

@@ -101,6 +101,15 @@ def test_samples_that_are_all_alike_are_no_crash(mlp: Path, value: float) -> Non
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.parametrize("method", ["sequential", "lsq", "mask-tune", "bias-comp"])
+def test_samples_beyond_numbers_are_no_crash(mlp: Path, method: str) -> None:
+    x = X.copy()
+    x[3, 3] = 3e38
+    with np.errstate(all="ignore"):
+        result, _ = prune(mlp, arrays(mlp.parent, x=x), "--reconstruct", method, "--criterion", "mag")
+    assert result.exit_code == 0, result.output
+
+
 @pytest.mark.parametrize("effort", ["quick", "default", "thorough"])
 def test_a_repaired_model_is_verified_and_the_same_every_time(mlp: Path, effort: str) -> None:
     data, written = arrays(mlp.parent, x=X), []
