@@ -17,10 +17,10 @@ from onnxprune.cost import Cost, Costs
 from onnxprune.dims import DimGraph, couple
 from onnxprune.errors import InputError, PruneError
 from onnxprune.groups import find_frozen, find_groups
-from onnxprune.infer import infer, initializers
+from onnxprune.infer import initializers
 from onnxprune.masked import narrowed
 from onnxprune.model import Graph, Model, Prepared, input_sizes, prepare, view
-from onnxprune.probes import cost_sizes
+from onnxprune.probes import cost_facts
 from onnxprune.rewrite import apply
 from onnxprune.types import Array, Frozen, Group, Mask, Plan, Shape, View
 
@@ -136,7 +136,7 @@ def named(path: str | Path, call: Callable[[], Any]) -> Any:
 
 def cost_shapes(model: Model, given: Mapping[str, int]) -> dict[str, Shape]:
     """Shapes at which cost is counted and latency measured: as given, else batch 1 and stated defaults."""
-    return infer(model, cost_sizes(model, given)).shapes
+    return cost_facts(model, given).shapes
 
 
 def cost_of(model: Model, given: Mapping[str, int], size: int) -> Cost:

@@ -26,7 +26,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxprune.errors import ImpossibleError, InputError
 from onnxprune.infer import Facts, infer, symbols, true_inputs
 from onnxprune.model import Model, free_name, register
-from onnxprune.probes import cost_sizes, probes
+from onnxprune.probes import cost_facts, probes
 from onnxprune.runtime import ort
 from onnxprune.storage import dump
 from onnxprune.types import Array, Shape
@@ -242,7 +242,7 @@ def masked(
     graph = copy.graph
     graph.meta.pop("names", None)
     values = _values(graph)
-    facts = infer(model, cost_sizes(model, {}))
+    facts = cost_facts(model, {})
     ports = [_gate(graph, facts, _known(values, gate.value), gate, k) for k, gate in enumerate(gates)]
     with _running(worker, copy, threads) as run:
 

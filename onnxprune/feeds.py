@@ -38,6 +38,26 @@ def index_bounds(graph: ir.Graph) -> dict[str, int]:
     return bounds
 
 
+SUMS = CARRIERS | frozenset("ReduceSum Add Sub Mul Where".split())
+LENGTHS = {("com.microsoft", "GroupQueryAttention"): 5}
+
+
+def counted(graph: ir.Graph) -> set[str]:
+    """Graph inputs of which the sum tells an attention how many keys there are: masks that may not be zero anywhere."""
+    found: set[str] = set()
+    for source in true_inputs(graph):
+        pending, seen = [source], {source}
+        while pending:
+            for use in pending.pop().uses():
+                if LENGTHS.get((use.node.domain, use.node.op_type)) == use.idx:
+                    found.add(str(source.name))
+                elif use.node.op_type in SUMS:
+                    fresh = [out for out in use.node.outputs if out not in seen]
+                    seen.update(fresh)
+                    pending += fresh
+    return found
+
+
 def choices(graph: ir.Graph) -> dict[str, tuple[int, ...]]:
     """{graph input that chooses: the values that choose differently}: flags, and numbers that Equal asks for."""
     found: dict[str, tuple[int, ...]] = {}
@@ -86,7 +106,7 @@ def random_feed(graph: ir.Graph, shapes: Mapping[str, Shape], seed: int, choice:
     Raises ImpossibleError for an input type that no random value can stand for.
     """
     rng = np.random.default_rng(seed)
-    bounds = index_bounds(graph)
+    bounds, whole = index_bounds(graph), counted(graph)
     chosen = combination(graph, seed if choice is None else choice)
     feed = {}
     for value in true_inputs(graph):
@@ -102,6 +122,8 @@ def random_feed(graph: ir.Graph, shapes: Mapping[str, Shape], seed: int, choice:
             drawn: Array = np.full(shape, chosen[name])
         elif name in bounds:
             drawn = rng.integers(0, bounds[name], shape)
+        elif name in whole and np.issubdtype(kind, np.integer):
+            drawn = np.ones(shape)
         elif np.issubdtype(kind, np.integer) or kind == np.bool_:
             drawn = (rng.random(shape) < 0.9).astype(np.int64)
             if drawn.ndim:

@@ -36,7 +36,8 @@ class Facts:
 
     `values` are sizes, indices and scalars, and what is computed from them; `small` are short float initializers
     (Resize scales), which rules and shape inference may read but nothing is computed from. `varying` are inputs of
-    Loop and Scan bodies whose shape is not the same in every round.
+    Loop and Scan bodies whose shape is not the same in every round. `asked` are the sizes that operators need in
+    place of those that are there: {(value, axis): size}.
     """
 
     shapes: dict[str, Shape] = field(default_factory=dict)
@@ -45,6 +46,7 @@ class Facts:
     small: dict[str, Array] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     varying: set[str] = field(default_factory=set)
+    asked: dict[tuple[str, int], int] = field(default_factory=dict)
 
     def value(self, name: str) -> Array | None:
         """The value itself, where it is small and fixed."""
@@ -131,8 +133,11 @@ def seed(graph: ir.Graph, sizes: Mapping[str, int]) -> Facts:
 def note_initializer(facts: Facts, name: str, value: ir.Value) -> None:
     """Shape and type of an initializer; its value if it may be a size, an index or a scalar."""
     tensor = value.const_value
-    if tensor is None:
-        return
+    if tensor is not None:
+        _note_tensor(facts, name, tensor)
+
+
+def _note_tensor(facts: Facts, name: str, tensor: ir.TensorProtocol) -> None:
     facts.shapes[name] = tuple(int(d) for d in tensor.shape)  # type: ignore[arg-type]
     facts.types[name] = int(tensor.dtype)
     count = int(np.prod(facts.shapes[name], dtype=np.int64))
@@ -208,6 +213,9 @@ def step(facts: Facts, node: ir.Node, opset: int) -> None:
         return
     if bodies(node):
         _leave(facts, node, opset)
+        return
+    if node.op_type == "Constant" and (tensor := ir.convenience.get_const_tensor(node.outputs[0])) is not None:
+        _note_tensor(facts, outputs[0], tensor)
         return
     proto = ir.serde.serialize_node(node)
     known = [facts.values[name] for name in inputs if name and name in facts.values]
@@ -295,6 +303,7 @@ def _infer(facts: Facts, node: ir.Node, proto: onnx.NodeProto, opset: int) -> No
             if (known := facts.types.get(names(node.inputs)[like])) is not None:
                 facts.types.setdefault(name, known)
     _declared(facts, node)
+    _ask(facts, node, opset)
     if "kernel_shape" in node.attributes or "Conv" in node.op_type:
         empty = [name for name in names(node.outputs) if 0 in facts.shapes.get(name, ())]
         if empty and not any(0 in facts.shapes.get(name, ()) for name in present):
@@ -308,6 +317,23 @@ def _infer(facts: Facts, node: ir.Node, proto: onnx.NodeProto, opset: int) -> No
         before, after = facts.shapes[present[0]], facts.shapes.get(str(node.outputs[0].name))
         if after is not None and prod(before) != prod(after):
             facts.problems.append(f"node '{node.name}': {list(before)} cannot become {list(after)}")
+
+
+def _ask(facts: Facts, node: ir.Node, opset: int) -> None:
+    """Note sizes of inputs that do not suit an operator."""
+    wants = ops.wants_of(node.domain, node.op_type)
+    if wants is None:
+        return
+    try:
+        wanted = wants(op_node(node, opset, facts, facts.values, {}))
+    except KeyError:  # the shape of an input is not known
+        return
+    inputs = names(node.inputs)
+    for k, sizes in wanted.items():
+        for axis, (size, given) in enumerate(zip(sizes, facts.shapes.get(inputs[k], ()), strict=False)):
+            if size not in (ops.ANY, given):
+                facts.asked[inputs[k], axis] = size
+                facts.problems.append(f"node '{node.name}': '{inputs[k]}:{axis}' has {given} positions, not {size}")
 
 
 STAND_IN_OPSET = 13
@@ -407,10 +433,11 @@ def _infer_graph(facts: Facts, graph: ir.Graph, opsets: Mapping[str, int]) -> No
             enter(facts, node)
             taken = _taken(facts, node)
             for key, body in inner.items():
-                problems = len(facts.problems)
+                problems, asked = len(facts.problems), dict(facts.asked)
                 _infer_graph(facts, body, opsets)
                 if taken not in (None, key):
                     del facts.problems[problems:]  # this never runs at these sizes
+                    facts.asked = asked
             varying = {
                 b for _, b, c, _ in carried(node) if b in facts.shapes and facts.shapes.get(c) != facts.shapes[b]
             }

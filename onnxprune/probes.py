@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import combinations, product
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from itertools import combinations, permutations, product
 from typing import Any
 
 import onnx_ir as ir
 
-from onnxprune.infer import infer, names, symbols, true_inputs, walk
+from onnxprune.infer import Facts, infer, names, symbol, symbols, true_inputs, walk
 
 Sizes = dict[str, int]
 Kind = tuple[str, tuple[int, ...]]  # batch, image or length; then what is fixed about its first place
-Tables = Mapping[str, tuple[int, ...]]
+Tables = Mapping[str, Sequence[int]]
 
 # From the cheapest on: attention over every pixel grows with the fourth power of an image's side.
 SCALES: tuple[dict[str, tuple[tuple[int, ...], tuple[int, ...]]], ...] = (
@@ -24,6 +24,7 @@ SCALES: tuple[dict[str, tuple[tuple[int, ...], tuple[int, ...]]], ...] = (
 )
 WRITTEN = 24  # sizes in a graph that are tried as lengths
 SUMMANDS = 4  # lengths up to which sums are tried
+STEPS = ((1, 17), (19, 0))  # new and past tokens: some exports take one token after others, or the first ones
 BATCHES = (((3, 7, 11), (5, 13, 17)), ((1,), (1,)))  # some exports bake batch 1 in and still call it dynamic
 
 
@@ -32,24 +33,28 @@ def probes(model: ir.Model, given: Mapping[str, int]) -> tuple[dict[str, int], d
 
     Batches get small primes, so that they are never mistaken for a factor of something else; images get multiples
     of 32; other lengths get primes first, then what convolutions over long signals need. Sizes that depend on each
-    other under names of their own are tried as equal, and as sums: a mask is as long as past and present together.
-    `given` sizes stand in the first set.
+    other under names of their own are tried as equal, and as sums: a mask is as long as past and present together,
+    and of past and present one may have to be short.
+    What an operator needs (the head size of a cache) is asked of it. `given` sizes stand in the first set.
     """
-    dimensions = {name: _kind(model.graph, places) for name, places in symbols(model.graph).items()}
+    fixed, dimensions = _dimensions(model, given)
     best: tuple[int, Sizes, Sizes] | None = None
     for batches, scale in product(BATCHES, SCALES):
-        tables = {"batch": batches, **scale}
-        for relate in _dependences(dimensions):
-            first, second = (relate({kind: table[k] for kind, table in tables.items()}) for k in (0, 1))
-            first.update(given)
-            problems = sum(len(infer(model, sizes).problems) for sizes in (first, second)) if dimensions else 0
+        if not dimensions:
+            return dict(fixed), dict(fixed)
+        tables = [_tables(batches, scale, k) for k in (0, 1)]
+        for relate in _dependences(dimensions, scale is SCALES[0]):
+            first, second = map(relate, tables)
+            first, second = first | fixed | dict(given), second | fixed
+            (first, facts), (second, others) = _suited(model, first, given), _suited(model, second)
+            problems = len(facts.problems) + len(others.problems)
             if best is None or problems < best[0]:
                 best = (problems, first, second)
             if problems == 0:
-                return first, second
+                return first, _freer(model, dimensions, fixed, first, second)
     assert best is not None
     for sizes in _written_down(model, dimensions):
-        sizes |= given
+        sizes |= fixed | dict(given)
         if (problems := 2 * len(infer(model, sizes).problems)) < best[0]:
             best = (problems, sizes, sizes)
         if problems == 0:
@@ -57,8 +62,48 @@ def probes(model: ir.Model, given: Mapping[str, int]) -> tuple[dict[str, int], d
     return best[1], best[2]
 
 
-def _dependences(dimensions: Mapping[str, Kind]) -> Iterable[Callable[[Tables], Sizes]]:
-    """Ways to choose sizes: each by itself; one for each kind; one for each place, of which one is the sum of two."""
+def _tables(batches: Sequence[Sequence[int]], scale: Mapping[str, Sequence[Sequence[int]]], k: int) -> Tables:
+    """The sizes of one probe by kind."""
+    return {"batch": batches[k], "step": STEPS[k]} | {kind: rows[k] for kind, rows in scale.items()}
+
+
+ROUNDS = 4  # of asking until nothing changes
+
+
+def _suited(model: ir.Model, sizes: Sizes, given: Container[str] = ()) -> tuple[Sizes, Facts]:
+    """The sizes as operators need them, but for given ones, and what is known at those."""
+    named = {place: name for name, places in symbols(model.graph).items() for place in places}
+    facts = infer(model, sizes)
+    for _ in range(ROUNDS):
+        asked = {named[place]: size for place, size in facts.asked.items() if place in named and size >= 0}
+        asked = {name: size for name, size in asked.items() if name not in given}
+        if not asked:
+            break
+        sizes = sizes | asked
+        facts = infer(model, sizes)
+    return sizes, facts
+
+
+def _freer(model: ir.Model, dimensions: Mapping[str, Kind], fixed: Sizes, first: Sizes, second: Sizes) -> Sizes:
+    """The second set, or one whose batch differs from the first where an operator asked for one batch in both.
+
+    Attention over a cache takes several tokens of several sequences only while the cache is empty.
+    """
+    batch = [n for n, (kind, _) in dimensions.items() if kind == "batch"]
+    if all(first[name] != second[name] for name in batch):
+        return second
+    for relate in _dependences(dimensions):
+        sizes, facts = _suited(model, relate(_tables(BATCHES[0], SCALES[0], 1)) | fixed)
+        if not facts.problems and all(sizes[name] != first[name] for name in batch):
+            return sizes
+    return second
+
+
+def _dependences(dimensions: Mapping[str, Kind], steps: bool = True) -> Iterable[Callable[[Tables], Sizes]]:
+    """Ways to choose sizes: each by itself; one for each kind; one for each place, of which one is the sum of two.
+
+    With `steps` also such that one of the two summands is one, in the other probe the other zero.
+    """
 
     def by(key: Callable[[str], Any]) -> Callable[[Tables], Sizes]:
         """Sizes from the tables, equal where `key` is; within a kind different ones as far as the tables go."""
@@ -86,6 +131,13 @@ def _dependences(dimensions: Mapping[str, Kind]) -> Iterable[Callable[[Tables], 
 
         return choose
 
+    def stepped(total: Any, new: Any, past: Any) -> Callable[[Tables], Sizes]:
+        def choose(tables: Tables) -> Sizes:
+            step = dict(zip((new, past, total), (*tables["step"], sum(tables["step"])), strict=True))
+            return {name: step.get(place(name), size) for name, size in by(place)(tables).items()}
+
+        return choose
+
     yield by(lambda name: name)
     if len({kind for kind, _ in dimensions.values()}) == len(dimensions):
         return
@@ -96,6 +148,8 @@ def _dependences(dimensions: Mapping[str, Kind]) -> Iterable[Callable[[Tables], 
     for total in reversed(lengths if 3 <= len(lengths) <= SUMMANDS else []):
         for parts in combinations([one for one in lengths if one != total], 2):
             yield summed(total, parts)
+    for new, past, total in permutations(lengths if steps and 3 <= len(lengths) <= SUMMANDS else [], 3):
+        yield stepped(total, new, past)
 
 
 def _written_down(model: ir.Model, dimensions: Mapping[str, Kind]) -> Iterator[Sizes]:
@@ -103,7 +157,7 @@ def _written_down(model: ir.Model, dimensions: Mapping[str, Kind]) -> Iterator[S
     lengths = [name for name, (kind, _) in dimensions.items() if kind == "length"]
     if not lengths:
         return
-    shapes = infer(model, dict.fromkeys(dimensions, 1)).shapes
+    shapes = infer(model, dict.fromkeys(symbols(model.graph), 1)).shapes
     found = Counter(size for node in walk(model.graph) for n in names(node.outputs) for size in set(shapes.get(n, ())))
     for (length, _), ((batch, *_), _) in product(found.most_common(WRITTEN), BATCHES):
         yield {name: length if name in lengths else batch for name in dimensions}
@@ -111,33 +165,47 @@ def _written_down(model: ir.Model, dimensions: Mapping[str, Kind]) -> Iterator[S
 
 def alternatives(model: ir.Model, given: Mapping[str, int]) -> Iterator[Sizes]:
     """Sizes to run a model at that refuses the usual ones: depending on each other, or written down in it."""
-    dimensions = {name: _kind(model.graph, places) for name, places in symbols(model.graph).items()}
-    for scale, k in product(SCALES[:1], (0, 1)):
-        tables = {kind: table[k] for kind, table in {"batch": BATCHES[0], **scale}.items()}
-        yield from (relate(tables) | dict(given) for relate in _dependences(dimensions))
-    yield from (sizes | dict(given) for sizes in _written_down(model, dimensions))
+    fixed, dimensions = _dimensions(model, given)
+    for k, relate in product((0, 1), _dependences(dimensions)):
+        yield _suited(model, relate(_tables(BATCHES[0], SCALES[0], k)) | fixed | dict(given), given)[0]
+    yield from (sizes | fixed | dict(given) for sizes in _written_down(model, dimensions))
 
 
 def other_probes(model: ir.Model, sizes: Mapping[str, int]) -> list[Sizes]:
     """The same sizes with lengths of quite another scale, for what must hold at every length."""
-    kinds = {name: _kind(model.graph, places)[0] for name, places in symbols(model.graph).items()}
-    named = [name for name, kind in kinds.items() if kind == "length"]
+    named = [name for name, (kind, _) in _dimensions(model, {})[1].items() if kind == "length"]
     rows = [scale["length"][0] for scale in SCALES] if named else []
-    return [dict(sizes) | {name: lengths[k % len(lengths)] for k, name in enumerate(named)} for lengths in rows]
+    chosen = [dict(sizes) | {name: lengths[k % len(lengths)] for k, name in enumerate(named)} for lengths in rows]
+    return [_suited(model, sizes)[0] for sizes in chosen]
 
 
 def single_lengths(model: ir.Model, given: Mapping[str, int]) -> list[Sizes]:
     """Sizes that are one but for a single length, for models whose unnamed dimensions have to agree."""
-    kinds = {name: _kind(model.graph, places)[0] for name, places in symbols(model.graph).items()}
-    ones = dict.fromkeys(kinds, 1)
-    long = [name for name, kind in kinds.items() if kind == "length" and name not in given][:2]
+    fixed, kinds = _dimensions(model, given)
+    ones = dict.fromkeys(kinds, 1) | fixed
+    long = [name for name, (kind, _) in kinds.items() if kind == "length" and name not in given][:2]
     return [ones | {name: row[0]} | dict(given) for name in long for scale in SCALES for row in scale["length"]]
 
 
-def _kind(graph: ir.Graph, places: list[tuple[str, int]]) -> Kind:
+def _dimensions(model: ir.Model, given: Mapping[str, int]) -> tuple[Sizes, dict[str, Kind]]:
+    """Dynamic dimensions of which an operator asks for one size only, and what the others are."""
+    places = symbols(model.graph)
+    kinds = {name: _kind(model.graph, places[name], {}) for name in places}
+    if not any(kind == "image" for kind, _ in kinds.values()):
+        return {}, kinds
+    relate = next(iter(_dependences(kinds)))
+    free = [relate(_tables(BATCHES[0], SCALES[0], k)) | dict(given) for k in (0, 1)]
+    (first, _), (second, _) = (_suited(model, sizes, given) for sizes in free)
+    fixed = {n: size for n, size in first.items() if size == second[n] != free[0][n] and kinds[n][0] == "image"}
+    return fixed, {name: _kind(model.graph, places[name], fixed) for name in places if name not in fixed}
+
+
+def _kind(graph: ir.Graph, places: list[tuple[str, int]], fixed: Mapping[str, int]) -> Kind:
     """What a dynamic dimension probably is: batch, image (two of four axes move besides the batch) or length."""
     shapes = {
-        str(v.name): [d if isinstance(d, int) and d > 0 else 0 for d in v.shape] for v in true_inputs(graph) if v.shape
+        str(v.name): [d if isinstance(d, int) and d > 0 else fixed.get(symbol(v, k), 0) for k, d in enumerate(v.shape)]
+        for v in true_inputs(graph)
+        if v.shape
     }
     value, axis = places[0]
     shape = shapes[value]
@@ -146,8 +214,9 @@ def _kind(graph: ir.Graph, places: list[tuple[str, int]]) -> Kind:
     return "image" if len(shape) == 4 and shape[1:].count(0) > 1 else "length", (*shape, axis)
 
 
-def cost_sizes(model: ir.Model, given: Mapping[str, int]) -> dict[str, int]:
-    """Sizes at which cost is counted: batch 1, images 224 x 224, other lengths 128, unless given."""
+def cost_facts(model: ir.Model, given: Mapping[str, int]) -> Facts:
+    """What is known at the sizes at which cost is counted: as given, else batch 1, images 224 x 224, lengths 128."""
     usual = {"batch": 1, "image": 224, "length": 128}
-    sizes = {name: usual[_kind(model.graph, places)[0]] for name, places in symbols(model.graph).items()}
-    return sizes | dict(given)
+    fixed, dimensions = _dimensions(model, given)
+    sizes = {name: usual[kind] for name, (kind, _) in dimensions.items()}
+    return _suited(model, sizes | fixed | dict(given), given)[1]

@@ -768,6 +768,53 @@ for packed in (False, True):
         + "a, pk, pv = com.microsoft.GroupQueryAttention<num_heads = 6, kv_num_heads = 3, do_rotary = 1>"
         + f"(q, {', ' if packed else 'k, v'}, , , ends, len, cos, sin)\ny = MatMul(a, wo)",
     )  # fmt: skip
+CACHES = "float[n,3,p,d] pk, float[n,3,p,d] pv"  # the operator alone says how long d is
+entry(
+    "grouped queries over a cache of open sizes",
+    f"float[n,s,6] x, int64[n,t] mask, {CACHES}",
+    "float[n,s,2] y, float[n,3,u,d] nk, float[n,3,u,d] nv",
+    {"w": (6, 192), "w1": (96, 11), "w2": (11, 2), "cos": (64, 8), "sin": (64, 8), "one": i64(1), "i1": np.array(1)},
+    "m0 = ReduceSum<keepdims = 0>(mask, one)\nm1 = Sub(m0, one)\nends = Cast<to = 6>(m1)\n"
+    "s0 = Shape(mask)\ns1 = Gather(s0, i1)\nlen = Cast<to = 6>(s1)\nq = MatMul(x, w)\n"
+    "a, nk, nv = com.microsoft.GroupQueryAttention<num_heads = 6, kv_num_heads = 3, do_rotary = 1>"
+    "(q, , , pk, pv, ends, len, cos, sin)\nb = MatMul(a, w1)\nc = Relu(b)\ny = MatMul(c, w2)",
+)
+entry(
+    "heads over a cache of open sizes, mask as long as past and present",
+    f"float[n,s,6] x, float[n,1,s,t] mask, {CACHES}",
+    "float[n,s,2] y, float[n,3,u,d] nk, float[n,3,u,d] nv",
+    {"wq": (6, 12), "wk": (6, 12), "wv": (6, 12), "w1": (12, 7), "w2": (7, 2)},
+    "q = MatMul(x, wq)\nk = MatMul(x, wk)\nv = MatMul(x, wv)\n"
+    "a, nk, nv = com.microsoft.MultiHeadAttention<num_heads = 3>(q, k, v, , , mask, pk, pv)\n"
+    "b = MatMul(a, w1)\nc = Relu(b)\ny = MatMul(c, w2)",
+)
+entry(
+    "Attention over a cache of open sizes",
+    f"float[n,s,6] x, {CACHES}",
+    "float[n,s,2] y, float[n,3,u,d] nk, float[n,3,u,d] nv",
+    {"wq": (6, 24), "wk": (6, 12), "wv": (6, 12), "w1": (24, 7), "w2": (7, 2)},
+    "q = MatMul(x, wq)\nk = MatMul(x, wk)\nv = MatMul(x, wv)\n"
+    "a, nk, nv = Attention<q_num_heads = 6, kv_num_heads = 3>(q, k, v, , pk, pv)\n"
+    "b = MatMul(a, w1)\nc = Relu(b)\ny = MatMul(c, w2)",
+    opset=23,
+    ir=11,
+)
+entry(
+    "keys behind a cache, of which the mask knows the first tokens or one",
+    "float[n,s,6] x, float[n,3,p,d] past, int64[n,t] mask",
+    "float[n,s,2] y",
+    {"wq": (6, 12), "wk": (6, 12), "w1": (12, 7), "w2": (7, 2), "heads": i64(0, -1, 3, 4),
+     "flat": i64(0, -1, 12), "t0": i64(0), "t1": i64(1), "t2": i64(2), "t12": i64(1, 2)},
+    "q0 = MatMul(x, wq)\nq1 = Reshape(q0, heads)\nq = Transpose<perm = [0,2,1,3]>(q1)\n"
+    "k0 = MatMul(x, wk)\nk1 = Reshape(k0, heads)\nk2 = Transpose<perm = [0,2,1,3]>(k1)\n"
+    "k = Concat<axis = 2>(past, k2)\nkt = Transpose<perm = [0,1,3,2]>(k)\nscores = MatMul(q, kt)\n"
+    "xs = Shape(x)\ns = Slice(xs, t1, t2)\nss = Concat<axis = 0>(s, s)\nzeros = ConstantOfShape(ss)\n"
+    "n = Slice(xs, t0, t1)\nms = Shape(mask)\nt = Slice(ms, t1, t2)\nfull = Concat<axis = 0>(n, t1, s, t)\n"
+    "open = Expand(zeros, full)\nm0 = Cast<to = 1>(mask)\nm = Unsqueeze(m0, t12)\nsum = Add(open, m)\n"
+    "masked = Add(scores, sum)\nprobs = Softmax<axis = -1>(masked)\n"
+    "c0 = MatMul(probs, k)\nc1 = Transpose<perm = [0,2,1,3]>(c0)\nc2 = Reshape(c1, flat)\n"
+    "b = MatMul(c2, w1)\nc = Relu(b)\ny = MatMul(c, w2)",
+)  # fmt: skip
 entry(
     "rotary by ONNX Runtime",
     "float[n,5,6] x",

@@ -38,8 +38,10 @@ class Resizing:
     counted: Callable[[str], Axis | None]
 
 
+ANY = -1  # a size that nothing fixes
 ResizeFunction = Callable[[Resizing], Edit | None]
 ShapeFunction = Callable[[OpNode], Sequence[Shape]]
+WantsFunction = Callable[[OpNode], Mapping[int, Sequence[int]]]
 
 FAMILIES = ("elementwise", "linear", "movement", "index", "mixing", "recurrent", "fused", "quant", "control")
 RULES: dict[tuple[str, str], RuleFunction] = {}
@@ -49,6 +51,7 @@ INTEGERS: dict[tuple[str, str], Mapping[int, tuple[int, int] | None]] = {}
 SLOTS: dict[tuple[str, str], frozenset[int]] = {}
 REASONS: dict[tuple[str, str], str] = {}
 SHAPES: dict[tuple[str, str], tuple[ShapeFunction, int]] = {}
+WANTS: dict[tuple[str, str], WantsFunction] = {}
 CARRIES: dict[tuple[str, str], Container[int]] = {}
 STAND_INS: dict[tuple[str, str], tuple[str, tuple[int, ...]]] = {}
 
@@ -104,6 +107,16 @@ def shape(*names: str, like: int = 0) -> Callable[[ShapeFunction], ShapeFunction
     return register
 
 
+def wants(*names: str) -> Callable[[WantsFunction], WantsFunction]:
+    """Register what shapes an operator needs its inputs to have: {input: sizes, ANY where the others fix none}."""
+
+    def register(function: WantsFunction) -> WantsFunction:
+        WANTS.update((_key(name), function) for name in names)
+        return function
+
+    return register
+
+
 def stand_in(name: str, op_type: str, inputs: tuple[int, ...]) -> None:
     """Say that an operator without an ONNX schema gives what an ONNX operator gives for these of its inputs."""
     STAND_INS[_key(name)] = op_type, inputs
@@ -145,6 +158,12 @@ def shapes_of(node: OpNode) -> tuple[Sequence[Shape], int]:
         return (function(node) if function is not None else ()), like
     except KeyError:  # the shape of an input is not known
         return (), like
+
+
+def wants_of(domain: str, op_type: str) -> WantsFunction | None:
+    """What shapes an operator needs its inputs to have, if anything was said about that."""
+    _load()
+    return WANTS.get((_normal(domain), op_type))
 
 
 def stand_in_of(domain: str, op_type: str) -> tuple[str, tuple[int, ...]] | None:

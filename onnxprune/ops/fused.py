@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from onnxprune.ops import Edit, Resizing, resize, rule, shape
+from onnxprune.ops import ANY, Edit, Resizing, resize, rule, shape, wants
 from onnxprune.types import Axis, OpNode, Pattern, Relation, Shape, Take, Virtual
 
 MS = "com.microsoft::"
@@ -62,6 +62,32 @@ def attention(node: OpNode) -> Iterable[Relation]:
     outputs = ["b s (k r e)" if flat else "b (k r) s e", "b k u d", "b k u e", " ".join(SCORES)]
     sizes = {"k": groups, "r": heads // groups, "d": d, "e": e}
     yield _pattern(node, [*inputs, mask, "b k p d", "b k p e"], outputs, sizes, "s t u p")
+
+
+@wants("Attention")
+def attention_wants(node: OpNode) -> Mapping[int, Sequence[int]]:
+    """Caches (b, k, p, d) and (b, k, p, e); a mask over past and present keys."""
+    q, k, v = (node.shape(i) for i in range(3))
+    groups = node.attrs["kv_num_heads"] if len(q) == 3 else k[1]
+    d, e = (k[2] // groups, v[2] // groups) if len(q) == 3 else (k[3], v[3])
+    return _cached(node, 4, (q[0], groups, d, e), k[-2], 3)
+
+
+def _cached(
+    node: OpNode, at: int, sizes: tuple[int, int, int, int], fresh: int, mask: int, past: int | None = None
+) -> dict[int, Sequence[int]]:
+    """Shapes of a cache of keys at input `at` and one of values behind it, and of a mask over all keys."""
+    b, k, d, e = sizes
+    if not node.has(at):
+        return {}
+    given = node.shape(at)
+    past = given[2] if past is None else past
+    found: dict[int, Sequence[int]] = {at: (b, k, past, d)}
+    if node.has(at + 1):
+        found[at + 1] = (b, k, past, e)
+    if node.has(mask):
+        found[mask] = (*[ANY] * (len(node.shape(mask)) - 1), past + fresh)
+    return found
 
 
 @resize("Attention")
@@ -203,6 +229,16 @@ def multi_head_attention_heads(this: Resizing) -> Edit | None:
     return Edit(attrs={"num_heads": left, **_scale(this, width // heads, now // left)})
 
 
+@wants(MS + "MultiHeadAttention")
+def multi_head_attention_wants(node: OpNode) -> Mapping[int, Sequence[int]]:
+    """Caches (b, h, p, d) and (b, h, p, e); a bias over past and present keys."""
+    q, heads = node.shape(0), node.attrs["num_heads"]
+    if len(q) != 3 or not node.has(2) or len(node.shape(1)) != 3 or len(node.shape(2)) != 3:
+        return {}
+    widths = node.shape(1)[2] // heads, node.shape(2)[2] // heads
+    return _cached(node, 6, (q[0], heads, *widths), node.shape(1)[1], 5)
+
+
 @shape(MS + "MultiHeadAttention")
 def multi_head_attention_shape(node: OpNode) -> tuple[Shape, ...]:
     """Y (b, s, v); caches grow by the new keys."""
@@ -261,6 +297,18 @@ def group_query_attention_shape(node: OpNode) -> tuple[Shape, ...]:
     x = node.shape(0)
     cache = (x[0], groups, (node.shape(3)[2] if node.has(3) else 0) + x[1], d)
     return ((*x[:2], heads * d), cache, cache)
+
+
+@wants(MS + "GroupQueryAttention")
+def group_query_attention_wants(node: OpNode) -> Mapping[int, Sequence[int]]:
+    """Caches (b, k, p, d) of which p and the new keys are all keys; several new ones after others in batches of one."""
+    _, groups, d = _group_query_sizes(node)
+    b, s, _ = node.shape(0)
+    total = node.const(6)
+    past = int(total.reshape(-1)[0]) - s if total is not None else None
+    if s > 1 and past != 0:
+        b = 1
+    return {0: (b, ANY, ANY)} | _cached(node, 3, (b, groups, d, d), s, 10, past)
 
 
 @rule(MS + "SkipLayerNormalization", roles={2: "norm", 3: "norm", 4: "bias"})

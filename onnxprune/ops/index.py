@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from onnxprune.ops import Edit, Resizing, frozen, resize, rule, stand_in
+from onnxprune.ops import ANY, Edit, Resizing, frozen, resize, rule, stand_in, wants
 from onnxprune.types import Axis, Freeze, Mask, Numbers, OpNode, Pattern, Positions, Relation, Take
 
 
@@ -28,6 +28,15 @@ def concat(node: OpNode) -> Iterable[Relation]:
         size = node.shape(k)[axis]
         yield Take(name, axis, node.outputs[0], axis, np.arange(start, start + size))
         start += size
+
+
+@wants("Concat")
+def concat_wants(node: OpNode) -> Mapping[int, Sequence[int]]:
+    """Inputs that are alike but for one axis: a cache is as wide as what is put behind it."""
+    shapes = [node.shape(k) for k in range(len(node.inputs))]
+    axis = node.attr("axis", 1) % max(len(shapes[0]), 1)
+    alike = [tuple(ANY if k == axis else size for k, size in enumerate(shape)) for shape in shapes]
+    return {k: alike[1 if k == 0 else 0] for k in range(len(alike))} if len(set(alike)) > 1 else {}
 
 
 @rule("Split", carries=(0,))

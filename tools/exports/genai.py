@@ -29,7 +29,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen2": GROUPED,
     "qwen3": GROUPED | {"head_dim": 16},
     "gemma2": GROUPED | {"head_dim": 16, "sliding_window": 6},
-    "phi": text.DECODERS["phi"] | ROUND,
+    "phi": text.DECODERS["phi"] | ROUND | {"hidden_size": 128},  # half of a head is turned
     "phi3": GROUPED | {"original_max_position_embeddings": 64},
     "olmo": GROUPED,
     "granite": GROUPED,
