@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,9 @@ class Analysis:
     @cached_property
     def costs(self) -> Costs:
         """Cost of any set of survivors, MACs at the given sizes (else batch 1 and stated defaults)."""
-        return Costs(self.dims, self.view, cost_shapes(self.prepared.model, self.given), self.branches)
+        return Costs(
+            self.dims, self.view, cost_shapes(self.prepared.model, self.given, self.view.shapes), self.branches
+        )
 
     @property
     def labels(self) -> int:
@@ -134,9 +137,14 @@ def named(path: str | Path, call: Callable[[], Any]) -> Any:
         raise type(error)(error.message, file=Path(path).name, object=error.object) from None
 
 
-def cost_shapes(model: Model, given: Mapping[str, int]) -> dict[str, Shape]:
-    """Shapes at which cost is counted and latency measured: as given, else batch 1 and stated defaults."""
-    return cost_facts(model, given).shapes
+def cost_shapes(
+    model: Model, given: Mapping[str, int], ranks: Mapping[str, Shape] = MappingProxyType({})
+) -> dict[str, Shape]:
+    """Shapes at which cost is counted and latency measured: as given, else batch 1 and stated defaults.
+
+    `ranks` are shapes of which the lengths do not matter; sizes are preferred at which all have as many axes.
+    """
+    return cost_facts(model, given, ranks).shapes
 
 
 def cost_of(model: Model, given: Mapping[str, int], size: int) -> Cost:
@@ -144,7 +152,7 @@ def cost_of(model: Model, given: Mapping[str, int], size: int) -> Cost:
     prepared = prepare(model.clone(), given)
     seen = view(prepared)
     dims = couple(seen)
-    found = Costs(dims, seen, cost_shapes(prepared.model, given)).of(np.ones(len(dims.frozen), np.bool_))
+    found = Costs(dims, seen, cost_shapes(prepared.model, given, seen.shapes)).of(np.ones(len(dims.frozen), np.bool_))
     return Cost(round(found["params"]), size, round(found["macs"]))
 
 

@@ -78,6 +78,12 @@ def _parts(node: OpNode, shapes: Mapping[str, Shape]) -> tuple[list[str], int]:
     return names, max(0, int(count.reshape(-1)[0])) if known and count is not None else 1
 
 
+def _length(axis: Axis, shapes: Mapping[str, Shape], usual: Mapping[str, Shape]) -> int:
+    """How long an axis is at some sizes, or usually where the value is not known to have it there."""
+    shape = shapes.get(axis.value, ())
+    return shape[axis.index] if len(shape) == len(usual[axis.value]) else usual[axis.value][axis.index]
+
+
 def _all(node: OpNode, value: str) -> list[Axis]:
     return [Axis(value, k) for k in range(len(node.shapes[value]))]
 
@@ -108,7 +114,7 @@ class Costs:
             if any(name and name not in node.shapes for name in (*node.inputs, *node.outputs)):
                 continue
             for axes in mac_terms(node):
-                sizes = [shapes.get(a.value, view.shapes[a.value])[a.index] for a in axes]
+                sizes = [_length(a, shapes, view.shapes) for a in axes]
                 macs.append((float(prod(sizes)), self._moving(axes)))
                 self.macs_nodes.append(int(before[i]))
                 homes.append(node.within)

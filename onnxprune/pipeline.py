@@ -441,7 +441,7 @@ def _usual_feed(
     if evaluation and not analysis.given:
         return evaluation[0]
     try:
-        shapes = cost_shapes(analysis.dense, analysis.given)
+        shapes = cost_shapes(analysis.prepared.model, analysis.given, analysis.view.shapes)
         return feeds.random_feed(analysis.dense.graph, shapes, options.seed)
     except ImpossibleError:
         return prover.feeds[0]

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations, permutations, product
+from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
 
 from onnxprune.infer import Facts, infer, names, symbol, symbols, true_inputs, walk
+from onnxprune.types import Shape
 
 Sizes = dict[str, int]
 Kind = tuple[str, tuple[int, ...]]  # batch, image or length; then what is fixed about its first place
@@ -214,9 +216,25 @@ def _kind(graph: ir.Graph, places: list[tuple[str, int]], fixed: Mapping[str, in
     return "image" if len(shape) == 4 and shape[1:].count(0) > 1 else "length", (*shape, axis)
 
 
-def cost_facts(model: ir.Model, given: Mapping[str, int]) -> Facts:
-    """What is known at the sizes at which cost is counted: as given, else batch 1, images 224 x 224, lengths 128."""
-    usual = {"batch": 1, "image": 224, "length": 128}
+COSTED = {"image": (224,), "length": (128,), "step": (128, 0)}
+
+
+def cost_facts(model: ir.Model, given: Mapping[str, int], ranks: Mapping[str, Shape] = MappingProxyType({})) -> Facts:
+    """What is known at the sizes at which cost is counted: as given, else batch 1, images 224 x 224, lengths 128.
+
+    Where the graph is inconsistent at those, or a value has more axes in `ranks` (a Squeeze takes a batch of one too),
+    lengths are tried as sums, and then a batch of two.
+    """
     fixed, dimensions = _dimensions(model, given)
-    sizes = {name: usual[kind] for name, (kind, _) in dimensions.items()}
-    return _suited(model, sizes | fixed | dict(given), given)[1]
+    best: tuple[int, Facts] | None = None
+    for batch, relate in product((1, 2), _dependences(dimensions)):
+        _, facts = _suited(model, relate({"batch": (batch,), **COSTED}) | fixed | dict(given), given)
+        problems = len(facts.problems) + sum(
+            len(shape) != len(ranks[name]) for name, shape in facts.shapes.items() if name in ranks
+        )
+        if best is None or problems < best[0]:
+            best = problems, facts
+        if not problems:
+            break
+    assert best is not None
+    return best[1]

@@ -37,7 +37,7 @@ class Prover:
         self.unseen: list[dict[str, int]] = []
         self.problem: PruneError | None = None
         try:
-            usual = cost_shapes(analysis.prepared.model, analysis.given)
+            usual = cost_shapes(analysis.prepared.model, analysis.given, analysis.view.shapes)
             sizes: list[Mapping[str, Shape]] = [analysis.prepared.facts.shapes, analysis.prepared.other.shapes, usual]
             for k, shapes in enumerate(sizes):
                 feeds.random_feed(graph, shapes, seed + k)

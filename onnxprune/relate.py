@@ -247,7 +247,7 @@ class Relations:
             if letter in pattern.avoid:
                 self.avoid.add(numbers[0])
             if letter in pattern.least:
-                self.least[numbers[0]] = pattern.least[letter]
+                self.least[numbers[0]] = max(pattern.least[letter], self.least.get(numbers[0], 1))
             if letter in pattern.fixed:
                 self.freezes.append((numbers[0], None, f"kept whole by {node.op_type}"))
         return mentioned

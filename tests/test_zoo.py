@@ -14,7 +14,9 @@ import pytest
 from zoo import ZOO
 
 from onnxprune import feeds, ops, verify
+from onnxprune.analysis import cost_shapes
 from onnxprune.branches import Branches, Sides, drop, find_branches, with_branches
+from onnxprune.cost import Costs
 from onnxprune.dims import DimGraph, couple
 from onnxprune.groups import find_groups
 from onnxprune.masked import narrowed
@@ -68,6 +70,14 @@ def test_groups_are_the_expected_ones(name: str, update_golden: bool) -> None:
         golden = {k: v for k, v in golden.items() if k in CASES} | {name: [row(group) for group in groups]}
         GOLDEN.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")
     assert [row(group) for group in groups] == golden[name]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_unit_costs_a_share_of_the_model(name: str) -> None:
+    _, prepared, seen, dims, branches, groups = analysed(name)
+    costs = Costs(dims, seen, cost_shapes(prepared.model, {}, seen.shapes), branches)
+    for metric in ("macs", "params", "size"):
+        assert all((0 <= shares).all() and (shares <= 1).all() for shares in costs.of_units(groups, metric))
 
 
 @pytest.mark.parametrize("name", CASES)

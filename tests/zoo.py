@@ -237,6 +237,13 @@ entry(
     "i = GlobalMaxPool(h)\nj = Squeeze(i)\ny = Gemm<transB = 1, alpha = 0.5>(j, w3, b3)",
 )  # fmt: skip
 entry(
+    "a batch of one is squeezed away",
+    "float[n,3,1,1] x",
+    "float[n,2] y",
+    {"w0": (5, 3, 1, 1), "w1": (5, 7), "w2": (7, 2)},
+    "a = Conv(x, w0)\nb = Squeeze(a)\nc = MatMul(b, w1)\nd = Relu(c)\ny = MatMul(d, w2)",
+)
+entry(
     "inception with pools",
     "float[n,3,8,8] x",
     "float[n,2] y",

@@ -308,6 +308,8 @@ def group_query_attention_wants(node: OpNode) -> Mapping[int, Sequence[int]]:
     past = int(total.reshape(-1)[0]) - s if total is not None else None
     if s > 1 and past != 0:
         b = 1
+    if node.attr("sliding_window_cache", 0):  # a ring as long as the window; beyond that nothing is written
+        past = node.attrs["local_window_size"]
     return {0: (b, ANY, ANY)} | _cached(node, 3, (b, groups, d, d), s, 10, past)
 
 

@@ -75,7 +75,8 @@ def reshape(node: OpNode) -> Iterable[Relation]:
                         sizes[names[-1]] = size
                         count += 1
                 side[k] = names[0] if len(names) == 1 else "(" + " ".join(names) + ")"
-    yield Pattern(" ".join(left) + " -> " + " ".join(right), sizes)
+    whole = node.op_type == "Squeeze" and not node.has(1) and not node.attr("axes")  # takes every axis of length one
+    yield Pattern(" ".join(left) + " -> " + " ".join(right), sizes, least=dict.fromkeys(sizes, 2) if whole else {})
 
 
 @resize("Reshape", slots=(1,))

@@ -63,6 +63,6 @@ if __name__ == "__main__":
         {
             "genai": partial(write, precision="fp32"),
             "genai_half": partial(write, precision="fp16"),
-            "genai_int4": partial(write, precision="int4", int4_block_size=16),
+            "genai_int4": partial(write, precision="int4", block_size=16),
         },
     )
