@@ -166,8 +166,6 @@ def samples_of(graph: Graph, path: str | None) -> tuple[list[dict[str, Array]], 
         if not files:
             raise InputError("the folder holds no .npz file", file=folder.name)
         found = [storage.read_arrays(file) for file in files]
-        return [
-            feeds.batches(graph, arrays, file.name, 1 << 30)[0] for arrays, file in zip(found, files, strict=True)
-        ], None
+        return [feeds.complete(graph, arrays, file.name) for arrays, file in zip(found, files, strict=True)], None
     arrays = storage.read_arrays(path)
     return feeds.batches(graph, arrays, folder.name), arrays.get("labels")

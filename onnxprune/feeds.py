@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 
 import numpy as np
@@ -185,18 +185,9 @@ def batches(
     do not match.
     """
     inputs = {str(value.name): value for value in true_inputs(graph)}
-    if set(arrays) == {""} and len(inputs) == 1:
-        arrays = {next(iter(inputs)): arrays[""]}
     constant: dict[str, Array] = {}
     stacked: dict[str, Array] = {}
-    for name, value in inputs.items():
-        if name not in arrays:
-            there = ", ".join(map(shown, list(arrays)[:5])) or "none"
-            raise InputError(f"no array for this graph input; it has {there}", file=file, object=name)
-        array = _typed(arrays[name], value, file)
-        dims = [int(d) if isinstance(d, int) and d > 0 else None for d in value.shape or ()]
-        if array.ndim != len(dims) or any(d not in (None, s) for d, s in zip(dims[1:], array.shape[1:], strict=True)):
-            raise InputError(f"shape {list(array.shape)} does not fit {value.shape}", file=file, object=name)
+    for name, array, dims in _fitting(inputs, arrays, file, free=1):
         if (None not in dims and array.shape == tuple(dims)) or not dims:
             constant[name] = array
         else:
@@ -217,6 +208,38 @@ def batches(
         constant | {name: array[start : start + batch] for name, array in stacked.items()}
         for start in range(0, count, batch)
     ]
+
+
+def complete(graph: ir.Graph, arrays: Mapping[str, Array], file: str) -> dict[str, Array]:
+    """One feed as it is: every input's array has the input's shape. Raises InputError where it has not."""
+    inputs = {str(value.name): value for value in true_inputs(graph)}
+    feed = {name: array for name, array, _ in _fitting(inputs, arrays, file, free=0)}
+    if empty := [name for name, array in feed.items() if not array.size and not _may_be_empty(inputs[name])]:
+        raise InputError("it holds no samples", file=file, object=empty[0])
+    return feed
+
+
+def _may_be_empty(value: ir.Value) -> bool:
+    """Whether an axis besides the first is dynamic, as the past tokens of a cache are."""
+    return value.shape is not None and any(not isinstance(dim, int) for dim in value.shape[1:])
+
+
+def _fitting(
+    inputs: Mapping[str, ir.Value], arrays: Mapping[str, Array], file: str, free: int
+) -> Iterator[tuple[str, Array, list[int | None]]]:
+    """(graph input, its array, its dimensions), which fit each other but for the first `free` axes."""
+    if set(arrays) == {""} and len(inputs) == 1:
+        arrays = {next(iter(inputs)): arrays[""]}
+    for name, value in inputs.items():
+        if name not in arrays:
+            there = ", ".join(map(shown, list(arrays)[:5])) or "none"
+            raise InputError(f"no array for this graph input; it has {there}", file=file, object=name)
+        array = _typed(arrays[name], value, file)
+        dims = [int(d) if isinstance(d, int) and d > 0 else None for d in value.shape or ()]
+        sizes = zip(dims[free:], array.shape[free:], strict=False)
+        if array.ndim != len(dims) or any(d not in (None, s) for d, s in sizes):
+            raise InputError(f"shape {list(array.shape)} does not fit {value.shape}", file=file, object=name)
+        yield name, array, dims
 
 
 def _typed(array: Array, value: ir.Value, file: str) -> Array:

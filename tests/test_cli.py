@@ -358,6 +358,33 @@ def test_external_data_in_and_out(mlp: Path, tmp_path: Path) -> None:
     assert run("compare", folder / "m.onnx", mlp, "--max-relative-error", 0).exit_code == 0
 
 
+def test_a_folder_holds_complete_feeds(tmp_path: Path) -> None:
+    """Inputs of which the first axes count different things: samples of one, directions and layers of the other."""
+    text = """<ir_version: 8, opset_import: ["": 18]>
+        g (float[n,6] x, float[2,n,5] state) => (float[n,3] y) {
+            a = MatMul(x, w0)  i = Gather<axis = 0>(state, zero)  b = MatMul(i, w1)  c = Add(a, b)
+            d = Relu(c)  y = MatMul(d, w2) }"""
+    model, rng = onnx.parser.parse_model(text), np.random.default_rng(0)
+    shapes = {"w0": (6, 11), "w1": (5, 11), "w2": (11, 3)}
+    tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    tensors |= {"zero": np.array(0)}
+    model.graph.initializer.extend(numpy_helper.from_array(a, name) for name, a in tensors.items())
+    onnx.save(model, tmp_path / "m.onnx")
+    folder = tmp_path / "feeds"
+    folder.mkdir()
+    for k, n in enumerate((8, 8, 3)):
+        feed = {"x": rng.standard_normal((n, 6)), "state": rng.standard_normal((2, n, 5))}
+        np.savez(folder / f"{k}.npz", **{name: array.astype(np.float32) for name, array in feed.items()})
+    arguments = ("prune", tmp_path / "m.onnx", "-o", tmp_path / "s.onnx", "--ratio", 0.5, "--no-measure")
+    result = run(*arguments, "--calibration", folder, "--force")
+    assert result.exit_code == 0, result.output
+    np.savez(folder / "3.npz", x=np.ones((2, 6), np.float32), state=np.ones((3, 2, 5), np.float32))
+    result = run(*arguments, "--calibration", folder, "--force")
+    assert result.exit_code == 2
+    assert "3.npz" in result.stderr
+    assert "state" in result.stderr
+
+
 def test_help_and_version_start_without_the_heavy_imports() -> None:
     code = "import sys; from onnxprune.cli import main; print(sorted({'onnx', 'scipy', 'networkx'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
