@@ -24,6 +24,8 @@ from onnxprune.types import Array, Body, Mask, OpNode, Shape
 Partly = np.ma.MaskedArray[Any, Any]
 VALUE_LIMIT = 1 << 16  # elements of a value that is worth knowing
 ROUNDS = 4096  # of a loop that are worth following one by one
+FINDS = frozenset("NonZero Compress".split())  # as many as the data says
+FOUND = (23, 41)  # how many that is taken to be, in the first probe and in the others
 SHORT = 16  # elements of a float initializer that may be a list of scales
 RANDOM = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
@@ -47,6 +49,7 @@ class Facts:
     problems: list[str] = field(default_factory=list)
     varying: set[str] = field(default_factory=set)
     asked: dict[tuple[str, int], int] = field(default_factory=dict)
+    found: int = FOUND[0]
 
     def value(self, name: str) -> Array | None:
         """The value itself, where it is small and fixed."""
@@ -294,8 +297,9 @@ def _infer(facts: Facts, node: ir.Node, proto: onnx.NodeProto, opset: int) -> No
             continue
         facts.types[name] = tensor.elem_type if other is None else facts.types.get(present[0], tensor.elem_type)
         dims = tensor.shape.dim
-        if tensor.HasField("shape") and all(d.HasField("dim_value") for d in dims):
-            facts.shapes[name] = tuple(d.dim_value for d in dims)
+        sizes = tuple(d.dim_value if d.HasField("dim_value") else facts.found for d in dims)
+        if tensor.HasField("shape") and (node.op_type in FINDS or all(d.HasField("dim_value") for d in dims)):
+            facts.shapes[name] = sizes
     if any(name and name not in facts.shapes for name in names(node.outputs)):
         shapes, like = ops.shapes_of(op_node(node, opset, facts, {}, {}))
         for name, shape in zip(names(node.outputs), shapes, strict=False):
@@ -419,9 +423,18 @@ def _moving_values(
     return [np.ones(facts.values[n].shape, np.bool_) for n in outputs]
 
 
-def infer(model: ir.Model, sizes: Mapping[str, int]) -> Facts:
-    """Facts of every value of the main graph and the bodies in it, whose nodes are in topological order."""
+def finds(model: ir.Model) -> bool:
+    """Whether some length depends on data."""
+    return any(node.op_type in FINDS and not node.domain for node in walk(model.graph))
+
+
+def infer(model: ir.Model, sizes: Mapping[str, int], found: int = FOUND[0]) -> Facts:
+    """Facts of every value of the main graph and the bodies in it, whose nodes are in topological order.
+
+    Lengths that depend on data are taken to be `found`.
+    """
     facts = seed(model.graph, sizes)
+    facts.found = found
     _infer_graph(facts, model.graph, model.opset_imports)
     return facts
 

@@ -13,11 +13,13 @@ from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
 from onnxprune import ops
 from onnxprune.errors import InputError
 from onnxprune.infer import (
+    FOUND,
     Facts,
     bodies,
     body_name,
     control,
     evaluate,
+    finds,
     graphs,
     infer,
     initializers,
@@ -116,13 +118,13 @@ def _known(
     model: ir.Model, first: Mapping[str, int], second: Mapping[str, int]
 ) -> tuple[Facts, Facts, dict[str, Mask]]:
     facts = infer(model, first)
-    if not symbols(model.graph):
+    if not symbols(model.graph) and not finds(model):
         return facts, facts, {}
-    other = infer(model, second)
+    other = infer(model, second, FOUND[1])
     moves = moving(model, facts, other)
     if any(control(node) == "If" for node in walk(model.graph)):  # a strided length may be one at many lengths, not all
         for probe in other_probes(model, first):
-            found = infer(model, probe)
+            found = infer(model, probe, FOUND[1])
             for name, mask in moving(model, facts, found).items():
                 if name in found.values:
                     moves[name] = moves[name] | mask

@@ -237,6 +237,31 @@ entry(
     "i = GlobalMaxPool(h)\nj = Squeeze(i)\ny = Gemm<transB = 1, alpha = 0.5>(j, w3, b3)",
 )  # fmt: skip
 entry(
+    "tokens go to experts by where the gate is open, and are added back",
+    "float[n,6] x",
+    "float[n,2] y",
+    {"wg": (6, 3), "t0": i64(0), "t1": i64(1),
+     **{f"w{e}{k}": shape for e in range(3) for k, shape in enumerate(((6, 7 + 4 * e), (7 + 4 * e, 6)))},
+     **{f"e{e}": np.array(e) for e in range(3)}, "w2": (6, 5), "w3": (5, 2), "low": f32(0.0)},
+    "g = MatMul(x, wg)\nprobs = Softmax<axis = -1>(g)\nxs = Shape(x)\nz0 = ConstantOfShape(xs)\n"
+    + "".join(
+        f"p{e} = Gather<axis = 1>(probs, e{e})\nq{e} = Gather<axis = 1>(g, e{e})\nm{e} = Greater(q{e}, low)\n"
+        f"i{e} = NonZero(m{e})\nr{e} = Squeeze(i{e}, t0)\nh{e} = Gather<axis = 0>(x, r{e})\n"
+        f"u{e} = MatMul(h{e}, w{e}0)\nv{e} = Relu(u{e})\no{e} = MatMul(v{e}, w{e}1)\n"
+        f"a{e} = Gather<axis = 0>(p{e}, r{e})\nb{e} = Unsqueeze(a{e}, t1)\ns{e} = Mul(o{e}, b{e})\n"
+        f"j{e} = Unsqueeze(r{e}, t1)\nd{e} = ScatterND(z0, j{e}, s{e})\n"
+        for e in range(3)
+    )
+    + "y0 = Sum(d0, d1, d2)\ny1 = Add(y0, x)\ny2 = MatMul(y1, w2)\ny3 = Relu(y2)\ny = MatMul(y3, w3)",
+)  # fmt: skip
+entry(
+    "what a flag keeps, of any number",
+    "float[n,6] x, bool[n] kept",
+    "float[u,2] y",
+    {"w0": (6, 5), "w1": (5, 2)},
+    "a = MatMul(x, w0)\nb = Relu(a)\nc = Compress<axis = 0>(b, kept)\ny = MatMul(c, w1)",
+)
+entry(
     "a batch of one is squeezed away",
     "float[n,3,1,1] x",
     "float[n,2] y",

@@ -30,6 +30,16 @@ def concat(node: OpNode) -> Iterable[Relation]:
         start += size
 
 
+@rule("Compress", carries=(0,))
+def compress(node: OpNode) -> Iterable[Relation]:
+    """Any number of positions of one axis, which stay; every other axis passes through."""
+    if node.attr("axis") is None:
+        return  # all axes in a row
+    rank = len(node.shape(0))
+    part = " ".join("!" if k == node.attrs["axis"] % rank else f"a{k}" for k in range(rank))
+    yield Pattern(f"{part}, ! -> {part}")
+
+
 @wants("Concat")
 def concat_wants(node: OpNode) -> Mapping[int, Sequence[int]]:
     """Inputs that are alike but for one axis: a cache is as wide as what is put behind it."""
