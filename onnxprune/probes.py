@@ -198,7 +198,8 @@ def _dimensions(model: ir.Model, given: Mapping[str, int]) -> tuple[Sizes, dict[
     relate = next(iter(_dependences(kinds)))
     free = [relate(_tables(BATCHES[0], SCALES[0], k)) | dict(given) for k in (0, 1)]
     (first, _), (second, _) = (_suited(model, sizes, given) for sizes in free)
-    fixed = {n: size for n, size in first.items() if size == second[n] != free[0][n] and kinds[n][0] == "image"}
+    alike = {n for n, (kind, _) in kinds.items() if kind == "image" and first[n] == second[n]}
+    fixed = {name: first[name] for name in alike if free[0][name] != free[1][name]}
     return fixed, {name: _kind(model.graph, places[name], fixed) for name in places if name not in fixed}
 
 

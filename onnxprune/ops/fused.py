@@ -85,7 +85,7 @@ def _cached(
     found: dict[int, Sequence[int]] = {at: (b, k, past, d)}
     if node.has(at + 1):
         found[at + 1] = (b, k, past, e)
-    if node.has(mask):
+    if node.has(mask) and node.inputs[mask] in node.shapes:
         found[mask] = (*[ANY] * (len(node.shape(mask)) - 1), past + fresh)
     return found
 
