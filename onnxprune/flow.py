@@ -55,7 +55,7 @@ class Flow:
         self.maker = {str(out.name): k for k, node in enumerate(self.nodes) for out in node.outputs}
         self.waiting = Counter(name for names in self.reads for name in names)
         self.done = [False] * len(self.nodes)
-        self.outputs = {str(value.name) for value in model.graph.outputs} | set(pinned)
+        self.outputs = {str(value.name) for value in model.graph.outputs if value.type is not None} | set(pinned)
         given = {str(value.name) for value in model.graph.inputs} - set(self.stored)
         self.live: dict[str, list[Array]] = {name: [np.asarray(feed[name]) for feed in feeds] for name in given}
         self.count = len(feeds)

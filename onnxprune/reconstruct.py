@@ -21,7 +21,7 @@ from onnxprune.flow import Flow, Sessions
 from onnxprune.model import Model, add_initializer, free_name
 from onnxprune.plugin import Problem, Reconstructor, trait
 from onnxprune.sites import Operator, Site, Slot, stored
-from onnxprune.storage import dump
+from onnxprune.storage import dump, read_model
 from onnxprune.types import Array, Mask, Positions
 from onnxprune.worker import Worker
 
@@ -126,7 +126,7 @@ class _Dense:
     """The dense model over all samples: rows of its values, each computed once."""
 
     def __init__(self, path: str, fitted: Feeds, judged: Feeds, sampling: Sampling, threads: int) -> None:
-        self.model, self.feeds, self.sampling = ir.load(path), [*fitted, *judged], sampling
+        self.model, self.feeds, self.sampling = read_model(path)[0], [*fitted, *judged], sampling
         self.fitted = len(fitted)
         self.sessions = Sessions(threads)
         self.counts = [_samples(feed, self.model.graph) for feed in fitted]
@@ -156,13 +156,15 @@ class _Dense:
         """How far a model's outputs are from the dense ones on the samples that are judged by."""
         if not self._outputs:
             self._outputs = self._results(Flow(self.model, self.feeds[self.fitted :], self.sessions))
+        if not self._outputs:
+            return float("nan")  # every output is a map
         names = set(flow.outputs) & set(self._outputs[0])
         found = [{name: row[name] for name in names} for row in self._results(flow)]
         return quality.divergence(found[-len(self._outputs) :], self._outputs)
 
     @staticmethod
     def _results(flow: Flow) -> list[dict[str, Array]]:
-        names = [str(value.name) for value in flow.model.graph.outputs]
+        names = [str(value.name) for value in flow.model.graph.outputs if value.type is not None]  # not maps
         return [dict(zip(names, row, strict=True)) for row in zip(*flow.values(names), strict=True)]
 
 
@@ -269,7 +271,7 @@ def _begin(path: str, fitted: Feeds, judged: Feeds, sampling: Sampling, threads:
 def _load(path: str, sites: Sequence[Site], start: Mapping[Slot, Array], keep: bool) -> None:
     global _task
     assert _dense is not None
-    flow = Flow(ir.load(path), _dense.feeds, _dense.sessions)
+    flow = Flow(read_model(path)[0], _dense.feeds, _dense.sessions)
     _task = _Task(flow, sites, keep)
     for slot, array in start.items():
         _task.changes[slot] = np.ascontiguousarray(array, flow.array(slot).dtype)

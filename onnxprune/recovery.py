@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import filter as matching
@@ -127,6 +128,8 @@ class Recovery:
         tried = reconstruct.repair(
             self.worker, pruned, start.sites, self.reconstructor, start=start.arrays, judge=True
         ).divergence
+        if math.isnan(naive):
+            return Repaired(pruned, [], ["nothing was repaired: no output is a tensor that repair could be judged by"])
         if not tried < naive:
             why = f"repair did not help on held-out samples ({naive:.3g} to {tried:.3g}), so nothing was repaired"
             return Repaired(pruned, [], [f"{why}; more calibration samples would help"])

@@ -131,7 +131,10 @@ def test_an_interrupt_ends_it_soon_and_without_a_trace(
         return
     assert "Traceback" not in stderr
     assert process.returncode in (130, -sent)  # before the first line of ours, Python itself dies of the signal
-    assert files(tmp_path) == before
+    left = files(tmp_path)
+    if left.pop("o.onnx", None) is not None:  # written, and interrupted on the way out: then it is whole
+        onnx.checker.check_model(onnx.load(tmp_path / "o.onnx"))
+    assert left == before
 
 
 @pytest.mark.slow
