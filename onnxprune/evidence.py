@@ -31,6 +31,8 @@ PLAIN_READERS = frozenset(
     "Add Sub Mul Div PRelu BatchNormalization InstanceNormalization Identity Sum Max Min Where Expand".split()
 )
 
+ROWS = 20_000  # of an operator's input, from which its second moments are known well enough
+
 
 def evidence(
     analysis: Analysis,
@@ -109,7 +111,7 @@ class _Statistics:
                 if wanted and taken > self.budget:
                     break
                 wanted.append(name)
-            requests = {name: MomentsOf(Reads(name)) for name in wanted}
+            requests = {name: MomentsOf(Reads(name), rows=ROWS) for name in wanted}
             found = self.gather(list(requests.values()))
             self.moments = {name: found[request] for name, request in requests.items()}
         moments = self.moments[node]
