@@ -12,8 +12,8 @@ from onnxprune.analysis import Analysis
 from onnxprune.bases import Bases, Start
 from onnxprune.dims import keep_of
 from onnxprune.errors import InternalError
-from onnxprune.feeds import noisy, padding_of
-from onnxprune.model import Graph, Model
+from onnxprune.feeds import noisy
+from onnxprune.model import Model
 from onnxprune.plugin import Knob, Reconstructor, Search, Searcher
 from onnxprune.select import Rounding
 from onnxprune.sites import Site, find_sites
@@ -51,11 +51,6 @@ class Samples:
     feeds: Feeds
     padding: str | None
     seed: int = 0
-
-    @classmethod
-    def of(cls, graph: Graph, feeds: Feeds, seed: int) -> Samples:
-        """From the feeds of `--calibration`."""
-        return cls(feeds, padding_of(graph, feeds), seed)
 
     @property
     def fitted(self) -> Feeds:

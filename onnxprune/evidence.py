@@ -101,8 +101,8 @@ class _Statistics:
         found = self.gather(list(requests.values()))
         return {node: found[request] for node, request in requests.items()}
 
-    def second(self, node: str) -> Array:
-        """Second moments of what a node reads; those of the next ones are collected with it."""
+    def second(self, node: str) -> tuple[Array, Array]:
+        """Means, and means of products, of what a node reads; those of the next ones are collected with it."""
         if node not in self.moments:
             wanted: list[str] = []
             taken = 0
@@ -115,24 +115,21 @@ class _Statistics:
             found = self.gather(list(requests.values()))
             self.moments = {name: found[request] for name, request in requests.items()}
         moments = self.moments[node]
-        return np.asarray(moments.xx[0] / max(moments.count, 1) + np.outer(moments.mean[0], moments.mean[0]))
+        mean = moments.mean[0]
+        return mean, np.asarray(moments.xx[0] / max(moments.count, 1) + np.outer(mean, mean))
 
     def readers(self, group: Group) -> list[plugin.Reader]:
         """See Evidence.readers."""
         found = []
         for operator, columns in self.operators.of(group):
             node = operator.node
-            profile = self.profiles[node]
             found.append(
                 plugin.Reader(
                     node=node,
                     weight=self.operators.matrix(operator),
                     columns=columns,
-                    rows=profile.count,
-                    mean=profile.mean,
-                    variance=profile.variance,
-                    size=profile.l1 / max(profile.count, 1),
                     intercept=node in self.operators.free,
+                    profile=lambda node=node: self.profiles[node],  # type: ignore[misc]
                     second=lambda node=node: self.second(node),  # type: ignore[misc]
                 )
             )

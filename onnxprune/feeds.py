@@ -147,6 +147,42 @@ def padding_of(graph: ir.Graph, feeds: Sequence[Mapping[str, Array]]) -> str | N
     return None
 
 
+def trimmed(
+    graph: ir.Graph, feeds: Sequence[Mapping[str, Array]], padding: str, seed: int
+) -> Sequence[Mapping[str, Array]]:
+    """The samples sorted by length, each feed cut to its longest: padding at the end costs time and says nothing.
+
+    `padding` is what `padding_of` found. Feeds stay as they are where padding comes first, where a length is fixed, or
+    where some input's samples cannot be told apart. The order of the new feeds is random.
+    """
+    masks = [feed[padding] for feed in feeds]
+    axes = {str(value.name): _lengths(value, padding, feeds) for value in true_inputs(graph)}
+    if None in axes.values() or len({mask.shape[1] for mask in masks}) > 1 or any((m[:, 0] == 0).any() for m in masks):
+        return feeds
+    stacked = {name: np.concatenate([feed[name] for feed in feeds]) for name in axes}
+    lengths = np.count_nonzero(stacked[padding], axis=1)
+    ends = np.cumsum([len(mask) for mask in masks])
+    parts = np.split(np.argsort(lengths, kind="stable"), ends[:-1])
+    found = []
+    for k in np.random.default_rng(seed).permutation(len(parts)):
+        feed = {}
+        for name, array in stacked.items():
+            cut = [slice(lengths[parts[k]].max() if i in (axes[name] or ()) else None) for i in range(array.ndim)]
+            feed[name] = array[parts[k]][tuple(cut)]
+        found.append(feed)
+    return found
+
+
+def _lengths(value: ir.Value, padding: str, feeds: Sequence[Mapping[str, Array]]) -> list[int] | None:
+    """Axes of an input that are as long as its samples, which lie along axis 0; None where that is not sure."""
+    name, dims = str(value.name), list(value.shape or ())
+    if not dims or isinstance(dims[0], int) or any(len(feed[name]) != len(feed[padding]) for feed in feeds):
+        return None
+    sizes = {size for feed in feeds for size in feed[padding].shape[1:]}
+    axes = [k for k in range(1, len(dims)) if any(feed[name].shape[k] in sizes for feed in feeds)]
+    return None if any(isinstance(dims[k], int) for k in axes) else axes
+
+
 def noisy(feeds: Sequence[Mapping[str, Array]], share: float, seed: int) -> list[dict[str, Array]]:
     """Feeds whose float inputs carry noise of `share` of their standard deviation; none where no input is one.
 

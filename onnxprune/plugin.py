@@ -56,39 +56,84 @@ class Weights:
         return np.bincount(member.units, self.power(member, order), units)
 
 
+class Columns(Protocol):
+    """Statistics of columns."""
+
+    @property
+    def count(self) -> int:
+        """Rows."""
+        ...
+
+    @property
+    def mean(self) -> Array:
+        """float64[columns]."""
+        ...
+
+    @property
+    def variance(self) -> Array:
+        """float64[columns], divided by count - 1."""
+        ...
+
+    @property
+    def l1(self) -> Array:
+        """float64[columns]: the sum of |x|."""
+        ...
+
+
 @dataclass(frozen=True)
 class Reader:
     """A linear operator that reads a group: it sums x W over columns, of which each unit owns as many.
 
-    weight float64[columns, outputs]; columns int64[units, of each unit]. Over `rows` rows of calibration data, each
-    column of x has a `mean`, a `variance` (divided by rows - 1) and a `size`, the mean of |x|, float64[columns].
-    `intercept` says that a constant costs nothing.
+    weight float64[columns, outputs]; columns int64[units, of each unit]. `intercept` says that a constant costs
+    nothing. What calibration data says of x is gathered when it is first asked for: `profile` gives statistics of each
+    column, `second` the mean float64[columns] and the means of x x^T float64[columns, columns] over the same rows.
     """
 
     node: str
     weight: Array
     columns: Array
-    rows: int
-    mean: Array
-    variance: Array
-    size: Array
     intercept: bool
-    second: Callable[[], Array]
+    profile: Callable[[], Columns]
+    second: Callable[[], tuple[Array, Array]]
+
+    @cached_property
+    def _profile(self) -> Columns:
+        return self.profile()
+
+    @property
+    def rows(self) -> int:
+        """Rows of calibration data."""
+        return self._profile.count
+
+    @property
+    def size(self) -> Array:
+        """float64[columns]: the mean of |x|."""
+        return self._profile.l1 / max(self.rows, 1)
+
+    @property
+    def variance(self) -> Array:
+        """float64[columns], divided by rows - 1."""
+        return self._profile.variance
 
     @property
     def mean_square(self) -> Array:
         """float64[columns]: the mean of x^2."""
-        return np.asarray(self.variance * ((self.rows - 1) / max(self.rows, 1)) + self.mean**2)
+        return np.asarray(self.variance * ((self.rows - 1) / max(self.rows, 1)) + self._profile.mean**2)
 
     @cached_property
-    def uncentred(self) -> Array:
-        """float64[columns, columns]: the means of x x^T; collected when first asked for."""
+    def _second(self) -> tuple[Array, Array]:
         return self.second()
+
+    @property
+    def uncentred(self) -> Array:
+        """float64[columns, columns]: the means of x x^T."""
+        return self._second[1]
 
     @property
     def moments(self) -> Array:
         """float64[columns, columns]: the means of x x^T, of the centred x where a constant costs nothing."""
-        return self.uncentred - np.outer(self.mean, self.mean) if self.intercept else self.uncentred
+        mean, uncentred = self._second
+        return uncentred - np.outer(mean, mean) if self.intercept else uncentred
 
     def energy(self) -> float:
         """The operator's mean squared output, summed over its outputs; without a constant where that costs nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import filter as matching
@@ -14,15 +15,19 @@ from onnxprune.allocate import TRIAL_ROWS, Samples, Trials, started
 from onnxprune.analysis import Analysis, cost_shapes
 from onnxprune.bases import Bases
 from onnxprune.calibrate import Answers, Request, collect
+from onnxprune.errors import InputError
 from onnxprune.evidence import Runs, evidence
-from onnxprune.feeds import random_feed
+from onnxprune.feeds import padding_of, random_feed, trimmed
 from onnxprune.model import Model
 from onnxprune.plugin import Reconstructor
 from onnxprune.recipe import Methods, Options
+from onnxprune.runtime import ort
 from onnxprune.select import Rounding, parse_size
+from onnxprune.storage import dump
 from onnxprune.types import Array, Group, Mask, Plan
 from onnxprune.worker import Worker
 
+Feeds = Sequence[Mapping[str, Array]]
 Progress = Callable[[str], None]
 
 
@@ -41,7 +46,7 @@ class Recovery:
     def __init__(
         self,
         analysis: Analysis,
-        feeds: Sequence[Mapping[str, Array]],
+        feeds: Feeds,
         options: Options,
         worker: Worker,
         progress: Progress = lambda text: None,
@@ -49,11 +54,28 @@ class Recovery:
         self.analysis, self.options, self.worker, self.progress = analysis, options, worker, progress
         name = Methods.of(options).reconstruct
         built = plugin.build("reconstructors", name) if name else None
+        padding = padding_of(analysis.dense.graph, feeds)
+        feeds = self._trimmed(feeds, padding) if padding is not None else feeds
         self.given = feeds
         if built is not None and not feeds and plugin.trait(built, "synthetic"):
             feeds = _random(analysis, options.seed)
-        self.samples = Samples.of(analysis.dense.graph, feeds, options.seed)
+        self.samples = Samples(feeds, padding, options.seed)
         self.reconstructor: Reconstructor | None = built if feeds else None
+
+    def _trimmed(self, feeds: Feeds, padding: str) -> Feeds:
+        """The feeds without padding that no sample of theirs needs, if the dense model runs at such lengths."""
+        graph = self.analysis.dense.graph
+        short = trimmed(graph, feeds, padding, self.options.seed)
+        if sum(feed[padding].size for feed in short) == sum(feed[padding].size for feed in feeds):
+            return feeds
+        with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+            path = str(dump(self.analysis.dense, folder, "dense"))
+            shortest = min(short, key=lambda feed: feed[padding].size)
+            try:
+                self.worker.call(ort.run, path, [shortest], threads=self.options.threads)
+            except InputError:
+                return feeds
+        return short
 
     @cached_property
     def stays(self) -> list[str]:

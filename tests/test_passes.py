@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,12 +55,14 @@ def reader(x: list, w: list, each: int = 1, intercept: bool = True) -> plugin.Re
         node="y",
         weight=weight,
         columns=np.arange(len(weight)).reshape(-1, each),
-        rows=len(inputs),
-        mean=inputs.mean(axis=0),
-        variance=inputs.var(axis=0, ddof=int(len(inputs) > 1)),
-        size=np.abs(inputs).mean(axis=0),
         intercept=intercept,
-        second=lambda: inputs.T @ inputs / len(inputs),
+        profile=lambda: SimpleNamespace(
+            count=len(inputs),
+            mean=inputs.mean(axis=0),
+            variance=inputs.var(axis=0, ddof=int(len(inputs) > 1)),
+            l1=np.abs(inputs).sum(axis=0),
+        ),
+        second=lambda: (inputs.mean(axis=0), inputs.T @ inputs / len(inputs)),
     )
 
 

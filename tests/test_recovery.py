@@ -16,7 +16,7 @@ from onnx import numpy_helper, parser
 
 from onnxprune import pipeline
 from onnxprune.cli import main
-from onnxprune.feeds import noisy, padding_of
+from onnxprune.feeds import noisy, padding_of, trimmed
 from onnxprune.recipe import Options
 
 X = np.random.default_rng(1).standard_normal((64, 7)).astype(np.float32)
@@ -256,3 +256,32 @@ def test_padding_is_found_at_either_end_and_nowhere_else(encoder: Path) -> None:
     ids, holes = np.ones((2, 4), np.int64) * 7, np.array([[1, 0, 1, 1], [1, 1, 1, 1]])
     for mask, wanted in ((np.tri(2, 4, 1), "mask"), (np.tri(2, 4, 1)[:, ::-1], "mask"), (holes, None)):
         assert padding_of(graph, [{"ids": ids, "mask": mask.astype(np.int64)}]) == wanted
+
+
+def test_padding_at_the_end_is_cut_and_samples_of_a_length_stay_together(encoder: Path) -> None:
+    import onnx_ir as ir
+
+    graph = ir.load(encoder).graph
+    mask = (np.arange(9) < np.array([2, 9, 3, 8])[:, None]).astype(np.int64)
+    ids = mask * np.arange(1, 5)[:, None]
+    feeds = [{"ids": ids[k : k + 2], "mask": mask[k : k + 2]} for k in (0, 2)]
+    short, long = sorted(trimmed(graph, feeds, "mask", 0), key=lambda feed: feed["mask"].size)
+    assert short["ids"].tolist() == [[1, 1, 0], [3, 3, 3]]
+    assert long["ids"].tolist() == [[4] * 8 + [0], [2] * 9]
+    left = [{name: array[:, ::-1] for name, array in feed.items()} for feed in feeds]
+    assert trimmed(graph, left, "mask", 0) is left
+
+
+def test_a_length_that_only_looks_dynamic_is_left_alone(tmp_path: Path) -> None:
+    """The model takes no other length than its table of positions has: calibration goes on with padding."""
+    nodes = """e0 = Gather(table, ids) e = Add(e0, places) h0 = MatMul(e, w1) h = Relu(h0) o = MatMul(h, w2)
+               m0 = Cast<to = 1>(mask) m = Unsqueeze(m0, last) r = Mul(o, m) y = ReduceSum<keepdims = 0>(r, first)"""
+    model = save(
+        tmp_path / "m.onnx", "int64[n,t] ids, int64[n,t] mask", "float[n,4] y", nodes, table=(20, 8), places=(6, 8),
+        w1=(8, 32), w2=(32, 4), last=np.array([2]), first=np.array([1]),
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    mask = (np.arange(6) < rng.integers(2, 5, 64)[:, None]).astype(np.int64)
+    result, report = prune(model, arrays(tmp_path, ids=rng.integers(0, 20, (64, 6)), mask=mask))
+    assert result.exit_code == 0, result.output
+    assert report["repaired"]
