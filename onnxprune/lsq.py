@@ -46,12 +46,20 @@ class Regression:
 
         Raises LinAlgError for what is not finite.
         """
-        y_mean = y.mean(axis=0, dtype=np.float64) if self._intercept else np.zeros(y.shape[1])
-        cross = (self._centred.T @ y).astype(np.float64) / max(len(y), 1)
+        return self.towards(self.aim(y), ridge)
+
+    def aim(self, y: Array) -> tuple[Array, Array]:
+        """(float64[columns, outputs], float64[outputs]): products of x and y, and the means of y."""
+        mean = y.mean(axis=0, dtype=np.float64) if self._intercept else np.zeros(y.shape[1])
+        return (self._centred.T @ y).astype(np.float64) / max(len(y), 1), mean
+
+    def towards(self, aim: tuple[Array, Array], ridge: float) -> Fit:
+        """`solve` for what `aim` made of y: one aim serves every damping."""
+        cross, mean = aim
         if not np.isfinite(self.scale) or not np.isfinite(cross).all():
             raise LinAlgError("moments are beyond what numbers hold")
         weight = np.asarray(cho_solve(self._factor(ridge), cross)) if self.scale > 0 else np.zeros_like(cross)
-        return Fit(weight, y_mean - self.mean @ weight)
+        return Fit(weight, mean - self.mean @ weight)
 
     def _factor(self, ridge: float) -> tuple[Array, bool]:
         """Cholesky factor of the damped moments; more damping where it fails."""
@@ -131,13 +139,16 @@ def _fit(
     if ridge is None:
         part = Regression(x[~held_out], intercept)
         known, probe = ((wanted[rows], current[rows]) for rows in (~held_out, held_out))
-        tried = [_rounds(part, known[0], known[1], bounds, each, min(rounds, 2)) for each in RIDGES]
+        aim = part.aim(goal(*known, bounds) - known[1])
+        tried = [_rounds(part, aim, *known, bounds, each, min(rounds, 2)) for each in RIDGES]
         errors = [_error(probe[0], probe[1] + change(x[held_out]), bounds) for change in tried]
         best = int(np.argmin(np.nan_to_num(errors, nan=np.inf)))
         if not errors[best] < _error(probe[0], probe[1], bounds):
             return None
         ridge = RIDGES[best]
-    return _rounds(Regression(x, intercept), wanted, current, bounds, ridge, rounds), ridge
+    whole = Regression(x, intercept)
+    aim = whole.aim(goal(wanted, current, bounds) - current)
+    return _rounds(whole, aim, wanted, current, bounds, ridge, rounds), ridge
 
 
 def _error(wanted: Array, found: Array, bounds: tuple[float, float]) -> float:
@@ -145,10 +156,16 @@ def _error(wanted: Array, found: Array, bounds: tuple[float, float]) -> float:
 
 
 def _rounds(
-    moments: Regression, wanted: Array, current: Array, bounds: tuple[float, float], ridge: float, rounds: int
+    moments: Regression,
+    aim: tuple[Array, Array],
+    wanted: Array,
+    current: Array,
+    bounds: tuple[float, float],
+    ridge: float,
+    rounds: int,
 ) -> Fit:
     """Solve, aim anew where readers do not look, and again; the moments of x stay the same."""
-    change = moments.solve(goal(wanted, current, bounds) - current, ridge)
+    change = moments.towards(aim, ridge)
     for _ in range(rounds if bounds != (-np.inf, np.inf) else 0):
         predicted = current + change(moments.x)
         change = moments.solve(goal(wanted, predicted, bounds) - current, ridge)

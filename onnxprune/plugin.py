@@ -129,7 +129,7 @@ class Reader:
         """float64[columns, columns]: the means of x x^T."""
         return self._second[1]
 
-    @property
+    @cached_property
     def moments(self) -> Array:
         """float64[columns, columns]: the means of x x^T, of the centred x where a constant costs nothing."""
         mean, uncentred = self._second

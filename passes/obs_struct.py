@@ -29,7 +29,8 @@ class ObsStruct:
 
     def importance(self, group: Group, evidence: Evidence) -> Array | None:
         """float64[units], higher stays: rises in the order in which the units are best removed."""
-        readers = [_State(reader, self.damp) for reader in evidence.readers(group) if reader.energy() > 0]
+        energies = [(reader, reader.energy()) for reader in evidence.readers(group)]
+        readers = [_State(reader, self.damp, energy) for reader, energy in energies if energy > 0]
         if not readers:
             return None
         count = len(group.units)
@@ -71,13 +72,13 @@ class ObsUpdate:
 class _State:
     """A reader's weight and inverse moments while units go."""
 
-    def __init__(self, reader: Reader, damp: float) -> None:
+    def __init__(self, reader: Reader, damp: float, energy: float) -> None:
         self.columns = reader.columns
         self.weight = reader.weight.copy()
-        self.scale = 1.0 / reader.energy()
-        size = len(reader.moments)
-        mean = float(np.trace(reader.moments)) / size
-        self.inverse = np.linalg.inv(reader.moments + damp * mean * np.eye(size))
+        self.scale = 1.0 / energy
+        moments = reader.moments
+        mean = float(np.trace(moments)) / len(moments)
+        self.inverse = np.linalg.inv(moments + damp * mean * np.eye(len(moments)))
 
     def costs(self, units: Array) -> Array:
         """float64[units]: relative error of removing each alone."""
