@@ -207,45 +207,65 @@ def table(title: str, columns: list[str], rows: list[tuple[object, ...]]) -> Non
     Console(width=width, highlight=False).print(drawn)
 
 
+PRUNING = (
+    click.option("--ratio", type=float, help="Share of the units of every group that goes, 0 <= R < 1."),
+    click.option(
+        "--target", multiple=True, metavar="METRIC=VALUE", help="macs, params or size: share that stays, or 40MB."
+    ),
+    click.option(
+        "--remove", default="channels,heads", show_default=True, help="Kinds of unit, comma separated, or all."
+    ),
+    click.option("--approximate", is_flag=True, help="Consent to touch groups whose positions mix."),
+    click.option(
+        "--criterion", metavar="NAME[,key=value]", help="Importance.  [default: the best that the data allows]"
+    ),
+    click.option("--allocate", metavar="NAME[,key=value]", help="How the budget is spread.  [default: likewise]"),
+    click.option("--reconstruct", metavar="NAME|none", help="How what stays is repaired.  [default: likewise]"),
+    click.option(
+        "--effort", default="default", metavar="quick|default|thorough", show_default=True, help="Time for quality."
+    ),
+    click.option("--no-new-bias", is_flag=True, help="Repair adds no bias where the layer had none."),
+    click.option("--memory", default="1GB", show_default=True, metavar="SIZE", help="Budget for statistics."),
+    click.option("--calibration", metavar="PATH", help=".npz, .npy or a folder: unlabelled inputs."),
+    click.option("--evaluation", metavar="PATH", help=".npz with held-out inputs, and labels."),
+    click.option("--metric", help="accuracy, agreement, cosine or relative-error."),
+    click.option("--round-to", default="auto", show_default=True, metavar="N", help="Keep multiples of N positions."),
+    click.option("--ignore", multiple=True, metavar="GLOB", help="Nodes or initializers whose units stay."),
+    click.option("--min-keep", type=int, default=1, show_default=True, help="Fewest units left in a group."),
+    shapes_option,
+    click.option("--backend", default="cpu", show_default=True, help="Where latency is measured."),
+    click.option("--no-measure", is_flag=True, help="Do not measure latency."),
+    click.option("--recipe", metavar="FILE", help="These options as YAML; the command line wins."),
+    click.option("--strict", is_flag=True, help="Fail if an operator has no rule."),
+    click.option("--unproven", is_flag=True, help="Write even what ONNX Runtime cannot run."),
+    click.option("--seed", type=int, default=0, show_default=True),
+    click.option("--threads", type=int, default=1, show_default=True),
+    click.option(
+        "--timeout", type=float, default=600.0, show_default=True, help="Seconds that one execution may take."
+    ),
+    click.option("--dry-run", is_flag=True, help="Print the plan, write nothing."),
+    click.option("--force", is_flag=True, help="Replace an existing output."),
+    click.option(
+        "--allow-interface-change",
+        is_flag=True,
+        help="KV-cache inputs and outputs may go with the layer that they serve.",
+    ),
+)
+
+
+def pruning(command: Command) -> Command:
+    """What may be said about how a model is pruned; each is a field of recipe.Options."""
+    for option in reversed(PRUNING):
+        command = option(command)
+    return command
+
+
 @main.command()
 @click.argument("model")
 @click.option("-o", "--output", metavar="PATH", help="Where to write; {target} stands for each target of a family.")
-@click.option("--ratio", type=float, help="Share of the units of every group that goes, 0 <= R < 1.")
-@click.option(
-    "--target", multiple=True, metavar="METRIC=VALUE", help="macs, params or size: share that stays, or 40MB."
-)
-@click.option("--remove", default="channels,heads", show_default=True, help="Kinds of unit, comma separated, or all.")
-@click.option("--approximate", is_flag=True, help="Consent to touch groups whose positions mix.")
-@click.option("--criterion", metavar="NAME[,key=value]", help="Importance.  [default: the best that the data allows]")
-@click.option("--allocate", metavar="NAME[,key=value]", help="How the budget is spread.  [default: likewise]")
-@click.option("--reconstruct", metavar="NAME|none", help="How what stays is repaired.  [default: likewise]")
-@click.option(
-    "--effort", default="default", metavar="quick|default|thorough", show_default=True, help="Time for quality."
-)
-@click.option("--no-new-bias", is_flag=True, help="Repair adds no bias where the layer had none.")
-@click.option("--memory", default="1GB", show_default=True, metavar="SIZE", help="Budget for statistics.")
-@click.option("--calibration", metavar="PATH", help=".npz, .npy or a folder: unlabelled inputs.")
-@click.option("--evaluation", metavar="PATH", help=".npz with held-out inputs, and labels.")
-@click.option("--metric", help="accuracy, agreement, cosine or relative-error.")
-@click.option("--round-to", default="auto", show_default=True, metavar="N", help="Keep multiples of N positions.")
-@click.option("--ignore", multiple=True, metavar="GLOB", help="Nodes or initializers whose units stay.")
-@click.option("--min-keep", type=int, default=1, show_default=True, help="Fewest units left in a group.")
-@shapes_option
-@click.option("--backend", default="cpu", show_default=True, help="Where latency is measured.")
-@click.option("--no-measure", is_flag=True, help="Do not measure latency.")
+@pruning
 @click.option("--report", "reports_", multiple=True, metavar="PATH", help="Report as .json, .md or .html.")
-@click.option("--recipe", metavar="FILE", help="These options as YAML; the command line wins.")
 @click.option("--save-recipe", metavar="FILE", help="Write the options of this run as YAML.")
-@click.option("--strict", is_flag=True, help="Fail if an operator has no rule.")
-@click.option("--unproven", is_flag=True, help="Write even what ONNX Runtime cannot run.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--threads", type=int, default=1, show_default=True)
-@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds that one execution may take.")
-@click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
-@click.option("--force", is_flag=True, help="Replace an existing output.")
-@click.option(
-    "--allow-interface-change", is_flag=True, help="KV-cache inputs and outputs may go with the layer that they serve."
-)
 @common
 def prune(model: str, **given: Any) -> None:
     """Score, select, remove, prove, measure and write."""
@@ -280,6 +300,38 @@ def prune(model: str, **given: Any) -> None:
         return
     for result, output in zip(results, outputs, strict=True):
         _print_result(result.report, output, variants[0].dry_run, given["verbose"])
+
+
+@main.command()
+@click.argument("models")
+@click.option(
+    "-o", "--output", metavar="DIR", help="Where models and their reports are written, under their old names."
+)
+@pruning
+@common
+def batch(models: str, **given: Any) -> None:
+    """Prune every model of a folder, or of a text file with a path in each line, by one recipe.
+
+    A model that cannot be pruned does not stop the others; the exit code is the largest of theirs.
+    """
+    from onnxprune import batch as verb
+
+    if given["output"] is None:
+        raise InputError("say where to write with -o", object="batch")
+    variants = _variants(given)
+    if len(variants) > 1:
+        raise InputError("one target at a time", object="batch")
+    with stages(given["quiet"]) as progress:
+        rows = verb.batch(models, given["output"], variants[0], progress, sys.argv[1:])
+    if given["as_json"]:
+        say_json({"models": [row.data() for row in rows]})
+    else:
+        table("", ["model", "params", "MACs", "latency", "result"], [row.cells() for row in rows])
+    for row in rows:
+        if row.error is not None:
+            click.echo(f"onnxprune: error: {row.error.line()}", err=True)
+    if code := max((row.error.code for row in rows if row.error is not None), default=0):
+        raise SystemExit(code)
 
 
 @main.command()

@@ -34,7 +34,7 @@ LAYERS = (
     ("evidence", "bases", "reconstruct"),
     ("allocate",),
     ("recovery",),
-    ("pipeline", "realize", "verbs", "audit"),
+    ("pipeline", "batch", "realize", "verbs", "audit"),
     ("cli", "__init__", "__main__"),
 )
 

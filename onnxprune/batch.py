@@ -1,0 +1,113 @@
+"""Many models by one recipe: each is pruned for itself, and what fails does not stop the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnxprune import pipeline, storage
+from onnxprune.errors import InputError, InternalError, MachineError, PruneError
+from onnxprune.recipe import Options, check
+from onnxprune.report import Report
+
+LIST_LIMIT = 1 << 24  # bytes of a list of models
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one model: where it was written and its report, or the error."""
+
+    model: Path
+    output: Path
+    report: Report | None = None
+    error: PruneError | None = None
+
+    def data(self) -> dict[str, Any]:
+        """For `--json`."""
+        found: dict[str, Any] = {"model": str(self.model), "output": str(self.output)}
+        if self.error is not None:
+            return found | {"error": self.error.fields()}
+        assert self.report is not None
+        return found | {"dense": self.report.dense.model_dump(), "pruned": self.report.pruned.model_dump()}
+
+    def cells(self) -> tuple[object, ...]:
+        """(model, ratios of parameters, MACs and latency, result)."""
+        if self.report is None:
+            return (self.model.name, "", "", "", f"exit {self.error.code if self.error else 5}")
+        dense, pruned = self.report.dense, self.report.pruned
+        ratios = [
+            f"{after / before:.3f}" if before else ""
+            for before, after in ((dense.params, pruned.params), (dense.macs, pruned.macs))
+        ]
+        if dense.latency and pruned.latency and dense.latency["cpu_ms"]:
+            ratios.append(f"{pruned.latency['cpu_ms'] / dense.latency['cpu_ms']:.3f}")
+        return (self.model.name, *[*ratios, ""][:3], "done")
+
+
+def models_of(place: str | Path, folder: str | Path) -> list[tuple[Path, Path]]:
+    """(model, its path in the output folder) of every .onnx file under a place, or of each line of a text file.
+
+    What lies in the output folder is left out, and so are empty lines of a list and those that start with #; relative
+    paths start at the list's folder. Raises InputError where there is none, or where two would be written to one place.
+    """
+    place = Path(place)
+    if place.is_dir():
+        written = Path(folder).resolve()
+        files = [path for path in sorted(place.rglob("*.onnx")) if not path.resolve().is_relative_to(written)]
+        found = [(path, path.relative_to(place)) for path in files]
+    else:
+        try:
+            text = storage.read_bytes(place, LIST_LIMIT).decode()
+        except UnicodeDecodeError:
+            raise InputError("a folder of models, or a text file with a path in each line", file=place) from None
+        lines = [line.strip() for line in text.splitlines()]
+        paths = [place.parent / line for line in lines if line and not line.startswith("#")]
+        found = [(path, Path(path.name)) for path in paths]
+    if not found:
+        raise InputError("there are no models in it", file=place)
+    names = [name for _, name in found]
+    if twice := [name for k, name in enumerate(names) if name in names[:k]]:
+        raise InputError(
+            "two models have this name, and would be written to one place", file=place, object=str(twice[0])
+        )
+    return found
+
+
+def batch(
+    place: str | Path,
+    folder: str | Path,
+    options: Options,
+    progress: Callable[[str], None] = lambda text: None,
+    command: Sequence[str] = (),
+) -> list[Row]:
+    """Prune every model of a folder or list into `folder`, each with its JSON report beside it.
+
+    Raises InputError for options that contradict each other, or where there is no model.
+    """
+    check(options)
+    found = models_of(place, folder)
+    rows = []
+    for k, (model, name) in enumerate(found):
+        output = Path(folder) / name
+
+        def said(stage: str, done: str = f"{k + 1} of {len(found)}: {name}") -> None:
+            progress(f"{done}: {stage}")
+
+        try:
+            if not options.dry_run:
+                output.parent.mkdir(parents=True, exist_ok=True)
+            reports = [[output.with_suffix(".json")]]
+            result = pipeline.family(model, [output], [options], reports, progress=said, command=command)[0]
+            rows.append(Row(model, output, result.report))
+        except PruneError as error:
+            rows.append(Row(model, output, error=error))
+        except OSError as error:
+            rows.append(Row(model, output, error=MachineError(error.strerror or str(error), file=error.filename or "")))
+        except MemoryError:
+            rows.append(Row(model, output, error=MachineError("out of memory", file=model)))
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            rows.append(Row(model, output, error=InternalError(f"{text}; this is a bug", file=model)))
+    return rows
