@@ -611,6 +611,38 @@ def measure(models: tuple[str, ...], as_json: bool, verbose: bool, quiet: bool, 
     )
 
 
+@main.command()
+@click.argument("model")
+@click.option("-o", "--output", metavar="PATH", help="Where to write: .ort, .xml (with a .bin beside it) or .onnx.")
+@click.option("--to", metavar="ort|openvino|onnx", help="The format; onnx fixes shapes and changes nothing else.")
+@shapes_option
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--threads", type=int, default=1, show_default=True)
+@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds that one execution may take.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@common
+def export(model: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) -> None:
+    """Write an edge format, checked by running it: ORT format, OpenVINO IR, or ONNX at fixed sizes."""
+    from onnxprune import export as verb
+
+    output, to = given.pop("output"), given.pop("to")
+    if output is None or to is None:
+        raise InputError("say where to write with -o, and what with --to", object="export")
+    given["input_shape"] = parse_shapes(given["input_shape"])
+    with stages(quiet) as progress:
+        found = verb.export(model, output, to, progress=progress, **given)
+    if as_json:
+        say_json({
+            "files": [str(path) for path in found.files],
+            "bytes": found.bytes,
+            "backend": found.backend,
+            "relative-error": found.difference,
+        })  # fmt: skip
+        return
+    files = ", ".join(shown(path) for path in found.files)
+    say(f"wrote {files}: {found.bytes:,} bytes; outputs differ by {found.difference:.1e} on {found.backend}")
+
+
 @main.command("list")
 @click.argument("what", type=click.Choice(["criteria", "allocators", "reconstructors", "passes", "backends", "ops"]))
 @common

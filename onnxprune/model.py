@@ -92,6 +92,21 @@ def input_sizes(model: ir.Model, given: Mapping[str, Shape]) -> dict[str, int]:
     return found
 
 
+def write_sizes(model: Model, sizes: Mapping[str, int]) -> None:
+    """Write sizes of dynamic dimensions down wherever they are declared."""
+    for value in true_inputs(model.graph):
+        keys = [symbol(value, axis) for axis in range(len(value.shape or ()))]
+        _set(value, {axis: sizes[key] for axis, key in enumerate(keys) if key in sizes})
+    for value in (out for node in walk(model.graph) for out in node.outputs):
+        names = {axis: dim.value for axis, dim in enumerate(value.shape or ()) if not isinstance(dim, int)}
+        _set(value, {axis: sizes[name] for axis, name in names.items() if name is not None and name in sizes})
+
+
+def _set(value: ir.Value, known: Mapping[int, int]) -> None:
+    if value.shape is not None and known:
+        value.shape = ir.Shape([known.get(axis, dim) for axis, dim in enumerate(value.shape)])
+
+
 def prepare(model: ir.Model, given: Mapping[str, int] | None = None) -> Prepared:
     """Normalise, infer at two sets of sizes, and write static computed sizes and choices down.
 

@@ -7,7 +7,7 @@ import os
 import secrets
 import stat
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -131,6 +131,15 @@ def write_text(path: Path, text: str, *, force: bool = True) -> None:
         with _temporary(path) as (temporary, file):
             file.write(text.encode())
         _commit(temporary, path, force)
+
+
+def publish(files: Mapping[Path, Path], *, force: bool) -> None:
+    """Give finished files {temporary: path} their names, the last one last; all lie on one disk. Raises as above."""
+    for temporary, path in files.items():
+        with _disk(path):
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            _commit(temporary, path, force)
 
 
 def dump(model: ir.Model, folder: str | Path, name: str, *, external: bool = False) -> Path:

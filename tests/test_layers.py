@@ -34,7 +34,7 @@ LAYERS = (
     ("evidence", "bases", "reconstruct"),
     ("allocate",),
     ("recovery",),
-    ("pipeline", "batch", "realize", "verbs", "audit"),
+    ("pipeline", "batch", "export", "realize", "verbs", "audit"),
     ("cli", "__init__", "__main__"),
 )
 
@@ -73,6 +73,7 @@ OUTSIDE = {
         "reconstruct",
     ),
     "onnxruntime": ("runtime.ort",),
+    "openvino": ("runtime.openvino",),
     "pydantic": ("report", "recipe"),
     "yaml": ("recipe",),
     "click": ("cli",),

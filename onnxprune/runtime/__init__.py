@@ -12,7 +12,7 @@ LATER = "not built into this version yet"
 KNOWN: Mapping[str, str] = {
     "cpu": "ONNX Runtime on the CPU: pip install 'onnxprune[cpu]'",
     "cuda": "ONNX Runtime on an NVIDIA GPU: pip install 'onnxprune[gpu]' in an environment without onnxruntime",
-    "openvino": LATER,
+    "openvino": "OpenVINO on the CPU: pip install 'onnxprune[openvino]'",
     "tensorrt": LATER,
     "tensorrt-rtx": LATER,
 }
@@ -52,15 +52,15 @@ def known(name: str) -> str:
     if name not in KNOWN:
         raise InputError(f"unknown backend; there are {', '.join(KNOWN)}", object=name)
     if KNOWN[name] == LATER:
-        raise MachineError(f"{LATER}; use cpu or cuda", object=f"backend {name}")
+        raise MachineError(f"{LATER}; use cpu, cuda or openvino", object=f"backend {name}")
     return name
 
 
 def backend(name: str) -> Backend:
     """A backend by name, ready to use; imports its runtime, so call it in the child. Raises as `known` does."""
-    from onnxprune.runtime import ort
+    from onnxprune.runtime import openvino, ort
 
-    found = ort.BACKENDS[known(name)]
+    found: Backend = openvino.VinoBackend() if known(name) == "openvino" else ort.BACKENDS[name]
     if reason := found.available():
         raise MachineError(reason, object=f"backend {name}")
     return found
