@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,10 +49,14 @@ def write(export: Export, path: Path, exporter: str) -> None:
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if exporter == "dynamo":
-            shapes = {n: dict.fromkeys(export.dynamic.get(n, {}), torch.export.Dim.DYNAMIC) for n in names}
+            shapes: list[Any] = [dict.fromkeys(export.dynamic.get(n, {}), torch.export.Dim.DYNAMIC) for n in names]
+            dynamic = any(shapes)
+            taken = list(inspect.signature(model.forward).parameters.values())
+            if taken[-1].kind is inspect.Parameter.VAR_POSITIONAL:
+                shapes[len(taken) - 1 :] = [tuple(shapes[len(taken) - 1 :])]
             program = torch.onnx.export(
                 model, args, dynamo=True, input_names=names, opset_version=export.opset,
-                dynamic_shapes=tuple(shapes.values()) if any(shapes.values()) else None, verbose=False,
+                dynamic_shapes=tuple(shapes) if dynamic else None, verbose=False,
             )  # fmt: skip
             program.save(str(path), external_data=False)
         else:

@@ -70,23 +70,17 @@ class Seq2Seq(nn.Module):
 
 
 class Cached(nn.Module):
-    """A decoder of two layers with its cache of keys and values as inputs and outputs."""
+    """A decoder with its cache of keys and values as inputs and outputs."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        key_0: torch.Tensor,
-        value_0: torch.Tensor,
-        key_1: torch.Tensor,
-        value_1: torch.Tensor,
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, *cache: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """int64[n, s], int64[n, p + s], caches [n, heads, p, d] -> logits, caches [n, heads, p + s, d]."""
-        past = DynamicCache([(key_0, value_0), (key_1, value_1)])
+        """int64[n, s], int64[n, p + s], keys and values [n, heads, p, d] in turn -> logits, caches [n, heads, p + s, d]."""
+        past = DynamicCache(list(zip(cache[::2], cache[1::2], strict=True)))
         out = self.model(input_ids, attention_mask=attention_mask, past_key_values=past, use_cache=True)
         layers = out.past_key_values.layers
         return out.logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values))
@@ -167,7 +161,7 @@ def cached(model: Any) -> Export:
     plan = model.config
     heads = getattr(plan, "num_key_value_heads", None) or plan.num_attention_heads
     size = getattr(plan, "head_dim", None) or plan.hidden_size // plan.num_attention_heads
-    names = ("key_0", "value_0", "key_1", "value_1")
+    names = [f"{kind}_{layer}" for layer in range(plan.num_hidden_layers) for kind in ("key", "value")]
     args = {"input_ids": IDS[:, :3], "attention_mask": torch.ones(2, 8, dtype=torch.int64)}
     args |= {name: torch.randn(2, heads, 5, size) for name in names}
     axes: dict[str, Mapping[int, str]] = {"input_ids": AXES, "attention_mask": {0: "batch", 1: "total"}}
@@ -326,6 +320,7 @@ MODELS: dict[str, Callable[[], Export]] = {
     **{f"{name}_loop": partial(lambda n: masked(_decoder(n, experts="eager"), use_cache=False), name)
        for name, given in DECODERS.items() if "num_experts_per_tok" in given},
     **{f"{name}_opset23": partial(lambda n: masked(_named(n, "sdpa"), 23), name) for name in NATIVE},
+    "llama_deep": lambda: cached(build(AutoModelForCausalLM, "llama", GROUPED | {"num_hidden_layers": 32})),
     "whisper": lambda: both(
         WhisperForConditionalGeneration(WhisperConfig(**LAYERS, **WIDTHS, **LONG, attn_implementation="eager")),
         torch.randn(2, 11, 48), {0: "batch"},
