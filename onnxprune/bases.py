@@ -19,7 +19,7 @@ import onnx_ir as ir
 from onnxprune.analysis import Analysis
 from onnxprune.calibrate import Columns, Gather, Moments, MomentsOf, RowsOf
 from onnxprune.dims import keep_of
-from onnxprune.infer import evaluate
+from onnxprune.outcome import evaluate
 from onnxprune.sites import Operator, Site, Slot, find_sites
 from onnxprune.types import Array, Axis, Group, Mask, OpNode, Positions
 

@@ -12,7 +12,7 @@ from math import prod
 
 import numpy as np
 
-from onnxprune.infer import run_node
+from onnxprune.outcome import run_node
 from onnxprune.types import Array, Axis, OpNode, Shape, View
 
 Range = tuple[Array, Array]  # lowest and highest, float64

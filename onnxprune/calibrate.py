@@ -24,7 +24,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnxprune.errors import ImpossibleError, InputError
-from onnxprune.infer import Facts, infer, symbols, true_inputs
+from onnxprune.infer import Facts, Inference, symbols, true_inputs
 from onnxprune.model import Model, free_name, register
 from onnxprune.probes import cost_facts, probes
 from onnxprune.runtime import ort
@@ -465,8 +465,9 @@ class _Sizes:
         for model in models:
             places = {key: where[0] for key, where in symbols(model.graph).items()}
             own = {key: feed[name].shape[axis] for key, (name, axis) in places.items()}
-            self.facts.append(infer(model, own))
-            self.other.append(infer(model, probes(model, own)[1]) if padding else self.facts[-1])
+            inference = Inference(model)
+            self.facts.append(inference.at(own))
+            self.other.append(inference.at(probes(inference, own)[1]) if padding else self.facts[-1])
         self._nodes = [{str(node.outputs[0].name): node for node in model.graph} for model in models]
         self._values = [_values(model.graph) for model in models]
         self._moving = [_moving(model.graph) for model in models]

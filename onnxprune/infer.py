@@ -10,22 +10,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx.reference import ReferenceEvaluator
-from onnx.shape_inference import infer_node_outputs
 
 from onnxprune import ops
+from onnxprune.outcome import VALUE_LIMIT, Attributes, Content, Known, Question, computed, question_attributes, shaped
 from onnxprune.types import Array, Body, Mask, OpNode, Shape
 
 Partly = np.ma.MaskedArray[Any, Any]
-VALUE_LIMIT = 1 << 16  # elements of a value that is worth knowing
 ROUNDS = 4096  # of a loop that are worth following one by one
 FINDS = frozenset("NonZero Compress".split())  # as many as the data says
 FOUND = (23, 41)  # how many that is taken to be, in the first probe and in the others
+LATEST = 4  # answers of an inference that are kept
 SHORT = 16  # elements of a float initializer that may be a list of scales
 RANDOM = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
@@ -51,6 +50,11 @@ class Facts:
     asked: dict[tuple[str, int], int] = field(default_factory=dict)
     found: int = FOUND[0]
 
+    def known(self, name: str) -> Known:
+        """What an operator may know that reads it."""
+        value = self.value(name)
+        return Known(self.types.get(name), self.shapes.get(name), None if value is None else Content.of(value))
+
     def value(self, name: str) -> Array | None:
         """The value itself, where it is small and fixed."""
         found = self.values.get(name)
@@ -60,6 +64,8 @@ class Facts:
 def bodies(node: ir.Node) -> dict[str, ir.Graph]:
     """The graphs inside a node, by attribute."""
     found: dict[str, ir.Graph] = {}
+    if not node.attributes:
+        return found
     for key, attribute in node.attributes.items():
         if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
             found[key] = attribute.as_graph()
@@ -117,8 +123,8 @@ def true_inputs(graph: ir.Graph) -> list[ir.Value]:
     return [value for value in graph.inputs if value.name not in graph.initializers]
 
 
-def seed(graph: ir.Graph, sizes: Mapping[str, int]) -> Facts:
-    """Facts of inputs and initializers, with dynamic dimensions at the given sizes."""
+def seed(graph: ir.Graph, sizes: Mapping[str, int], stored: Facts | None = None) -> Facts:
+    """Facts of inputs and initializers (or `stored`, if known), with dynamic dimensions at the given sizes."""
     facts = Facts()
     for value in true_inputs(graph):
         if value.shape is None or value.dtype is None:
@@ -128,6 +134,17 @@ def seed(graph: ir.Graph, sizes: Mapping[str, int]) -> Facts:
             shape.append(dim if isinstance(dim, int) and dim > 0 else sizes[symbol(value, axis)])
         facts.shapes[str(value.name)] = tuple(shape)
         facts.types[str(value.name)] = int(value.dtype)
+    stored = stored_facts(graph) if stored is None else stored
+    facts.shapes |= stored.shapes
+    facts.types |= stored.types
+    facts.values |= stored.values
+    facts.small |= stored.small
+    return facts
+
+
+def stored_facts(graph: ir.Graph) -> Facts:
+    """Facts of every initializer."""
+    facts = Facts()
     for name, value in initializers(graph).items():
         note_initializer(facts, name, value)
     return facts
@@ -143,7 +160,7 @@ def note_initializer(facts: Facts, name: str, value: ir.Value) -> None:
 def _note_tensor(facts: Facts, name: str, tensor: ir.TensorProtocol) -> None:
     facts.shapes[name] = tuple(int(d) for d in tensor.shape)  # type: ignore[arg-type]
     facts.types[name] = int(tensor.dtype)
-    count = int(np.prod(facts.shapes[name], dtype=np.int64))
+    count = prod(facts.shapes[name])
     integer = tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
     if (integer and count <= VALUE_LIMIT) or (count == 1 and tensor.dtype != ir.DataType.STRING):
         facts.values[name] = tensor.numpy()
@@ -202,34 +219,76 @@ def body_name(node: ir.Node, key: str) -> str:
     return f"{node.outputs[0].name}/{key}"
 
 
+class Seen(NamedTuple):
+    """What inference reads of a node, which need not be looked up at every set of sizes."""
+
+    node: ir.Node
+    op_type: str
+    opset: int
+    attributes: Attributes
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    inner: Mapping[str, ir.Graph]
+    declared: tuple[tuple[str, int | None, Shape | None], ...]
+
+    @property
+    def title(self) -> str:
+        """How problems call it."""
+        return f"node '{self.node.name or self.outputs[0]}'"
+
+
+def look(node: ir.Node, opset: int) -> Seen:
+    """A node as inference sees it; `op_type` is empty where it is not one of ONNX's own."""
+    declared = []
+    for value in node.outputs:
+        dims = None if value.shape is None else tuple(d for d in value.shape if isinstance(d, int))
+        static = dims if value.shape is not None and dims is not None and len(dims) == len(value.shape) else None
+        if value.dtype is not None or static is not None:
+            declared.append((str(value.name), None if value.dtype is None else int(value.dtype), static))
+    return Seen(
+        node,
+        "" if node.domain else node.op_type,
+        opset,
+        question_attributes(node),
+        tuple(names(node.inputs)),
+        tuple(names(node.outputs)),
+        bodies(node),
+        tuple(declared),
+    )
+
+
 def step(facts: Facts, node: ir.Node, opset: int) -> None:
     """Add what follows for the outputs of one node; whatever cannot be inferred stays unknown."""
-    inputs, outputs = names(node.inputs), names(node.outputs)
-    if node.op_type == "Shape" and not node.domain and inputs[0] in facts.shapes:
+    _step(facts, look(node, opset))
+
+
+def _step(facts: Facts, seen: Seen) -> None:
+    inputs, outputs, node = seen.inputs, seen.outputs, seen.node
+    if seen.op_type == "Shape" and inputs[0] in facts.shapes:
         sizes = np.array(facts.shapes[inputs[0]], np.int64)
         start = node.attributes["start"].as_int() if "start" in node.attributes else 0
         end = node.attributes["end"].as_int() if "end" in node.attributes else None
         _note(facts, outputs[0], sizes[start:end])
         return
-    if node.op_type == "Size" and not node.domain and inputs[0] in facts.shapes:
-        _note(facts, outputs[0], np.array(np.prod(facts.shapes[inputs[0]], dtype=np.int64)))
+    if seen.op_type == "Size" and inputs[0] in facts.shapes:
+        _note(facts, outputs[0], np.array(prod(facts.shapes[inputs[0]]), np.int64))
         return
-    if bodies(node):
-        _leave(facts, node, opset)
+    if seen.inner:
+        _leave(facts, seen)
         return
     if node.op_type == "Constant" and (tensor := ir.convenience.get_const_tensor(node.outputs[0])) is not None:
         _note_tensor(facts, outputs[0], tensor)
         return
-    proto = ir.serde.serialize_node(node)
-    known = [facts.values[name] for name in inputs if name and name in facts.values]
-    if inputs and len(known) == sum(map(bool, inputs)) and node.op_type not in RANDOM:
-        results = evaluate(proto, opset, {n: facts.values[n] for n in inputs if n})
+    known = tuple(facts.known(name) if name else None for name in inputs)
+    asked = Question(node.op_type, node.domain, seen.opset, seen.attributes, known, tuple(map(bool, outputs)))
+    if inputs and node.op_type not in RANDOM and all(name in facts.values for name in inputs if name):
+        results = computed(asked)
         if results is not None:
             for name, result in zip(outputs, results, strict=False):
                 if name:
-                    _note(facts, name, np.asarray(result))
+                    _note(facts, name, result)
             return
-    _infer(facts, node, proto, opset)
+    _infer(facts, seen, asked)
 
 
 def _note(facts: Facts, name: str, value: Array) -> None:
@@ -239,129 +298,65 @@ def _note(facts: Facts, name: str, value: Array) -> None:
         facts.values[name] = value
 
 
-def evaluate(proto: onnx.NodeProto, opset: int, values: Mapping[str, Array]) -> list[Array] | None:
-    """The outputs of a node whose inputs are all known, by the reference implementation; None if it has none."""
-    graph = onnx.helper.make_graph(
-        [proto],
-        "one",
-        [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.UNDEFINED, None) for n in values],
-        [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.UNDEFINED, None) for n in proto.output if n],
-    )
-    if proto.op_type in ("Expand", "ConstantOfShape", "Tile", "Range"):
-        last = values[proto.input[-1]] if proto.op_type != "Range" else np.array([1])
-        if proto.op_type != "Range" and np.prod(np.abs(last.astype(np.float64))) > VALUE_LIMIT:
-            return None
-        if proto.op_type == "Range":
-            low, high, stride = (float(np.asarray(values[n]).reshape(-1)[0]) for n in proto.input)
-            if not stride or abs((high - low) / stride) > VALUE_LIMIT:
-                return None
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid(proto.domain, opset)])
-    try:
-        with np.errstate(all="ignore"):
-            return list(ReferenceEvaluator(model).run(None, dict(values)))
-    except Exception:  # an operator or type that the reference does not know: the value stays unknown
-        return None
-
-
-def run_node(node: OpNode, values: Mapping[str, Array]) -> list[Array] | None:
-    """The outputs of a node as rules see it, all of whose inputs are given; None if they cannot be computed."""
-    places = {name: f"value{k}" for k, name in enumerate(dict.fromkeys((*node.inputs, *node.outputs))) if name}
-    inputs, outputs = ([places.get(name, "") for name in names] for names in (node.inputs, node.outputs))
-    if any(isinstance(value, ir.Attr | ir.TensorProtocol) for value in node.attrs.values()):
-        return None
-    attrs = {key: value for key, value in node.attrs.items() if value is not None}
-    proto = onnx.helper.make_node(node.op_type, inputs, outputs, domain=node.domain, **attrs)
-    return evaluate(proto, node.opset, {places[name]: values[name] for name in dict.fromkeys(node.inputs) if name})
-
-
-def _infer(facts: Facts, node: ir.Node, proto: onnx.NodeProto, opset: int) -> None:
+def _infer(facts: Facts, seen: Seen, asked: Question) -> None:
     """Shapes of the outputs by the operator's own inference, else as the exporter declared them."""
-    present = [name for name in names(node.inputs) if name]
-    found: dict[str, onnx.TypeProto] = {}
-    kinds: Mapping[str, int] = facts.types
-    if (other := ops.stand_in_of(node.domain, node.op_type)) is not None:
-        proto, opset, present = _standing_in(proto, *other)
-        kinds = dict.fromkeys(present, int(ir.DataType.FLOAT))  # ONNX has most of these for floats only
-    try:
-        schema = onnx.defs.get_schema(proto.op_type, opset, proto.domain)
-        types = {n: onnx.helper.make_tensor_type_proto(kinds[n], facts.shapes.get(n)) for n in present}
-        data = {n: onnx.numpy_helper.from_array(v, n) for n in present if (v := facts.value(n)) is not None}
-        found = infer_node_outputs(schema, proto, types, data)
-    except (KeyError, onnx.defs.SchemaError):  # nothing is known about an input, or about the operator
-        pass
-    except Exception as error:
-        facts.problems.append(f"node '{node.name or node.outputs[0].name}': {str(error).strip().splitlines()[-1]}")
-    for name in names(node.outputs):
-        tensor = found[name].tensor_type if name in found else None
-        if tensor is None or not tensor.elem_type:
-            continue
-        facts.types[name] = tensor.elem_type if other is None else facts.types.get(present[0], tensor.elem_type)
-        dims = tensor.shape.dim
-        sizes = tuple(d.dim_value if d.HasField("dim_value") else facts.found for d in dims)
-        if tensor.HasField("shape") and (node.op_type in FINDS or all(d.HasField("dim_value") for d in dims)):
-            facts.shapes[name] = sizes
-    if any(name and name not in facts.shapes for name in names(node.outputs)):
-        shapes, like = ops.shapes_of(op_node(node, opset, facts, {}, {}))
-        for name, shape in zip(names(node.outputs), shapes, strict=False):
+    node, inputs, outputs = seen.node, seen.inputs, seen.outputs
+    answer = shaped(asked)
+    if answer.problem is not None:
+        facts.problems.append(f"{seen.title}: {answer.problem}")
+    for name, found in zip(outputs, answer.outputs, strict=True):
+        if name and found is not None:
+            facts.types[name], sizes = found
+            if sizes is not None and (node.op_type in FINDS or -1 not in sizes):
+                facts.shapes[name] = tuple(facts.found if size < 0 else size for size in sizes)
+    if any(name and name not in facts.shapes for name in outputs):
+        shapes, like = ops.shapes_of(op_node(node, seen.opset, facts, {}, {}))
+        for name, shape in zip(outputs, shapes, strict=False):
             facts.shapes.setdefault(name, shape)
-            if (known := facts.types.get(names(node.inputs)[like])) is not None:
+            if (known := facts.types.get(inputs[like])) is not None:
                 facts.types.setdefault(name, known)
-    _declared(facts, node)
-    _ask(facts, node, opset)
-    if "kernel_shape" in node.attributes or "Conv" in node.op_type:
-        empty = [name for name in names(node.outputs) if 0 in facts.shapes.get(name, ())]
+    _declared(facts, seen)
+    _ask(facts, seen)
+    present = [name for name in inputs if name]
+    if "Conv" in node.op_type or "kernel_shape" in node.attributes:
+        empty = [name for name in outputs if 0 in facts.shapes.get(name, ())]
         if empty and not any(0 in facts.shapes.get(name, ()) for name in present):
-            facts.problems.append(f"node '{node.name}': nothing is left of its input")
-    if node.op_type == "Gather" and not node.domain and present[0] in facts.shapes:
+            facts.problems.append(f"{seen.title}: nothing is left of its input")
+    if seen.op_type == "Gather" and present[0] in facts.shapes:
         axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
         size, picked = facts.shapes[present[0]][axis], facts.value(present[1])
         if picked is not None and picked.size and not -size <= picked.min() <= picked.max() < size:
-            facts.problems.append(f"node '{node.name}': picks position {picked.max()} of {size}")
+            facts.problems.append(f"{seen.title}: picks position {picked.max()} of {size}")
     if node.op_type == "Reshape" and present[0] in facts.shapes:
-        before, after = facts.shapes[present[0]], facts.shapes.get(str(node.outputs[0].name))
+        before, after = facts.shapes[present[0]], facts.shapes.get(outputs[0])
         if after is not None and prod(before) != prod(after):
-            facts.problems.append(f"node '{node.name}': {list(before)} cannot become {list(after)}")
+            facts.problems.append(f"{seen.title}: {list(before)} cannot become {list(after)}")
 
 
-def _ask(facts: Facts, node: ir.Node, opset: int) -> None:
+def _ask(facts: Facts, seen: Seen) -> None:
     """Note sizes of inputs that do not suit an operator."""
-    wants = ops.wants_of(node.domain, node.op_type)
+    wants = ops.wants_of(seen.node.domain, seen.node.op_type)
     if wants is None:
         return
     try:
-        wanted = wants(op_node(node, opset, facts, facts.values, {}))
+        wanted = wants(op_node(seen.node, seen.opset, facts, facts.values, {}))
     except KeyError:  # the shape of an input is not known
         return
-    inputs = names(node.inputs)
     for k, sizes in wanted.items():
-        for axis, (size, given) in enumerate(zip(sizes, facts.shapes.get(inputs[k], ()), strict=False)):
+        name = seen.inputs[k]
+        for axis, (size, given) in enumerate(zip(sizes, facts.shapes.get(name, ()), strict=False)):
             if size not in (ops.ANY, given):
-                facts.asked[inputs[k], axis] = size
-                facts.problems.append(f"node '{node.name}': '{inputs[k]}:{axis}' has {given} positions, not {size}")
+                facts.asked[name, axis] = size
+                facts.problems.append(f"{seen.title}: '{name}:{axis}' has {given} positions, not {size}")
 
 
-STAND_IN_OPSET = 13
-
-
-def _standing_in(proto: onnx.NodeProto, op_type: str, inputs: tuple[int, ...]) -> tuple[onnx.NodeProto, int, list[str]]:
-    """An ONNX node whose outputs have the shapes of this one's, its opset and its inputs."""
-    schema = onnx.defs.get_schema(op_type, STAND_IN_OPSET)
-    node = onnx.NodeProto(op_type=op_type, output=proto.output)
-    node.input.extend(proto.input[k] for k in inputs)
-    node.attribute.extend(a for a in proto.attribute if a.name in schema.attributes)
-    return node, STAND_IN_OPSET, list(node.input)
-
-
-def _declared(facts: Facts, node: ir.Node) -> None:
+def _declared(facts: Facts, seen: Seen) -> None:
     """Fill gaps with fully static shapes that the exporter wrote down."""
-    for value in node.outputs:
-        name = str(value.name)
-        if value.dtype is not None:
-            facts.types.setdefault(name, int(value.dtype))
-        if name not in facts.shapes and value.shape is not None:
-            sizes = tuple(d for d in value.shape if isinstance(d, int))
-            if len(sizes) == len(value.shape):
-                facts.shapes[name] = sizes
+    for name, kind, shape in seen.declared:
+        if kind is not None:
+            facts.types.setdefault(name, kind)
+        if shape is not None:
+            facts.shapes.setdefault(name, shape)
 
 
 ALIKE = frozenset("Identity Reshape Transpose Squeeze Unsqueeze Flatten Concat Split Slice Gather Expand".split())
@@ -371,25 +366,24 @@ POINTWISE = frozenset(
 )
 
 
-def moving(model: ir.Model, first: Facts, second: Facts) -> dict[str, Mask]:
+def moving(nodes: Iterable[Seen], first: Facts, second: Facts) -> dict[str, Mask]:
     """{computed value: bool mask of its elements that follow a dynamic size}, also where two probes happen to agree.
 
     A border of `h - 2 * (h // 2)` is zero at every even h and still no constant.
     """
     found: dict[str, Mask] = {}
-    for node in walk(model.graph):
-        inputs, outputs = names(node.inputs), [name for name in names(node.outputs) if name]
+    for seen in nodes:
+        outputs = [name for name in seen.outputs if name]
         if not outputs or not all(name in first.values for name in outputs):
             continue
-        values = {name: first.values[name] for name in outputs}
-        if node.op_type in ("Shape", "Size") and not node.domain:
-            masks = _moving_sizes(node, first.shapes.get(inputs[0]), second.shapes.get(inputs[0]))
+        if seen.op_type in ("Shape", "Size"):
+            masks = _moving_sizes(seen.node, first.shapes.get(seen.inputs[0]), second.shapes.get(seen.inputs[0]))
         else:
-            masks = _moving_values(node, model.opset_imports.get("", 1), inputs, outputs, first, found)
+            masks = _moving_values(seen, outputs, first, found)
         for name, mask in zip(outputs, masks, strict=False):
-            other = second.values.get(name)
-            agree = other is not None and other.shape == values[name].shape
-            found[name] = (mask | (other != values[name])) if agree else np.ones(values[name].shape, np.bool_)
+            value, other = first.values[name], second.values.get(name)
+            agree = other is not None and other.shape == value.shape
+            found[name] = (mask | (other != value)) if agree else np.ones(value.shape, np.bool_)
     return found
 
 
@@ -403,64 +397,87 @@ def _moving_sizes(node: ir.Node, first: Shape | None, second: Shape | None) -> l
     return [differ[start : node.attributes["end"].as_int() if "end" in node.attributes else None]]
 
 
-def _moving_values(
-    node: ir.Node, opset: int, inputs: list[str], outputs: list[str], facts: Facts, found: Mapping[str, Mask]
-) -> list[Mask]:
+def _moving_values(seen: Seen, outputs: list[str], facts: Facts, found: Mapping[str, Mask]) -> list[Mask]:
     """Movement moves the mask, arithmetic unites masks element by element, anything else spreads to all of it."""
+    inputs = seen.inputs
     masks = {n: found.get(n, np.zeros(np.shape(facts.values[n]), np.bool_)) for n in inputs if n in facts.values}
-    alike = node.op_type in ALIKE and not node.domain
-    data = [n for k, n in enumerate(inputs) if n and (k == 0 or node.op_type == "Concat")]
+    data = [n for k, n in enumerate(inputs) if n and (k == 0 or seen.op_type == "Concat")]
     if not any(mask.any() for mask in masks.values()):
         return [np.zeros(facts.values[n].shape, np.bool_) for n in outputs]
-    if node.op_type in POINTWISE and not node.domain:
+    if seen.op_type in POINTWISE:
         united = np.logical_or.reduce(np.broadcast_arrays(*(masks[n] for n in inputs if n in masks)))
         return [np.broadcast_to(united, facts.values[n].shape) for n in outputs]
-    if alike and not any(masks[n].any() for n in inputs if n and n not in data):
-        fed = {n: masks[n] if n in data else facts.values[n] for n in inputs if n}
-        moved = evaluate(ir.serde.serialize_node(node), opset, fed)
+    if seen.op_type in ALIKE and not any(masks[n].any() for n in inputs if n and n not in data):
+        fed = [(masks[n] if n in data else facts.values[n]) if n else None for n in inputs]
+        known = tuple(None if array is None else Known(None, None, Content.of(array)) for array in fed)
+        moved = computed(Question(seen.op_type, "", seen.opset, seen.attributes, known, tuple(map(bool, seen.outputs))))
         if moved is not None:
             return [np.asarray(mask, np.bool_) for mask in moved]
     return [np.ones(facts.values[n].shape, np.bool_) for n in outputs]
 
 
-def finds(model: ir.Model) -> bool:
-    """Whether some length depends on data."""
-    return any(node.op_type in FINDS and not node.domain for node in walk(model.graph))
+class Inference:
+    """A model to be inferred at any number of sizes; it must not change meanwhile."""
 
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self.stored = stored_facts(model.graph)
+        opsets = model.opset_imports
+        self.seen = {g: [look(node, opsets.get(node.domain, 1)) for node in g] for g in graphs(model.graph)}
+        self.symbols = symbols(model.graph)
+        self.finds = any(seen.op_type in FINDS for seen in self.nodes)
+        self.latest: dict[tuple[Any, ...], Facts] = {}
 
-def infer(model: ir.Model, sizes: Mapping[str, int], found: int = FOUND[0]) -> Facts:
-    """Facts of every value of the main graph and the bodies in it, whose nodes are in topological order.
+    @property
+    def nodes(self) -> Iterator[Seen]:
+        """Every node with those inside its bodies before it: producers first."""
+        return self._nodes(self.model.graph)
 
-    Lengths that depend on data are taken to be `found`.
-    """
-    facts = seed(model.graph, sizes)
-    facts.found = found
-    _infer_graph(facts, model.graph, model.opset_imports)
-    return facts
+    def _nodes(self, graph: ir.Graph) -> Iterator[Seen]:
+        for seen in self.seen[graph]:
+            for body in seen.inner.values():
+                yield from self._nodes(body)
+            yield seen
 
+    def at(self, sizes: Mapping[str, int], found: int = FOUND[0]) -> Facts:
+        """Facts of every value of the main graph and the bodies in it, whose nodes are in topological order.
 
-def _infer_graph(facts: Facts, graph: ir.Graph, opsets: Mapping[str, int]) -> None:
-    for node in graph:
-        inner = bodies(node)
-        while inner:
-            enter(facts, node)
-            taken = _taken(facts, node)
-            for key, body in inner.items():
-                problems, asked = len(facts.problems), dict(facts.asked)
-                _infer_graph(facts, body, opsets)
-                if taken not in (None, key):
-                    del facts.problems[problems:]  # this never runs at these sizes
-                    facts.asked = asked
-            varying = {
-                b for _, b, c, _ in carried(node) if b in facts.shapes and facts.shapes.get(c) != facts.shapes[b]
-            }
-            if not varying:
-                break
-            facts.varying |= varying  # once more, without the shapes of the first round
-            for name in [name for body in inner.values() for n in walk(body) for name in names(n.outputs)] + [*varying]:
-                for known in (facts.shapes, facts.types, facts.values):
-                    known.pop(name, None)
-        step(facts, node, opsets.get(node.domain, 1))
+        Lengths that depend on data are taken to be `found`. The last few answers are kept: they are not to be changed.
+        """
+        key = (found if self.finds else 0, *(sizes.get(name) for name in self.symbols))
+        if key not in self.latest:
+            facts = seed(self.model.graph, sizes, self.stored)
+            facts.found = found
+            self._infer(facts, self.model.graph)
+            if len(self.latest) == LATEST:
+                self.latest.pop(next(iter(self.latest)))
+            self.latest[key] = facts
+        return self.latest[key]
+
+    def _infer(self, facts: Facts, graph: ir.Graph) -> None:
+        for seen in self.seen[graph]:
+            while seen.inner:
+                enter(facts, seen.node)
+                taken = _taken(facts, seen.node)
+                for key, body in seen.inner.items():
+                    problems, asked = len(facts.problems), dict(facts.asked)
+                    self._infer(facts, body)
+                    if taken not in (None, key):
+                        del facts.problems[problems:]  # this never runs at these sizes
+                        facts.asked = asked
+                varying = {
+                    b
+                    for _, b, c, _ in carried(seen.node)
+                    if b in facts.shapes and facts.shapes.get(c) != facts.shapes[b]
+                }
+                if not varying:
+                    break
+                facts.varying |= varying  # once more, without the shapes of the first round
+                inside = [name for body in seen.inner.values() for one in self._nodes(body) for name in one.outputs]
+                for name in [*inside, *varying]:
+                    for known in (facts.shapes, facts.types, facts.values):
+                        known.pop(name, None)
+            _step(facts, seen)
 
 
 # Bodies ----------------------------------------------------------------------------------------------------------
@@ -535,13 +552,13 @@ def _integers(node: ir.Node, key: str, count: int) -> list[int]:
     return list(node.attributes[key].as_ints()) if key in node.attributes else [0] * count
 
 
-def _leave(facts: Facts, node: ir.Node, opset: int) -> None:
+def _leave(facts: Facts, seen: Seen) -> None:
     """Shapes of a node's outputs from those of its bodies; whatever differs from branch to branch stays unknown."""
-    outputs = names(node.outputs)
-    given = [names(body.outputs) for body in bodies(node).values()]
+    node, outputs = seen.node, seen.outputs
+    given = [names(body.outputs) for body in seen.inner.values()]
     kind = control(node)
     if not kind:
-        _declared(facts, node)
+        _declared(facts, seen)
     elif kind == "If":
         for name, *inner in zip(outputs, *given, strict=False):
             shapes = {facts.shapes.get(other) for other in inner}
@@ -555,7 +572,7 @@ def _leave(facts: Facts, node: ir.Node, opset: int) -> None:
             if facts.shapes.get(last) is not None and facts.shapes.get(first) == facts.shapes[last]:
                 facts.shapes[name] = facts.shapes[last]
             facts.types |= {name: facts.types[last]} if last in facts.types else {}
-        rounds = _rounds(facts, node, opset)
+        rounds = _rounds(facts, node, seen.opset)
         axes = _integers(node, "scan_output_axes", len(outputs) - count)
         for other, name, axis in zip(given[0][count + (kind == "Loop") :], outputs[count:], axes, strict=False):
             if other in facts.shapes and rounds is not None:
@@ -627,6 +644,8 @@ def _counted(facts: Facts, node: ir.Node, trips: int, opset: int) -> int | None:
         [onnx.helper.make_tensor_value_info(n, unknown, None) for n in (*given, *state, counter)],
         [onnx.helper.make_tensor_value_info(n, unknown, None) for n in dict.fromkeys(wanted) if n in within],
     )
+    from onnx.reference import ReferenceEvaluator  # loads every operator
+
     try:
         run = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])).run
         for count in range(trips):

@@ -15,22 +15,20 @@ from onnxprune.errors import InputError
 from onnxprune.infer import (
     FOUND,
     Facts,
+    Inference,
     bodies,
     body_name,
     control,
-    evaluate,
-    finds,
     graphs,
-    infer,
     initializers,
     moving,
     names,
     op_node,
     symbol,
-    symbols,
     true_inputs,
     walk,
 )
+from onnxprune.outcome import evaluate
 from onnxprune.probes import other_probes, probes
 from onnxprune.types import Array, Axis, Mask, Shape, Stored, View
 
@@ -115,32 +113,35 @@ def prepare(model: ir.Model, given: Mapping[str, int] | None = None) -> Prepared
     scale such as 1/sqrt(head_dim) that was read from a shape keeps its dense value.
     """
     normalise(model)
-    first, second = probes(model, given or {})
-    facts, other, moves = _known(model, first, second)
+    inference = Inference(model)
+    first, second = probes(inference, given or {})
+    facts, other, moves = _known(inference, first, second)
     chosen: tuple[str, ...] = ()
     while fresh := _choose(model, facts, _static(facts, moves)):  # what follows a branch is known only then
         chosen += fresh
-        facts, other, moves = _known(model, first, second)
+        inference = Inference(model)
+        facts, other, moves = _known(inference, first, second)
     folded = _fold(model, facts, _static(facts, moves))
     statistics = _fold_statistics(model)
     if folded or statistics:
-        facts, other, moves = _known(model, first, second)
+        inference = Inference(model)
+        facts, other, moves = _known(inference, first, second)
     written = {name: name for name in chosen} | statistics | folded
     return Prepared(model, first, facts, second, other, _static(facts, moves), moves, written, frozenset(statistics))
 
 
 def _known(
-    model: ir.Model, first: Mapping[str, int], second: Mapping[str, int]
+    inference: Inference, first: Mapping[str, int], second: Mapping[str, int]
 ) -> tuple[Facts, Facts, dict[str, Mask]]:
-    facts = infer(model, first)
-    if not symbols(model.graph) and not finds(model):
+    facts = inference.at(first)
+    if not inference.symbols and not inference.finds:
         return facts, facts, {}
-    other = infer(model, second, FOUND[1])
-    moves = moving(model, facts, other)
-    if any(control(node) == "If" for node in walk(model.graph)):  # a strided length may be one at many lengths, not all
-        for probe in other_probes(model, first):
-            found = infer(model, probe, FOUND[1])
-            for name, mask in moving(model, facts, found).items():
+    other = inference.at(second, FOUND[1])
+    moves = moving(inference.nodes, facts, other)
+    if any(control(seen.node) == "If" for seen in inference.nodes if seen.inner):
+        for probe in other_probes(inference, first):  # a strided length may be one at many lengths, not all
+            found = inference.at(probe, FOUND[1])
+            for name, mask in moving(inference.nodes, facts, found).items():
                 if name in found.values:
                     moves[name] = moves[name] | mask
     return facts, other, moves

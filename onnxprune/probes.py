@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxprune.infer import Facts, infer, names, symbol, symbols, true_inputs, walk
+from onnxprune.infer import Facts, Inference, symbol, true_inputs
 from onnxprune.types import Shape
 
 Sizes = dict[str, int]
@@ -30,7 +30,7 @@ STEPS = ((1, 17), (19, 0))  # new and past tokens: some exports take one token a
 BATCHES = (((3, 7, 11), (5, 13, 17)), ((1,), (1,)))  # some exports bake batch 1 in and still call it dynamic
 
 
-def probes(model: ir.Model, given: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+def probes(inference: Inference, given: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
     """Two sets of sizes for the dynamic dimensions at which the graph is consistent, or as nearly as can be found.
 
     Batches get small primes, so that they are never mistaken for a factor of something else; images get multiples
@@ -39,7 +39,7 @@ def probes(model: ir.Model, given: Mapping[str, int]) -> tuple[dict[str, int], d
     and of past and present one may have to be short.
     What an operator needs (the head size of a cache) is asked of it. `given` sizes stand in the first set.
     """
-    fixed, dimensions = _dimensions(model, given)
+    fixed, dimensions = _dimensions(inference, given)
     best: tuple[int, Sizes, Sizes] | None = None
     for batches, scale in product(BATCHES, SCALES):
         if not dimensions:
@@ -48,16 +48,16 @@ def probes(model: ir.Model, given: Mapping[str, int]) -> tuple[dict[str, int], d
         for relate in _dependences(dimensions, scale is SCALES[0]):
             first, second = map(relate, tables)
             first, second = first | fixed | dict(given), second | fixed
-            (first, facts), (second, others) = _suited(model, first, given), _suited(model, second)
+            (first, facts), (second, others) = _suited(inference, first, given), _suited(inference, second)
             problems = len(facts.problems) + len(others.problems)
             if best is None or problems < best[0]:
                 best = (problems, first, second)
             if problems == 0:
-                return first, _freer(model, dimensions, fixed, first, second)
+                return first, _freer(inference, dimensions, fixed, first, second)
     assert best is not None
-    for sizes in _written_down(model, dimensions):
+    for sizes in _written_down(inference, dimensions):
         sizes |= fixed | dict(given)
-        if (problems := 2 * len(infer(model, sizes).problems)) < best[0]:
+        if (problems := 2 * len(inference.at(sizes).problems)) < best[0]:
             best = (problems, sizes, sizes)
         if problems == 0:
             break
@@ -72,21 +72,21 @@ def _tables(batches: Sequence[Sequence[int]], scale: Mapping[str, Sequence[Seque
 ROUNDS = 4  # of asking until nothing changes
 
 
-def _suited(model: ir.Model, sizes: Sizes, given: Container[str] = ()) -> tuple[Sizes, Facts]:
+def _suited(inference: Inference, sizes: Sizes, given: Container[str] = ()) -> tuple[Sizes, Facts]:
     """The sizes as operators need them, but for given ones, and what is known at those."""
-    named = {place: name for name, places in symbols(model.graph).items() for place in places}
-    facts = infer(model, sizes)
+    named = {place: name for name, places in inference.symbols.items() for place in places}
+    facts = inference.at(sizes)
     for _ in range(ROUNDS):
         asked = {named[place]: size for place, size in facts.asked.items() if place in named and size >= 0}
         asked = {name: size for name, size in asked.items() if name not in given}
         if not asked:
             break
         sizes = sizes | asked
-        facts = infer(model, sizes)
+        facts = inference.at(sizes)
     return sizes, facts
 
 
-def _freer(model: ir.Model, dimensions: Mapping[str, Kind], fixed: Sizes, first: Sizes, second: Sizes) -> Sizes:
+def _freer(inference: Inference, dimensions: Mapping[str, Kind], fixed: Sizes, first: Sizes, second: Sizes) -> Sizes:
     """The second set, or one whose batch differs from the first where an operator asked for one batch in both.
 
     Attention over a cache takes several tokens of several sequences only while the cache is empty.
@@ -95,7 +95,7 @@ def _freer(model: ir.Model, dimensions: Mapping[str, Kind], fixed: Sizes, first:
     if all(first[name] != second[name] for name in batch):
         return second
     for relate in _dependences(dimensions):
-        sizes, facts = _suited(model, relate(_tables(BATCHES[0], SCALES[0], 1)) | fixed)
+        sizes, facts = _suited(inference, relate(_tables(BATCHES[0], SCALES[0], 1)) | fixed)
         if not facts.problems and all(sizes[name] != first[name] for name in batch):
             return sizes
     return second
@@ -154,53 +154,54 @@ def _dependences(dimensions: Mapping[str, Kind], steps: bool = True) -> Iterable
         yield stepped(total, new, past)
 
 
-def _written_down(model: ir.Model, dimensions: Mapping[str, Kind]) -> Iterator[Sizes]:
+def _written_down(inference: Inference, dimensions: Mapping[str, Kind]) -> Iterator[Sizes]:
     """Lengths that values have whatever the feed, the most frequent first: some exports only run at those."""
     lengths = [name for name, (kind, _) in dimensions.items() if kind == "length"]
     if not lengths:
         return
-    shapes = infer(model, dict.fromkeys(symbols(model.graph), 1)).shapes
-    found = Counter(size for node in walk(model.graph) for n in names(node.outputs) for size in set(shapes.get(n, ())))
+    shapes = inference.at(dict.fromkeys(inference.symbols, 1)).shapes
+    found = Counter(size for seen in inference.nodes for n in seen.outputs for size in set(shapes.get(n, ())))
     for (length, _), ((batch, *_), _) in product(found.most_common(WRITTEN), BATCHES):
         yield {name: length if name in lengths else batch for name in dimensions}
 
 
 def alternatives(model: ir.Model, given: Mapping[str, int]) -> Iterator[Sizes]:
     """Sizes to run a model at that refuses the usual ones: depending on each other, or written down in it."""
-    fixed, dimensions = _dimensions(model, given)
+    inference = Inference(model)
+    fixed, dimensions = _dimensions(inference, given)
     for k, relate in product((0, 1), _dependences(dimensions)):
-        yield _suited(model, relate(_tables(BATCHES[0], SCALES[0], k)) | fixed | dict(given), given)[0]
-    yield from (sizes | fixed | dict(given) for sizes in _written_down(model, dimensions))
+        yield _suited(inference, relate(_tables(BATCHES[0], SCALES[0], k)) | fixed | dict(given), given)[0]
+    yield from (sizes | fixed | dict(given) for sizes in _written_down(inference, dimensions))
 
 
-def other_probes(model: ir.Model, sizes: Mapping[str, int]) -> list[Sizes]:
+def other_probes(inference: Inference, sizes: Mapping[str, int]) -> list[Sizes]:
     """The same sizes with lengths of quite another scale, for what must hold at every length."""
-    named = [name for name, (kind, _) in _dimensions(model, {})[1].items() if kind == "length"]
+    named = [name for name, (kind, _) in _dimensions(inference, {})[1].items() if kind == "length"]
     rows = [scale["length"][0] for scale in SCALES] if named else []
     chosen = [dict(sizes) | {name: lengths[k % len(lengths)] for k, name in enumerate(named)} for lengths in rows]
-    return [_suited(model, sizes)[0] for sizes in chosen]
+    return [_suited(inference, sizes)[0] for sizes in chosen]
 
 
 def single_lengths(model: ir.Model, given: Mapping[str, int]) -> list[Sizes]:
     """Sizes that are one but for a single length, for models whose unnamed dimensions have to agree."""
-    fixed, kinds = _dimensions(model, given)
+    fixed, kinds = _dimensions(Inference(model), given)
     ones = dict.fromkeys(kinds, 1) | fixed
     long = [name for name, (kind, _) in kinds.items() if kind == "length" and name not in given][:2]
     return [ones | {name: row[0]} | dict(given) for name in long for scale in SCALES for row in scale["length"]]
 
 
-def _dimensions(model: ir.Model, given: Mapping[str, int]) -> tuple[Sizes, dict[str, Kind]]:
+def _dimensions(inference: Inference, given: Mapping[str, int]) -> tuple[Sizes, dict[str, Kind]]:
     """Dynamic dimensions of which an operator asks for one size only, and what the others are."""
-    places = symbols(model.graph)
-    kinds = {name: _kind(model.graph, places[name], {}) for name in places}
+    graph, places = inference.model.graph, inference.symbols
+    kinds = {name: _kind(graph, places[name], {}) for name in places}
     if not any(kind == "image" for kind, _ in kinds.values()):
         return {}, kinds
     relate = next(iter(_dependences(kinds)))
     free = [relate(_tables(BATCHES[0], SCALES[0], k)) | dict(given) for k in (0, 1)]
-    (first, _), (second, _) = (_suited(model, sizes, given) for sizes in free)
+    (first, _), (second, _) = (_suited(inference, sizes, given) for sizes in free)
     alike = {n for n, (kind, _) in kinds.items() if kind == "image" and first[n] == second[n]}
     fixed = {name: first[name] for name in alike if free[0][name] != free[1][name]}
-    return fixed, {name: _kind(model.graph, places[name], fixed) for name in places if name not in fixed}
+    return fixed, {name: _kind(graph, places[name], fixed) for name in places if name not in fixed}
 
 
 def _kind(graph: ir.Graph, places: list[tuple[str, int]], fixed: Mapping[str, int]) -> Kind:
@@ -226,10 +227,11 @@ def cost_facts(model: ir.Model, given: Mapping[str, int], ranks: Mapping[str, Sh
     Where the graph is inconsistent at those, or a value has more axes in `ranks` (a Squeeze takes a batch of one too),
     lengths are tried as sums, and then a batch of two.
     """
-    fixed, dimensions = _dimensions(model, given)
+    inference = Inference(model)
+    fixed, dimensions = _dimensions(inference, given)
     best: tuple[int, Facts] | None = None
     for batch, relate in product((1, 2), _dependences(dimensions)):
-        _, facts = _suited(model, relate({"batch": (batch,), **COSTED}) | fixed | dict(given), given)
+        _, facts = _suited(inference, relate({"batch": (batch,), **COSTED}) | fixed | dict(given), given)
         problems = len(facts.problems) + sum(
             len(shape) != len(ranks[name]) for name, shape in facts.shapes.items() if name in ranks
         )

@@ -14,7 +14,7 @@ from zoo import ZOO
 from onnxprune import feeds, verify
 from onnxprune.cost import Costs
 from onnxprune.errors import InputError
-from onnxprune.infer import infer
+from onnxprune.infer import Inference
 from onnxprune.model import prepare, view
 from onnxprune.reading import read_model
 
@@ -30,7 +30,7 @@ from onnxprune.reading import read_model
 def test_a_body_costs_as_often_as_it_runs(name: str, macs: int) -> None:
     _, prepared, seen, dims, *_ = analysed(name)
     sizes = {key: 13 if key == "t" else 1 for key in prepared.sizes}
-    costs = Costs(dims, seen, infer(prepared.model, sizes).shapes)
+    costs = Costs(dims, seen, Inference(prepared.model).at(sizes).shapes)
     assert costs.of(np.ones(len(dims.frozen), np.bool_))["macs"] == macs
 
 

@@ -22,7 +22,7 @@ PACKAGE = "onnxprune"
 LAYERS = (
     ("errors", "types"),
     ("ops", "ops.*", "plugin", "lsq", "budget", "greedy", "passes", "passes.*"),
-    ("indexing",),
+    ("indexing", "outcome"),
     ("relate",),
     ("dims", "groups", "branches", "select", "cost", "infer", "quality"),
     ("probes",),
@@ -53,7 +53,7 @@ OUTSIDE = {
     "scipy": ("dims", "lsq", "passes.*"),
     "networkx": ("dims",),
     "google": ("reading",),  # protobuf
-    "onnx": ("reading", "storage", "model", "rewrite", "verify", "infer", "flow"),
+    "onnx": ("reading", "storage", "model", "rewrite", "verify", "infer", "outcome", "flow"),
     "onnx_ir": (
         "reading",
         "storage",
@@ -61,6 +61,7 @@ OUTSIDE = {
         "rewrite",
         "verify",
         "infer",
+        "outcome",
         "probes",
         "feeds",
         "audit",

@@ -79,7 +79,7 @@ class Cached(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, *cache: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """int64[n, s], int64[n, p + s], keys and values [n, heads, p, d] in turn -> logits, caches [n, heads, p + s, d]."""
+        """int64[n, s], int64[n, p + s], keys, values [n, heads, p, d] -> logits, the same [n, heads, p + s, d]."""
         past = DynamicCache(list(zip(cache[::2], cache[1::2], strict=True)))
         out = self.model(input_ids, attention_mask=attention_mask, past_key_values=past, use_cache=True)
         layers = out.past_key_values.layers
