@@ -12,8 +12,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import networkx as nx
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -21,6 +21,9 @@ from scipy.sparse.csgraph import connected_components
 from onnxprune.errors import MachineError
 from onnxprune.relate import Pick, Relations
 from onnxprune.types import Array, Axis, Mask, Positions, Side, View
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 MOST = 1 << 26  # positions of all axes together: a few arrays of this length must fit in memory
 
@@ -56,6 +59,8 @@ class DimGraph:
     @cached_property
     def graph(self) -> nx.Graph[Axis]:
         """The dependency graph: axes as nodes, the ops that couple them as edges."""
+        import networkx as nx
+
         graph: nx.Graph[Axis] = nx.Graph()
         axes = self.relations.axes
         graph.add_nodes_from(axes)
@@ -64,6 +69,8 @@ class DimGraph:
 
     def explain(self, a: Axis, b: Axis) -> list[tuple[Axis, str, Axis]] | None:
         """The shortest chain of ops between two axes, as (axis, op, axis) steps; None if nothing couples them."""
+        import networkx as nx
+
         if a not in self.graph or b not in self.graph or not nx.has_path(self.graph, a, b):
             return None
         path = nx.shortest_path(self.graph, a, b)

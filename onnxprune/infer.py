@@ -17,7 +17,17 @@ import onnx
 import onnx_ir as ir
 
 from onnxprune import ops
-from onnxprune.outcome import VALUE_LIMIT, Attributes, Content, Known, Question, computed, question_attributes, shaped
+from onnxprune.outcome import (
+    GRAPHS,
+    VALUE_LIMIT,
+    Attributes,
+    Content,
+    Known,
+    Question,
+    computed,
+    question_attributes,
+    shaped,
+)
 from onnxprune.types import Array, Body, Mask, OpNode, Shape
 
 Partly = np.ma.MaskedArray[Any, Any]
@@ -64,12 +74,13 @@ class Facts:
 def bodies(node: ir.Node) -> dict[str, ir.Graph]:
     """The graphs inside a node, by attribute."""
     found: dict[str, ir.Graph] = {}
-    if not node.attributes:
-        return found
-    for key, attribute in node.attributes.items():
-        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
+    for key, attribute in node.attributes.data.items():
+        kind = attribute.type
+        if kind not in GRAPHS or attribute.is_ref():
+            continue
+        if kind == ir.AttributeType.GRAPH:
             found[key] = attribute.as_graph()
-        elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
+        else:
             found |= {f"{key}.{k}": body for k, body in enumerate(attribute.as_graphs())}
     return found
 
@@ -175,8 +186,7 @@ def names(values: Iterable[ir.Value | None]) -> list[str]:
 
 def attributes(node: ir.Node) -> dict[str, object]:
     """Attributes as Python values; subgraphs are left out."""
-    graphs = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-    return {k: a.value for k, a in node.attributes.items() if isinstance(a, ir.Attr) and a.type not in graphs}
+    return {k: a.value for k, a in node.attributes.data.items() if isinstance(a, ir.Attr) and a.type not in GRAPHS}
 
 
 def op_node(

@@ -265,7 +265,7 @@ def _lift_constants(graph: ir.Graph) -> None:
         ):
             continue
         tensor = (
-            attribute.as_tensor()
+            attribute.value  # as_tensor() would look through the whole protocol of tensors each time
             if key == "value"
             else ir.tensor(np.array(attribute.value, np.float32 if "float" in key else np.int64))
         )

@@ -94,7 +94,7 @@ def question_attributes(node: ir.Node) -> Attributes:
     """The attributes of a node without bodies, as a question has them."""
     return tuple(
         (name, int(a.type), _plain(a.value) if a.type in PLAIN else ir.serde.serialize_attribute(a).SerializeToString())
-        for name, a in (node.attributes.items() if node.attributes else ())
+        for name, a in node.attributes.data.items()
         if a.type not in GRAPHS
     )
 
