@@ -188,7 +188,7 @@ def test_an_error_of_ours_leaves_the_child_alive() -> None:
     with Worker() as worker:
         before = worker.call(os.getpid)
         with pytest.raises(MachineError, match="not built"):
-            worker.call(runtime.known, "openvino")
+            worker.call(runtime.known, "tensorrt")
         assert worker.call(os.getpid) == before
 
 
