@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxprune import pipeline, storage
-from onnxprune.errors import InputError, InternalError, MachineError, PruneError
+from onnxprune.errors import InputError, PruneError, ours
 from onnxprune.recipe import Options, check
 from onnxprune.report import Report
 
@@ -101,13 +101,6 @@ def batch(
             reports = [[output.with_suffix(".json")]]
             result = pipeline.family(model, [output], [options], reports, progress=said, command=command)[0]
             rows.append(Row(model, output, result.report))
-        except PruneError as error:
-            rows.append(Row(model, output, error=error))
-        except OSError as error:
-            rows.append(Row(model, output, error=MachineError(error.strerror or str(error), file=error.filename or "")))
-        except MemoryError:
-            rows.append(Row(model, output, error=MachineError("out of memory", file=model)))
         except Exception as error:
-            text = f"{type(error).__name__}: {error}".splitlines()[0]
-            rows.append(Row(model, output, error=InternalError(f"{text}; this is a bug", file=model)))
+            rows.append(Row(model, output, error=ours(error)))
     return rows

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from onnxprune.errors import ImpossibleError, InputError, InternalError, MachineError, PruneError, printable, shown
+from onnxprune.errors import ImpossibleError, InputError, InternalError, PruneError, ours, printable, shown
 
 if TYPE_CHECKING:
     from onnxprune.analysis import Analysis
@@ -48,7 +48,9 @@ def warn(text: str) -> None:
 
 
 def fail(error: PruneError, as_json: bool) -> None:
-    """One line on stderr; with --json the error object is all of stdout."""
+    """One line on stderr, with --debug after where it arose; with --json the error object is all of stdout."""
+    if "--debug" in sys.argv and isinstance(error, InternalError) and error.__cause__ is not None:
+        traceback.print_exception(error.__cause__)
     if as_json:
         click.echo(json.dumps(error.fields()))
     click.echo(f"onnxprune: error: {error.line()}", err=True)
@@ -64,9 +66,6 @@ class Verbs(click.Group):
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
             raise SystemExit(code if isinstance(code, int) else 0)
-        except PruneError as error:
-            fail(error, as_json)
-            raise SystemExit(error.code) from None
         except click.exceptions.Abort:
             click.echo("onnxprune: interrupted", err=True)
             raise SystemExit(130) from None
@@ -79,18 +78,10 @@ class Verbs(click.Group):
         except click.ClickException as error:
             fail(InputError(error.format_message().replace("\n", " ")), as_json)
             raise SystemExit(2) from None
-        except MemoryError:
-            fail(MachineError("out of memory"), as_json)
-            raise SystemExit(4) from None
-        except OSError as error:
-            fail(MachineError(error.strerror or str(error), file=error.filename or ""), as_json)
-            raise SystemExit(4) from None
         except Exception as error:
-            if "--debug" in given:
-                traceback.print_exc()
-            text = f"{type(error).__name__}: {error}".splitlines()[0]
-            fail(InternalError(f"{text}; this is a bug, please report it (--debug shows where)"), as_json)
-            raise SystemExit(5) from None
+            found = ours(error)
+            fail(found, as_json)
+            raise SystemExit(found.code) from None
 
 
 def _terminated(signum: int, frame: object) -> None:
@@ -328,8 +319,10 @@ def batch(models: str, **given: Any) -> None:
     else:
         table("", ["model", "params", "MACs", "latency", "result"], [row.cells() for row in rows])
     for row in rows:
+        for text in row.report.warnings if row.report is not None else ():
+            warn(f"{row.model}: {text}")
         if row.error is not None:
-            click.echo(f"onnxprune: error: {row.error.line()}", err=True)
+            fail(row.error, as_json=False)
     if code := max((row.error.code for row in rows if row.error is not None), default=0):
         raise SystemExit(code)
 

@@ -67,3 +67,19 @@ class InternalError(PruneError):
     """Our bug, or a native library crashed."""
 
     code = 5
+
+
+def ours(error: Exception) -> PruneError:
+    """Whatever went wrong, as one of ours; what caused it is its cause."""
+    if isinstance(error, PruneError):
+        return error
+    found: PruneError
+    if isinstance(error, MemoryError):
+        found = MachineError("out of memory")
+    elif isinstance(error, OSError):
+        found = MachineError(error.strerror or str(error), file=error.filename or "")
+    else:
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        found = InternalError(f"{text}; this is a bug, please report it (--debug shows where)")
+    found.__cause__ = error
+    return found

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnxprune import feeds, quality, storage
-from onnxprune.analysis import cost_shapes, named
+from onnxprune import quality, storage
+from onnxprune.analysis import Analysis
 from onnxprune.errors import InputError, InternalError
-from onnxprune.model import input_sizes, write_sizes
+from onnxprune.model import write_sizes
+from onnxprune.prove import Prover
 from onnxprune.runtime import backend, openvino, ort
 from onnxprune.types import Array, Shape
 from onnxprune.worker import Worker
@@ -43,42 +44,48 @@ def export(
 ) -> Exported:
     """Write a model in another format, sizes in `input_shape` fixed, once its runtime has run it.
 
-    OpenVINO's .bin lies beside the .xml. Raises InputError, MachineError without the runtime, InternalError where the
-    result computes something else.
+    OpenVINO's .bin lies beside the .xml. Raises InputError, MachineError without the runtime, ImpossibleError
+    where OpenVINO cannot take the model, InternalError where the result computes something else.
     """
     if to not in FORMATS:
         raise InputError(f"unknown format; there are {', '.join(FORMATS)}", object=f"--to {to}")
     output = Path(output)
     if output.suffix != FORMATS[to]:
         raise InputError(f"the name of this format ends in {FORMATS[to]}", file=output)
-    dense, source = storage.read_model(model)
-    sizes = named(source.path, lambda: input_sizes(dense, input_shape))
+    analysis = Analysis(model, input_shape)
+    source = analysis.source
     finals = [output, output.with_suffix(".bin")] if to == "openvino" else [output]
     for path in finals:
         storage.check_output(path, source, force=force)
-    write_sizes(dense, sizes)
+    fixed = analysis.dense.clone()
+    write_sizes(fixed, analysis.given)
     runs_on = "openvino" if to == "openvino" else "cpu"
     with (
         tempfile.TemporaryDirectory(prefix=".onnxprune-", dir=output.parent) as folder,
         Worker(seconds=timeout) as worker,
     ):
+        dense, copy = (
+            str(storage.dump(each, folder, name, external=source.external))
+            for name, each in (("dense", analysis.dense), ("fixed", fixed))
+        )
+        progress("run the model")
+        prover = Prover(analysis, [], seed, threads)
+        prover.check_dense(worker)
+        feeds = [feed for feed in prover.feeds if all(feed[name].shape == s for name, s in input_shape.items())]
+        if not feeds:
+            raise InputError("the model runs with other sizes only", file=source.path, object="--input-shape")
+        wanted = worker.call(_run, "cpu", dense, feeds, threads)
         progress("convert")
-        copy = storage.dump(dense, folder, "model", external=source.external)
-        made = Path(folder) / f"result{output.suffix}"
-        if to == "onnx":
-            made = copy
-        else:
-            worker.call(openvino.convert if to == "openvino" else ort.convert, str(copy), str(made))
+        made = Path(copy) if to == "onnx" else Path(folder) / f"result{output.suffix}"
+        if to != "onnx":
+            worker.call(openvino.convert if to == "openvino" else ort.convert, copy, str(made))
         progress("compare")
-        feed = feeds.random_feed(dense.graph, cost_shapes(dense, sizes), seed)
-        wanted = worker.call(_run, "cpu", str(copy), feed, threads)
-        found = worker.call(_run, runs_on, str(made), feed, threads)
-        difference = _difference(wanted, found)
+        difference = _difference(wanted, worker.call(_run, runs_on, str(made), feeds, threads))
         if not difference <= MOST:
             raise InternalError(f"its outputs are off by {difference:.2g} once it is in this format", file=source.path)
         progress("write")
         if to == "onnx":
-            files = storage.write_model(dense, output, force=force, external=source.external)
+            files = storage.write_model(fixed, output, force=force, external=source.external)
         else:
             parts = {made.with_suffix(path.suffix): path for path in reversed(finals)}
             storage.publish(parts, force=force)
@@ -86,13 +93,14 @@ def export(
     return Exported(files, sum(path.stat().st_size for path in files), difference, runs_on)
 
 
-def _run(name: str, model: str, feed: Mapping[str, Array], threads: int) -> dict[str, Array]:
-    """In the child: one run on a backend."""
-    return backend(name).session(model, threads=threads).run(feed)
+def _run(name: str, model: str, feeds: Sequence[Mapping[str, Array]], threads: int) -> list[dict[str, Array]]:
+    """In the child: outputs for each feed on a backend."""
+    session = backend(name).session(model, threads=threads)
+    return [session.run(feed) for feed in feeds]
 
 
-def _difference(wanted: Mapping[str, Array], found: Mapping[str, Array]) -> float:
-    """Relative error; infinite where an output is missing or not whole."""
-    if wanted.keys() != found.keys() or any(found[name].shape != a.shape for name, a in wanted.items()):
+def _difference(wanted: Sequence[Mapping[str, Array]], found: Sequence[Mapping[str, Array]]) -> float:
+    """Relative error over all feeds; infinite where an output is missing."""
+    if any(one.keys() != other.keys() for one, other in zip(wanted, found, strict=True)):
         return float("inf")
-    return quality.relative_error([dict(found)], [dict(wanted)], None)
+    return quality.relative_error(found, wanted, None)

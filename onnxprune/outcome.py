@@ -22,8 +22,6 @@ KEPT = 1 << 13  # answers
 SHORT = 1 << 13  # bytes of values up to which an answer is kept
 STAND_IN_OPSET = 13
 PLAIN = frozenset(getattr(ir.AttributeType, name) for name in ("INT", "FLOAT", "STRING", "INTS", "FLOATS", "STRINGS"))
-
-
 GRAPHS = frozenset((ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS))
 Attributes = tuple[tuple[str, int, Any], ...]  # name, kind, and value or message
 

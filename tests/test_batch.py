@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from onnx import numpy_helper, parser
 
+from onnxprune import pipeline
 from onnxprune.cli import main
 
 
@@ -88,3 +89,20 @@ def test_a_model_that_is_not_there_and_one_that_exists(tmp_path: Path) -> None:
     code, data, _ = run(listed, "-o", tmp_path / "out")
     assert all("error" in row for row in data["models"])
     assert (tmp_path / "out" / "a.onnx").read_bytes() == before
+
+
+def test_a_bug_of_ours_in_one_model_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp(tmp_path / "in" / "a.onnx", 16)
+    mlp(tmp_path / "in" / "b.onnx", 16)
+    real = pipeline.family
+
+    def family(model: Path, *args: object, **options: object) -> list:
+        if model.name == "a.onnx":
+            raise ZeroDivisionError("oh")
+        return real(model, *args, **options)
+
+    monkeypatch.setattr(pipeline, "family", family)
+    code, data, errors = run(tmp_path / "in", "-o", tmp_path / "out")
+    assert code == 5
+    assert "ZeroDivisionError: oh; this is a bug" in errors
+    assert ["pruned" in row for row in data["models"]] == [False, True]

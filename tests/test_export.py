@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 from onnx import numpy_helper, parser
 
+from onnxprune import export
 from onnxprune.cli import main
 
 NEEDS_OPENVINO = pytest.mark.skipif(find_spec("openvino") is None, reason="pip install openvino")
@@ -60,6 +62,29 @@ def test_fixed_sizes_are_written_down(model: Path) -> None:
     graph = onnx.load(model.parent / "s.onnx").graph
     sizes = [[d.dim_value for d in value.type.tensor_type.shape.dim] for value in (*graph.input, *graph.output)]
     assert sizes == [[2, 3, 7, 9], [2, 5]]
+
+
+def test_sizes_that_the_model_accepts_are_found(tmp_path: Path) -> None:
+    """Batch 1 at the usual length does not run: the first axis goes into rows of three."""
+    text = (
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[n,t] x) => (float[m,3] y)'
+        " <int64[2] rows = {-1, 3}> { r = Reshape(x, rows) y = Relu(r) }"
+    )
+    onnx.save(parser.parse_model(text), tmp_path / "m.onnx")
+    code, text, errors = run(tmp_path / "m.onnx", "-o", tmp_path / "s.ort", "--to", "ort", "--json")
+    assert (code, errors) == (0, "")
+    assert json.loads(text)["relative-error"] == 0
+
+
+def test_what_would_compute_something_else_is_not_written(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def zero(fixed: ir.Model, sizes: object) -> None:
+        fixed.graph.initializers["W"].const_value = ir.tensor(np.zeros((8, 5), np.float32), name="W")
+
+    monkeypatch.setattr(export, "write_sizes", zero)
+    code, _, errors = run(model, "-o", model.parent / "s.onnx", "--to", "onnx")
+    assert code == 5
+    assert "outputs are off by 1 " in errors
+    assert [path.name for path in model.parent.iterdir()] == ["m.onnx"]
 
 
 @NEEDS_OPENVINO

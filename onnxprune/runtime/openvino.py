@@ -9,18 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune.errors import InputError, MachineError
+from onnxprune.errors import ImpossibleError, InputError, MachineError, PruneError
 from onnxprune.types import Array
 
 
 @contextmanager
 def translated(doing: str) -> Iterator[None]:
-    """OpenVINO's exceptions as ours: InputError with the last line of its reason."""
+    """OpenVINO's exceptions as ours: ImpossibleError with its reason, which follows where in its sources it arose."""
     try:
         yield
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise InputError(f"OpenVINO cannot {doing} the model: {lines[-1] if lines else error}") from None
+    except (MemoryError, PruneError):
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip() and "failed at src/" not in line]
+        raise ImpossibleError(f"OpenVINO cannot {doing} the model: {' '.join(lines[:4]) or error}") from None
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class VinoSession:
     outputs: tuple[str, ...]
 
     def run(self, feed: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """{output: array}. Raises InputError with OpenVINO's reason."""
+        """{output: array}. Raises ImpossibleError with OpenVINO's reason."""
         with translated("run"):
             found = self.request.infer(self._given(feed))
         named = {name: np.array(found[k]) for k, name in enumerate(self.outputs)}
