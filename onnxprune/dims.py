@@ -7,9 +7,10 @@ that a channel shuffle frees the same atom on both of its sides. Then one connec
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -272,58 +273,41 @@ def _cuts(
     poor |= {int(classes[number]) for number, positions, _ in relations.freezes if positions is not None}
     avoid = {int(classes[number]) for number in relations.avoid}
     freezes: list[tuple[int, str]] = []
-    holders: dict[int, list[int]] = defaultdict(list)
-    for k, (_, atoms) in enumerate(products):
-        for atom, _, _ in atoms:
-            holders[atom].append(k)
+    for _, atoms in products:
         names = [atom for atom, _, _ in atoms]
         if len(set(names)) < len(names):
             blocked |= set(names)
             freezes += [(atom, "the same dimension twice in one axis") for atom in set(names)]
 
     chosen: set[int] = set()
-    takes = {(int(classes[piece]), int(classes[whole])) for piece, whole, _ in relations.takes}
-
-    def spread() -> None:
-        """A frozen composite freezes its atoms, as a frozen whole its pieces; one without a free atom is frozen."""
-        changed = True
-        while changed:
-            changed = False
-            for merged, atoms in products:
-                names = {atom for atom, _, _ in atoms}
-                if merged in blocked and not names <= blocked:
-                    blocked.update(names)
-                    changed = True
-                if merged not in blocked and names <= blocked:
-                    blocked.add(merged)
-                    changed = True
-            fresh = {piece for piece, whole in takes if whole in blocked and piece not in blocked}
-            blocked.update(fresh)
-            changed = changed or bool(fresh)
-
-    spread()
-    _spread_poor(poor, blocked, takes, products)
+    spread = Spread(products, {(int(classes[piece]), int(classes[whole])) for piece, whole, _ in relations.takes})
+    spread.block(blocked, tuple(blocked))
+    spread.impoverish(poor, blocked)
     sizes = {atom: size for _, atoms in products for atom, size, _ in atoms}
 
     def preference(atom: int) -> tuple[bool, bool, bool, bool, int, int]:
         """What mixes or stays in part comes last, then whole conv groups; what leads every composite (heads) first."""
         leads = all(
             next((a for a, _, _ in products[k][1] if a not in blocked and a not in poor), atom) == atom
-            for k in holders[atom]
+            for k in spread.holders[atom]
         )
-        return (atom not in last, atom not in poor, atom not in avoid, leads, sizes[atom], -atom)
+        return (atom in last, atom in poor, atom in avoid, not leads, -sizes[atom], atom)
 
-    open_atoms = [atom for atom in sizes if atom not in blocked]
-    while open_atoms:
-        best = max(open_atoms, key=preference)
+    queue = [(preference(atom), atom) for atom in sizes if atom not in blocked]
+    heapq.heapify(queue)
+    while queue:  # the least is preferred most; what is blocked meanwhile can only let others lead: they come again
+        _, best = heapq.heappop(queue)
+        if best in blocked or best in chosen:
+            continue
         chosen.add(best)
-        for k in holders[best]:
-            for atom, _, _ in products[k][1]:
-                if atom != best and atom not in blocked:
-                    blocked.add(atom)
-                    freezes.append((atom, "kept whole: its axis is cut along another dimension"))
-        spread()
-        open_atoms = [atom for atom in open_atoms if atom not in blocked and atom not in chosen]
+        fresh = {atom for k in spread.holders[best] for atom in spread.atoms[k]} - {best}
+        fresh = {atom for atom in fresh if atom not in blocked}
+        freezes += [(atom, "kept whole: its axis is cut along another dimension") for atom in sorted(fresh)]
+        gone = spread.block(blocked, fresh)
+        moved = {atom for one in gone for k in spread.holders.get(one, ()) for atom in spread.atoms[k]}
+        for atom in moved:
+            if atom not in blocked and atom not in chosen:
+                heapq.heappush(queue, (preference(atom), atom))
     cuts: list[Cut] = []
     for merged, atoms in products:
         free = [item for item in atoms if item[0] in chosen and item[0] not in blocked]
@@ -334,18 +318,56 @@ def _cuts(
     return cuts, freezes
 
 
-def _spread_poor(poor: set[int], blocked: set[int], takes: set[tuple[int, int]], products: list[Product]) -> None:
-    """What has a piece that stays, stays in part, and so do the atoms of a composite or what is made of such atoms."""
-    before = -1
-    while before != len(poor):
-        before = len(poor)
-        poor |= {whole for piece, whole in takes if piece in blocked or piece in poor}
-        for merged, atoms in products:
-            names = {atom for atom, _, _ in atoms}
-            if merged in poor:
-                poor |= names
-            elif names <= poor | blocked:
-                poor.add(merged)
+class Spread:
+    """What the cut of one axis says about others: products with their atoms, and pieces with their wholes."""
+
+    def __init__(self, products: list[Product], takes: set[tuple[int, int]]) -> None:
+        self.atoms = [frozenset(atom for atom, _, _ in atoms) for _, atoms in products]
+        self.merged = [merged for merged, _ in products]
+        self.holders: dict[int, list[int]] = defaultdict(list)
+        self.merges: dict[int, list[int]] = defaultdict(list)
+        for k, atoms in enumerate(self.atoms):
+            self.merges[self.merged[k]].append(k)
+            for atom in atoms:
+                self.holders[atom].append(k)
+        self.pieces: dict[int, list[int]] = defaultdict(list)
+        self.wholes: dict[int, list[int]] = defaultdict(list)
+        for piece, whole in takes:
+            self.pieces[whole].append(piece)
+            self.wholes[piece].append(whole)
+
+    def block(self, blocked: set[int], fresh: Iterable[int]) -> list[int]:
+        """A frozen composite freezes its atoms, as a frozen whole its pieces; one without a free atom is frozen.
+
+        Adds `fresh` and what follows to `blocked`; all that came from it.
+        """
+        gone = list(fresh)
+        blocked.update(gone)
+        for one in gone:  # grows on the way
+            found = {atom for k in self.merges.get(one, ()) for atom in self.atoms[k]}
+            found |= {self.merged[k] for k in self.holders.get(one, ()) if self.atoms[k] <= blocked}
+            found |= set(self.pieces.get(one, ()))
+            found = {name for name in found if name not in blocked}
+            blocked |= found
+            gone += found
+        return gone
+
+    def impoverish(self, poor: set[int], blocked: set[int]) -> None:
+        """What has a piece that stays, stays in part, and so do the atoms of a composite or what is made of such atoms.
+
+        Adds to `poor`.
+        """
+        pending = [*poor, *blocked]
+        for one in pending:  # grows on the way
+            found = set(self.wholes.get(one, ()))
+            for k in self.holders.get(one, ()):
+                if all(atom in poor or atom in blocked for atom in self.atoms[k]):
+                    found.add(self.merged[k])
+            if one in poor:
+                found |= {atom for k in self.merges.get(one, ()) for atom in self.atoms[k]}
+            found = {name for name in found if name not in poor}
+            poor |= found
+            pending += found
 
 
 def keep_of(dims: DimGraph, alive: Mask, axis: Axis, size: int) -> Mask:

@@ -21,10 +21,12 @@ def find_groups(dims: DimGraph, view: View) -> tuple[Group, ...]:
     _, first, which = np.unique(signature[:, labels], axis=1, return_index=True, return_inverse=True)
     position = np.full(len(free), len(dims.labels))
     np.minimum.at(position, dims.labels, np.arange(len(dims.labels)))
-    order = np.argsort([position[labels[which == k]].min() for k in range(len(first))])
+    start = np.full(len(first), len(dims.labels))
+    np.minimum.at(start, which, position[labels])
     group_of = np.full(len(free), -1)
-    group_of[labels] = np.argsort(order)[which]
-    units = [np.flatnonzero(group_of == k) for k in range(len(first))]
+    group_of[labels] = np.argsort(np.argsort(start))[which]
+    members_of = np.argsort(group_of[labels], kind="stable")
+    units = np.split(labels[members_of], np.cumsum(np.bincount(group_of[labels]))[:-1])
     unit_of = np.zeros(len(free), np.int64)
     for members in units:
         unit_of[members] = np.arange(len(members))
