@@ -121,9 +121,8 @@ def main() -> None:
             for model in models:
                 out = subprocess.run([sys.executable, "-c", MEASURE, model], check=True, capture_output=True, text=True)
                 found[model].append(json.loads(out.stdout))
-    print(
-        "| model | nodes | groups | units | CPU s | ms per 1,000 nodes | peak MB |\n| --- | --- | --- | --- | --- | --- | --- |"
-    )
+    print("| model | nodes | groups | units | CPU s | ms per 1,000 nodes | peak MB |")
+    print("| --- " * 7 + "|")
     for model, runs in found.items():
         seconds, memory = (statistics.median(run[k] for run in runs) for k in (0, 4))
         _, nodes, groups, units, _ = runs[0]
