@@ -50,6 +50,7 @@ class Flow:
     ) -> None:
         self.model, self.sessions = model, sessions
         self.nodes = list(model.graph)
+        self.functions = [ir.serde.serialize_function(function) for function in model.functions.values()]
         self.stored = {str(value.name): value for value in model.graph.initializers.values()}
         self.reads = [_reads(node) for node in self.nodes]
         self.maker = {str(out.name): k for k, node in enumerate(self.nodes) for out in node.outputs}
@@ -180,7 +181,8 @@ class Flow:
             tensor = ir.serde.serialize_tensor(ir.tensor(value.const_value.numpy(), dtype=value.dtype, name=name))
             graph.initializer.append(tensor)
         opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in self.model.opset_imports.items()]
-        model = onnx.ModelProto(ir_version=min(self.model.ir_version or 8, 10), opset_import=opsets, graph=graph)
+        version = min(self.model.ir_version or 8, 10)
+        model = onnx.ModelProto(ir_version=version, opset_import=opsets, graph=graph, functions=self.functions)
         return model.SerializeToString(deterministic=True), weights
 
 

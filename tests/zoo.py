@@ -62,8 +62,13 @@ def entry(name: str, inputs: str, outputs: str, weights: Weights, body: str, ops
                 model.graph.initializer.append(tensor)
         return model
 
+    def copied() -> onnx.ModelProto:
+        model = onnx.ModelProto()
+        model.CopyFrom(build())
+        return model
+
     assert name not in ZOO, name
-    ZOO[name] = build
+    ZOO[name] = copied
 
 
 def bodies(model: onnx.ModelProto) -> tuple[list[onnx.GraphProto], dict[str, list[onnx.NodeProto]]]:
@@ -1370,6 +1375,14 @@ entry(
     {"w0": (3, 7), "b0": (7,), "w1": (7, 11), "b1": (11,), "w2": (11, 2), "b2": (2,)},
     "a = local.layer(x, w0, b0)\nb = local.layer(a, w1, b1)\ny = local.layer(b, w2, b2)\n---\n"
     '<domain: "local", opset_import: ["": 18]>\nlayer (x, w, b) => (y) { a = MatMul(x, w) c = Add(a, b) y = Tanh(c) }',
+)
+entry(
+    "a function of another operator set",
+    "float[n,3] x",
+    "float[n,2] y, float[n,3] z",
+    {"w0": (3, 7), "w1": (7, 11), "w2": (11, 2)},
+    "a = MatMul(x, w0)\nb = Relu(a)\nc = MatMul(b, w1)\nd = Relu(c)\ny = MatMul(d, w2)\nz = local.act(x)\n---\n"
+    '<domain: "local", opset_import: ["": 17]>\nact (x) => (y) { y = Tanh(x) }',
 )
 entry(
     "functions with constants inside",
