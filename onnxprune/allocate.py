@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import onnx_ir as ir
 
 from onnxprune import reconstruct
 from onnxprune.analysis import Analysis
@@ -22,6 +23,7 @@ from onnxprune.worker import Worker
 
 Feeds = Sequence[Mapping[str, Array]]
 NOISE = 0.25  # standard deviations
+FEW = 2  # feeds to fit to, and as many to judge by, that a trial takes at least
 TRIAL_ROWS = 4_000  # rows of one site while plans are compared
 
 
@@ -39,6 +41,19 @@ def started(analysis: Analysis, plan: Plan, pruned: Model, bases: Bases | None, 
     """Where the model of a plan can be repaired, and what from: subspaces where there are bases, else positions."""
     sites = sites_of(analysis, plan, pruned, stays)
     return bases.start(analysis.alive(plan), sites) if bases else Start(sites, {})
+
+
+def fitting(graph: ir.Graph) -> int:
+    """MACs that fitting all operators of a model takes for each row: second moments, and products with the targets."""
+    count = 0
+    for node in graph:
+        value = node.inputs[1] if node.op_type in ("Conv", "Gemm", "MatMul") else None
+        if value is not None and value.const_value is not None and len(value.const_value.shape) > 1:
+            sizes = value.const_value.shape.numpy()
+            turned = node.op_type == "Conv" or (node.op_type == "Gemm" and "transB" in node.attributes)
+            columns = int(np.prod(sizes[1:] if turned else sizes[:-1]))
+            count += columns * (columns + 4 * (sizes[0] if turned else sizes[-1]))
+    return count
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,19 @@ class Samples:
         other = self.feeds[1::2] or self.feeds
         return [*other, *noisy(other, NOISE, self.seed)]
 
+    @property
+    def work(self) -> int:
+        """How many numbers one trial of all samples reads, which is what running them grows with."""
+        return sum(array.size for feed in (*self.fitted, *self.judged) for array in feed.values())
+
+    def some(self, share: float) -> Samples:
+        """A share of the feeds, evenly spaced, in pairs of one to fit to and one to judge by; FEW at least."""
+        pairs = max(len(self.feeds) // 2, 1)
+        wanted = min(pairs, max(FEW, round(share * pairs)))
+        chosen = np.unique(np.linspace(0, pairs - 1, wanted).round().astype(int)).tolist()
+        feeds = [feed for k in chosen for feed in self.feeds[2 * k : 2 * k + 2]]
+        return self if wanted == pairs else replace(self, feeds=feeds)
+
     def sampling(self, rows: int = reconstruct.ROWS) -> reconstruct.Sampling:
         """How rows are drawn from them."""
         return reconstruct.Sampling(rows, self.seed, self.padding)
@@ -83,6 +111,7 @@ class Trials:
     stays: Sequence[str] = ()
     bases: Bases | None = None
     progress: Callable[[int], None] = lambda done: None
+    affordable: float = float("inf")
     ridges: dict[str, float] = field(default_factory=dict)
     found: dict[tuple[int, ...], float] = field(default_factory=dict)
 
@@ -144,4 +173,5 @@ class Trials:
 
     def search(self, searcher: Searcher) -> Plan:
         """The plan that an allocator finds by measuring."""
-        return self.plan(searcher.search(Search(tuple(self.knobs), self.cost_of, self.damage)))
+        problem = Search(tuple(self.knobs), self.cost_of, self.damage, self.affordable)
+        return self.plan(searcher.search(problem))

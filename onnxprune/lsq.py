@@ -94,11 +94,18 @@ def seen(value: Array, bounds: tuple[float, float]) -> Array:
     return value if bounds == (-np.inf, np.inf) else np.clip(value, *bounds)
 
 
+PULL = 0.05  # towards the wanted value where readers do not see it: it steadies what the samples leave open
+
+
 def goal(wanted: Array, predicted: Array, bounds: tuple[float, float]) -> Array:
-    """What to aim at: where readers see the wanted value, that; elsewhere anything that they do not see either."""
+    """What to aim at: where readers see the wanted value, that; elsewhere nearly anything that is unseen as well."""
+
+    def free(edge: Array) -> Array:
+        return np.asarray(edge + np.float32(PULL) * (wanted - edge))
+
     low, high = bounds
-    found = np.where(wanted <= low, np.minimum(predicted, low), wanted) if np.isfinite(low) else wanted
-    return np.where(wanted >= high, np.maximum(predicted, high), found) if np.isfinite(high) else found
+    found = np.where(wanted <= low, free(np.minimum(predicted, low)), wanted) if np.isfinite(low) else wanted
+    return np.where(wanted >= high, free(np.maximum(predicted, high)), found) if np.isfinite(high) else found
 
 
 def fit(

@@ -268,12 +268,13 @@ class Search:
     """Find how far to turn each knob: `cost` of a state (units gone, by knob) is at most 1 where every target is met.
 
     `damage` measures states: the divergence of the outputs from the dense model's, after repair, on samples that the
-    repair does not see. What it costs is one repair each.
+    repair does not see. What it costs is one repair each; `trials` is how many of these the effort pays for.
     """
 
     knobs: tuple[Knob, ...]
     cost: Callable[[Sequence[int]], float]
     damage: Callable[[Sequence[Sequence[int]]], Array]
+    trials: float = float("inf")
 
 
 @runtime_checkable

@@ -10,14 +10,17 @@ from fnmatch import filter as matching
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from onnxprune import plugin, reconstruct
-from onnxprune.allocate import TRIAL_ROWS, Samples, Trials, started
+from onnxprune.allocate import TRIAL_ROWS, Samples, Trials, fitting, started
 from onnxprune.analysis import Analysis, cost_shapes
 from onnxprune.bases import Bases
 from onnxprune.calibrate import Answers, Request, collect
 from onnxprune.errors import InputError
 from onnxprune.evidence import Runs, evidence
 from onnxprune.feeds import padding_of, random_feed, trimmed
+from onnxprune.infer import true_inputs
 from onnxprune.model import Model
 from onnxprune.plugin import Reconstructor
 from onnxprune.recipe import Methods, Options
@@ -119,7 +122,9 @@ class Recovery:
         floor: float,
     ) -> Trials:
         """What an allocator needs that measures plans."""
-        self._begin(self.samples.fitted, self.samples.judged, TRIAL_ROWS)
+        knobs = sum(len(group.units) if group.kind == "layers" else 1 for group in groups)
+        samples, affordable = self._afforded(knobs)
+        self._begin(samples.fitted, samples.judged, TRIAL_ROWS)
         return Trials(
             self.analysis,
             groups,
@@ -132,7 +137,22 @@ class Recovery:
             self.stays,
             self.bases,
             lambda done: self.progress(f"measure plans ({done})"),
+            affordable,
         )
+
+    def _afforded(self, knobs: int) -> tuple[Samples, float]:
+        """(samples of a trial, trials) that the effort pays for; trials of fewer samples before fewer than two rounds.
+
+        Counted in MACs, so that the same input gives the same result on every machine.
+        """
+        model = self.analysis.prepared.model
+        shapes = cost_shapes(model, self.analysis.given)
+        inputs = sum(math.prod(shapes.get(str(value.name), ())) for value in true_inputs(model.graph))
+        dense = self.analysis.costs.of(np.ones(self.analysis.labels, np.bool_))["macs"]
+        run, fit = dense * self.samples.work / max(inputs, 1), TRIAL_ROWS * fitting(model.graph)
+        work = WORK.get(self.options.effort, WORK["default"])
+        samples = self.samples.some(max(work / (2 * knobs) - fit, 0) / max(run, 1))
+        return samples, work / (run * samples.work / max(self.samples.work, 1) + fit)
 
     def repair(self, plan: Plan, pruned: Model) -> Repaired:
         """The repaired model of a plan; as it is, where there is nothing to repair or repair makes it worse.
@@ -175,6 +195,7 @@ class Recovery:
         reconstruct.begin(self.worker, model, fitted, sampling, judged=judged, threads=self.options.threads)
 
 
+WORK = {"default": 1e13, "thorough": 1e14}  # MACs that trials may take together
 RANDOM = 64  # inputs for a repair without data
 
 

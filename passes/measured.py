@@ -26,8 +26,8 @@ class Measured:
     further, and moves all of them by how their damage per cost compares with one price that meets the target. Knobs of
     few steps (a branch, a handful of heads) are flipped one by one, and the others make up for it. Source: METHODS C7
     (distortions measured at the output), with the equal-slope condition of rate-distortion theory. `rounds` and `step`
-    (a factor of what is kept, as a logarithm) say how long and how far, `trials` how many plans may be measured;
-    without rounds it is the equal share of all kinds, and nothing is measured.
+    (a factor of what is kept, as a logarithm) say how long and how far, `trials` how many plans may be measured, fewer
+    where the effort does not pay for them; without rounds it is the equal share of all kinds, and nothing is measured.
     """
 
     rounds: int = 6
@@ -37,17 +37,20 @@ class Measured:
 
     def search(self, problem: Search) -> list[int]:
         """Units that go, by knob."""
-        state = self._start(problem)
-        if not self.rounds:
-            return state
-        best, step, spent = float(problem.damage([state])[0]), self.step, 0
+        left = min(self.trials, problem.trials) if self.rounds else 0
+        starts = self._starts(problem, left)
+        left -= len(starts)
+        if len(starts) == 1 and left <= 0:
+            return starts[0]
+        found = problem.damage(starts)
+        state, best, step = starts[int(np.argmin(found))], float(found.min()), self.step
         for _ in range(self.rounds):
             fine = [k for k, knob in enumerate(problem.knobs) if not _coarse(knob) and state[k] < knob.most]
             flips = [
                 turned for k, knob in enumerate(problem.knobs) if _coarse(knob) for turned in _flips(state, k, knob)
             ]
-            spent += len(fine) + len(flips) + 3
-            if spent > self.trials:
+            left -= len(fine) + len(flips) + 3
+            if left < 0:
                 break
             prices = self._prices(problem, state, best, fine, step)
             wishes = [_balanced(problem, state, prices, size) for size in (step, step / 2, step / 4)]
@@ -60,16 +63,17 @@ class Measured:
                 step /= 2
         return state
 
-    def _start(self, problem: Search) -> list[int]:
-        """The best equal share of one combination of kinds."""
+    @staticmethod
+    def _starts(problem: Search, most: float) -> list[list[int]]:
+        """Equal shares of combinations of kinds, `most` at most, all of them first."""
         kinds = sorted({knob.kind for knob in problem.knobs} - {"layers"})
         sets = [set(kinds)]
-        if len(kinds) <= KINDS and self.rounds:
+        if len(kinds) <= KINDS:
             sets += [set(some) for size in range(1, len(kinds)) for some in combinations(kinds, size)]
+        if len(sets) > most:
+            del sets[1:]
         states = [state for some in sets if (state := _uniform(problem, some)) is not None]
-        if not states:
-            return [knob.most for knob in problem.knobs]
-        return states[int(np.argmin(problem.damage(states)))] if len(states) > 1 else states[0]
+        return states or [[knob.most for knob in problem.knobs]]
 
     @staticmethod
     def _prices(problem: Search, state: Sequence[int], damage: float, live: Sequence[int], step: float) -> Array:

@@ -20,7 +20,7 @@ class Sequential:
     stays as it is. `rounds`: how often targets behind a ReLU are aimed anew.
     """
 
-    rounds: int = 5
+    rounds: int = 8
     subspaces: ClassVar[bool] = True
 
     def solve(self, problem: Problem) -> Solution | None:

@@ -140,6 +140,21 @@ def test_every_searcher_meets_the_budget_and_uses_it(name: str, seed: int) -> No
                 assert cost([before if i == k else r for i, r in enumerate(found)]) > 1
 
 
+@pytest.mark.parametrize("trials", [0, 1, 4, 9, 40])
+def test_no_more_is_measured_than_the_effort_pays_for(trials: int) -> None:
+    rng, measured = np.random.default_rng(0), []
+    knobs = [knob(*np.sort(rng.random(20)), kind=("channels", "heads")[k % 2]) for k in range(5)]
+    free = linear(knobs, [1.0] * 5, 60)
+
+    def damage(states: Sequence[Sequence[int]]) -> np.ndarray:
+        measured.extend(states)
+        return free.damage(states)
+
+    found = plugin.build("allocators", "measured").search(Search(free.knobs, free.cost, damage, trials))
+    assert free.cost(found) <= 1
+    assert len(measured) <= trials
+
+
 @pytest.mark.parametrize("name", ORDERS)
 def test_every_order_follows_importance_within_a_group(name: str) -> None:
     scores = [np.array([3.0, 1.0, 2.0]), np.array([0.5, 0.6])]

@@ -20,7 +20,7 @@ from onnxprune.allocate import sites_of
 from onnxprune.analysis import Analysis
 from onnxprune.flow import Flow, Sessions
 from onnxprune.infer import initializers
-from onnxprune.lsq import Regression, fit, goal
+from onnxprune.lsq import PULL, Regression, fit, goal
 from onnxprune.reading import deserialized, serialized
 from onnxprune.recipe import Options
 from onnxprune.reconstruct import Rows, Sampling, _Part, _result_shape
@@ -270,13 +270,14 @@ def test_what_is_beyond_numbers_is_left_alone(value: float) -> None:
 
 def test_behind_relu_and_clip_only_what_is_seen_is_aimed_at() -> None:
     wanted, predicted = np.array([2.0, -3.0, -3.0, 9.0, 9.0]), np.array([1.0, -5.0, 4.0, 7.0, 5.0])
-    np.testing.assert_array_equal(goal(wanted, predicted, (0, np.inf)), [2, -5, 0, 9, 9])
-    np.testing.assert_array_equal(goal(wanted, predicted, (0, 6)), [2, -5, 0, 7, 6])
+    np.testing.assert_allclose(goal(wanted, predicted, (0, np.inf)), [2, -5 + 2 * PULL, -3 * PULL, 9, 9], rtol=1e-6)
+    found = goal(wanted, predicted, (0, 6))
+    np.testing.assert_allclose(found, [2, -5 + 2 * PULL, -3 * PULL, 7 + 2 * PULL, 6 + 3 * PULL], rtol=1e-6)
     np.testing.assert_array_equal(goal(wanted, predicted, (-np.inf, np.inf)), wanted)
 
 
 def test_relu_aware_targets_fit_what_plain_ones_cannot() -> None:
-    """One column of two is left; only where ReLU lets something through does it have to fit."""
+    """One column of two is left; where ReLU lets nothing through it hardly has to fit."""
     rng = np.random.default_rng(2)
     a = rng.standard_normal((400, 1)).astype(np.float32)
     b = np.where(a > 0, 0, -np.abs(rng.standard_normal((400, 1))) * 9).astype(np.float32)
@@ -287,7 +288,7 @@ def test_relu_aware_targets_fit_what_plain_ones_cannot() -> None:
         solved = fit(a, wanted, start, held_out, bounds=bounds, rounds=30)
         left = start if solved is None else start + solved[0](a)
         found[bounds] = float(((np.maximum(left, 0) - np.maximum(wanted, 0)) ** 2).mean())
-    assert found[0.0, np.inf] < 0.1 * found[-np.inf, np.inf]
+    assert found[0.0, np.inf] < 0.3 * found[-np.inf, np.inf]
 
 
 def test_nothing_is_changed_where_leaving_it_is_better() -> None:
