@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import onnx_ir as ir
 
 from onnxprune import reconstruct
 from onnxprune.analysis import Analysis
@@ -41,19 +40,6 @@ def started(analysis: Analysis, plan: Plan, pruned: Model, bases: Bases | None, 
     """Where the model of a plan can be repaired, and what from: subspaces where there are bases, else positions."""
     sites = sites_of(analysis, plan, pruned, stays)
     return bases.start(analysis.alive(plan), sites) if bases else Start(sites, {})
-
-
-def fitting(graph: ir.Graph) -> int:
-    """MACs that fitting all operators of a model takes for each row: second moments, and products with the targets."""
-    count = 0
-    for node in graph:
-        value = node.inputs[1] if node.op_type in ("Conv", "Gemm", "MatMul") else None
-        if value is not None and value.const_value is not None and len(value.const_value.shape) > 1:
-            sizes = value.const_value.shape.numpy()
-            turned = node.op_type == "Conv" or (node.op_type == "Gemm" and "transB" in node.attributes)
-            columns = int(np.prod(sizes[1:] if turned else sizes[:-1]))
-            count += columns * (columns + 4 * (sizes[0] if turned else sizes[-1]))
-    return count
 
 
 @dataclass(frozen=True)

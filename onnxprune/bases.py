@@ -1,4 +1,4 @@
-"""Subspaces instead of coordinates where coupling is linear: head dimensions, and the width under LayerNorm.
+"""Subspaces instead of coordinates where coupling is linear: head dimensions, and the width under norms.
 
 Removing r positions of such an axis need not mean r coordinates: any r-dimensional subspace can go, because a change of
 basis folds into the weights before and after it. The plan says how many positions stay; here the basis is chosen in
@@ -22,8 +22,8 @@ from onnxprune.dims import keep_of
 from onnxprune.outcome import evaluate
 from onnxprune.sites import Operator, Site, Slot, find_sites
 from onnxprune.types import Array, Axis, Group, Mask, OpNode, Positions
+from onnxprune.widths import MOVES, Width, find_width
 
-MOVES = frozenset("Identity Reshape Transpose Squeeze Unsqueeze Flatten Split Slice Gather Expand Cast Dropout".split())
 SHAPED = frozenset("Reshape Flatten Squeeze Unsqueeze Expand".split())  # of which the result's shape says everything
 ROWS = 8_000  # tokens from which the directions of the width are found
 
@@ -44,26 +44,15 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class Width:
-    """A residual width that only LayerNormalization reads.
-
-    `streams` are the sites that write it, `norms` {output: slots of gain and shift}, `readers` {operator: the norm that
-    it reads}, `stored` what else of it is stored, with the axis.
-    """
-
-    group: Group
-    streams: tuple[str, ...]
-    norms: Mapping[str, tuple[Slot, Slot | None]]
-    readers: Mapping[str, str]
-    stored: tuple[tuple[Slot, int], ...]
-
-
-@dataclass(frozen=True)
 class Start:
-    """What a plan's model starts its repair from: its sites with their targets' projections, and arrays by slot."""
+    """What a plan's model starts its repair from: its sites with their targets' projections, and arrays by slot.
+
+    `rewrites` says which bases were turned.
+    """
 
     sites: list[Site]
     arrays: Mapping[Slot, Array]
+    rewrites: tuple[str, ...] = ()
 
 
 class Bases:
@@ -78,6 +67,7 @@ class Bases:
         )
         self.sites = {site.value: site for site in sites if all(_plain(operator) for operator in site.operators)}
         self.operators = {o.node: (site, o) for site in self.sites.values() for o in site.operators}
+        self._plain = {name: operator for name, (_, operator) in self.operators.items()}
         self.nodes = {name: node for node in analysis.view.nodes for name in node.outputs}
         self.stored = {(str(node.outputs[0].name), k): str(value.name) for node in model.graph
                        for k, value in enumerate(node.inputs) if value is not None}  # fmt: skip
@@ -182,47 +172,10 @@ class Bases:
         return {str(node.outputs[0].name): node for node in self.analysis.prepared.model.graph}
 
     def _find_width(self, group: Group) -> Width | None:
-        """The group as a width under LayerNormalization, if nothing else looks at it."""
-        if group.kind != "width" or not all("LayerNormalization" in text for text in group.mixing):
+        """The group as a width under norms."""
+        if group.kind != "width":
             return None
-        domain: dict[str, str] = {}  # "stream", or the norm that made it
-        norms: dict[str, tuple[Slot, Slot | None]] = {}
-        readers: dict[str, str] = {}
-        for node in self.analysis.view.nodes:
-            axes = {
-                name: axis for name in (*node.inputs, *node.outputs) if (axis := self._along(name, group)) is not None
-            }
-            if not axes:
-                continue
-            out = node.outputs[0]
-            kinds = {domain[name] for name in node.inputs if name in axes and name in domain}
-            if node.within or -1 in axes.values() or len(kinds) > 1:
-                return None
-            kind = next(iter(kinds), "stream")
-            if out in self.operators:
-                if kinds == {"stream"}:
-                    return None
-                if kinds:
-                    readers[out] = kind
-                kind = "stream"
-            elif node.op_type == "LayerNormalization" and kinds == {"stream"}:
-                last = len(node.out_shape()) - 1
-                if node.attr("axis", -1) not in (-1, last) or sum(map(bool, node.outputs)) > 1:
-                    return None
-                norms[out] = ((out, 1), (out, 2) if node.has(2) else None)
-                kind = out
-            elif node.op_type not in (*MOVES, "Concat", "Add") or (node.op_type == "Add" and kind != "stream"):
-                return None
-            domain |= {name: kind for name in node.outputs if name in axes}
-        streams = tuple(value for value in self.sites if domain.get(value) == "stream")
-        if not readers or any(
-            norms[norm][1] is not None and not self._has_bias(node) for node, norm in readers.items()
-        ):
-            return None
-        homes = {slot for _, o in self.operators.values() for slot in (o.weight, *o.homes())}
-        homes |= {slot for pair in norms.values() for slot in pair if slot is not None}
-        stored = [(slot, m.axis) for m in group.members for slot in m.readers if slot not in homes]
-        return Width(group, streams, norms, readers, tuple(dict.fromkeys(stored)))
+        return find_width(group, self.analysis.view, lambda value: self._along(value, group), self._plain, self.sites)
 
     def _along(self, value: str, group: Group) -> int | None:
         """The axis of a value that is the group; -1 if it is more or less than that; None if it is none of it."""
@@ -231,9 +184,6 @@ class Bases:
             if labels is not None and len(labels) and labels[0] in group.units:
                 return k if len(labels) == len(group.units) and np.isin(labels, group.units).all() else -1
         return None
-
-    def _has_bias(self, node: str) -> bool:
-        return bool(self.operators[node][1].homes())
 
     # Data ------------------------------------------------------------------------------------------------------------
 
@@ -244,7 +194,7 @@ class Bases:
         axes = {h.first_site: self.sites[h.first_site].axis for h in self.heads}
         for h in self.heads:
             axes[h.second_site] = len(self.shapes[h.second_site]) - 1 if h.reader else self.sites[h.second_site].axis
-        norms = {self.nodes[norm].inputs[0] for width in self.widths for norm in width.norms}
+        norms = {norm.source for width in self.widths for norm in width.norms}
         moments = {name: MomentsOf(Columns(name, axis)) for name, axis in axes.items()}
         rows = {name: RowsOf(Columns(name, -1), max(64, ROWS // len(norms))) for name in sorted(norms)}
         found = self._gather([*moments.values(), *rows.values()])
@@ -258,19 +208,21 @@ class Bases:
         return np.asarray(xx if centred else xx + np.outer(mean, mean))
 
     def directions(self, width: Width) -> Array:
-        """float64[width, width - 1]: orthonormal and mean-free, what carries most of the normalised tokens first."""
-        total = 0.0
+        """float64[width, directions]: orthonormal, what carries most of the normalised tokens first.
+
+        Where the norms take the mean off they are mean-free, and one fewer than the width.
+        """
+        total = np.zeros((len(width.group.units),) * 2)
         for norm in width.norms:
-            x = self._data[1][self.nodes[norm].inputs[0]].astype(np.float64)
-            x = x - x.mean(axis=1, keepdims=True)
+            x = self._data[1][norm.source].astype(np.float64)
+            x = x - x.mean(axis=1, keepdims=True) if width.centred else x
             x = x / np.sqrt((x**2).mean(axis=1, keepdims=True) + 1e-12)
             total = total + x.T @ x / len(x)
-        values, vectors = np.linalg.eigh(total)
-        order = np.argsort(-values)
-        ones = np.ones(len(values)) / np.sqrt(len(values))
-        kept = [vectors[:, k] for k in order]
-        basis = np.linalg.qr(np.stack([ones, *kept], axis=1))[0][:, 1 : len(values)]
-        return np.asarray(basis)
+        vectors = np.linalg.eigh(total)[1][:, ::-1]
+        if not width.centred:
+            return np.asarray(vectors)
+        ones = np.ones((len(total), 1)) / np.sqrt(len(total))
+        return np.asarray(np.linalg.qr(np.concatenate([ones, vectors], axis=1))[0][:, 1 : len(total)])
 
     # Starting --------------------------------------------------------------------------------------------------------
 
@@ -312,6 +264,7 @@ class _Turned:
         self.inputs: dict[str, Array] = {}
         self.offsets: dict[str, Array] = {}
         self.arrays: dict[Slot, Array] = {}
+        self.told: list[str] = []
 
     def kept(self, value: str, axis: int) -> Mask:
         """bool[positions] of a dense value's axis that stay."""
@@ -357,6 +310,7 @@ class _Turned:
                 columns = heads.second[h]
                 place = np.ix_(_places(reads, columns[reads[columns]]), columns)
                 self.input(heads.reader)[place] = u.T @ root
+            self.told.append(f"turned {len(values)} channels of {heads.first_site}, {len(left)} of which are left")
 
     def scores(self, heads: Heads) -> None:
         """Queries against keys: the best subspace of their products; softmax does not see the mean of the keys."""
@@ -373,29 +327,34 @@ class _Turned:
             roots = [_roots(self.bases.second(heads.first_site, q, False))[0] for q in queries]
             v = np.linalg.svd(np.concatenate([r @ root for r in roots]), full_matrices=False)[2].T[:, : len(left)]
             self.output(heads.second_site)[np.ix_(keys, _places(keyed, keys[left]))] = inverse @ v
+            self.told.append(f"turned {len(keys)} channels of {heads.second_site}, {len(left)} of which are left")
             for q in queries:
                 self.output(heads.first_site)[np.ix_(q, _places(queried, q[queried[q]]))] = root @ v
 
     def narrow(self, width: Width) -> None:
-        """A narrower width: the best directions, put into the zero-sum hyperplane that its norms leave alone."""
+        """A narrower width: the best directions; where norms take the mean off, in the plane that this leaves alone."""
         left, size = int(self.alive[width.group.units].sum()), len(width.group.units)
         if not 1 < left < size or not set(width.readers) <= self.operators or not set(width.streams) <= self.present:
             return
-        if any(width.norms[norm][1] is not None and node not in self.biased for node, norm in width.readers.items()):
+        if any(norm.shift is not None and node not in self.biased for node, norm in width.readers.items()):
             return
-        helmert = np.linalg.qr(np.column_stack([np.ones(left), np.eye(left)[:, : left - 1]]))[0][:, 1:]
-        project = self.bases.directions(width)[:, : left - 1] @ helmert.T
+        if width.centred:
+            helmert = np.linalg.qr(np.column_stack([np.ones(left), np.eye(left)[:, : left - 1]]))[0][:, 1:]
+            project = self.bases.directions(width)[:, : left - 1] @ helmert.T
+        else:
+            project = self.bases.directions(width)[:, :left]
+        self.told.append(f"turned the width of group {width.group.id}, {left} of {size} directions are left")
         for value in width.streams:
             self.outputs[value] = project
-        for gain, shift in width.norms.values():
-            self.arrays[gain] = np.ones(left)
-            if shift is not None:
-                self.arrays[shift] = np.zeros(left)
+        for norm in width.norms:
+            for slot, number in ((norm.gain, 1.0), (norm.shift, 0.0)):
+                if slot is not None:
+                    self.arrays[slot] = np.full((*self.bases.array(slot).shape[:-1], left), number)
         for node, norm in width.readers.items():
-            gain, shift = width.norms[norm]
-            self.inputs[node] = project.T * np.sqrt(size / left) * self.bases.array(gain)
-            if shift is not None:
-                self.offsets[node] = self.bases.array(shift)
+            gain = self.bases.array(norm.gain).reshape(-1) if norm.gain is not None else np.ones(size)
+            self.inputs[node] = project.T * np.sqrt(size / left) * gain
+            if norm.shift is not None:
+                self.offsets[node] = self.bases.array(norm.shift).reshape(-1)
         for slot, axis in width.stored:
             self.arrays[slot] = np.moveaxis(np.moveaxis(self.bases.array(slot), axis, -1) @ project, -1, axis)
 
@@ -406,7 +365,7 @@ class _Turned:
                 if site.dense in self.outputs or operator.node in self.inputs:
                     self._set(operator)
         sites = [replace(s, project=self.outputs[s.dense]) if s.dense in self.outputs else s for s in self.sites]
-        return Start(sites, self.arrays)
+        return Start(sites, self.arrays, tuple(dict.fromkeys(self.told)))
 
     def _set(self, operator: Operator) -> None:
         """First weight and bias of an operator whose output or input is in another basis."""

@@ -420,7 +420,7 @@ def measured(
             timing={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
             dense=dense,
             pruned=pruned,
-            **changes(analysis, options, groups, proven),
+            **changes(analysis, options, groups, proven, repaired.rewrites),
             verification=reports.Verification(
                 method="masked" if any(not g.exact for g in touched) else "zero-all",
                 proven=proven.differences is not None,
@@ -463,7 +463,9 @@ def _models(
     )
 
 
-def changes(analysis: Analysis, options: Options, groups: Sequence[Group], proven: Proven) -> dict[str, Any]:
+def changes(
+    analysis: Analysis, options: Options, groups: Sequence[Group], proven: Proven, rewrites: Sequence[str] = ()
+) -> dict[str, Any]:
     """What went, what stayed and why, as the report lists it."""
     dropped = analysis.dropped(analysis.alive(proven.plan))
     return {
@@ -473,7 +475,7 @@ def changes(analysis: Analysis, options: Options, groups: Sequence[Group], prove
             for f in (*analysis.frozen(groups), *_unproven(analysis, proven))
         ],
         "removed": [reports.RemovedRow.model_validate(removal.entry()) for removal in proven.gone],
-        "rewrites": [f"folded {name}" for name in analysis.prepared.folded] if proven.gone else [],
+        "rewrites": [*(f"folded {name}" for name in analysis.prepared.folded if proven.gone), *rewrites],
         "kept": _kept(analysis, proven.gone),
         "bypass": list(dropped.bypass),
         "interface": reports.InterfaceRow(inputs=list(dropped.inputs), outputs=list(dropped.outputs)),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from onnxprune import plugin, reconstruct
-from onnxprune.allocate import TRIAL_ROWS, Samples, Trials, fitting, started
+from onnxprune.allocate import TRIAL_ROWS, Samples, Trials, started
 from onnxprune.analysis import Analysis, cost_shapes
 from onnxprune.bases import Bases
 from onnxprune.calibrate import Answers, Request, collect
@@ -26,6 +26,7 @@ from onnxprune.plugin import Reconstructor
 from onnxprune.recipe import Methods, Options
 from onnxprune.runtime import ort
 from onnxprune.select import Rounding, parse_size
+from onnxprune.sites import fitting
 from onnxprune.storage import dump
 from onnxprune.types import Array, Group, Mask, Plan
 from onnxprune.worker import Worker
@@ -41,6 +42,7 @@ class Repaired:
     model: Model
     names: list[str]
     warnings: list[str]
+    rewrites: tuple[str, ...] = ()
 
 
 class Recovery:
@@ -187,7 +189,7 @@ class Recovery:
         model = pruned.clone()
         names = reconstruct.apply(model, found.changes)
         told = [] if self.given else [f"there is no calibration data: repaired on {RANDOM} random inputs"]
-        return Repaired(model, names, told + _thin(found))
+        return Repaired(model, names, told + _thin(found), start.rewrites)
 
     def _begin(self, fitted: Any, judged: Any, rows: int) -> None:
         model = self.analysis.prepared.model

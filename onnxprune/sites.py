@@ -125,6 +125,19 @@ def find_sites(
     return [site for _, site in sorted(sites, key=lambda pair: pair[0])]
 
 
+def fitting(graph: ir.Graph) -> int:
+    """MACs that fitting all operators of a model takes for each row: second moments, and products with the targets."""
+    count = 0
+    for node in graph:
+        value = node.inputs[1] if node.op_type in ("Conv", "Gemm", "MatMul") else None
+        if value is not None and value.const_value is not None and len(value.const_value.shape) > 1:
+            sizes = value.const_value.shape.numpy()
+            turned = node.op_type == "Conv" or (node.op_type == "Gemm" and "transB" in node.attributes)
+            columns = int(np.prod(sizes[1:] if turned else sizes[:-1]))
+            count += columns * (columns + 4 * (sizes[0] if turned else sizes[-1]))
+    return count
+
+
 def _apart(operators: Sequence[Operator]) -> tuple[Operator, ...]:
     """Operators of one site: what is added behind the sum of several is a step of the first alone."""
     seen: set[Step] = set()

@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 from onnx import numpy_helper, parser
 
+import onnxprune
 from onnxprune import feeds, quality, reconstruct
 from onnxprune.allocate import started
 from onnxprune.analysis import Analysis
@@ -59,7 +60,9 @@ def analysis(
     return Analysis(path, remove=remove)
 
 
-def cut(of: Analysis, kind: str, left: int, worker: Worker, fit: bool = False) -> tuple[Bases, ir.Model, float]:
+def cut(
+    of: Analysis, kind: str, left: int, worker: Worker, fit: bool = False, how: str | None = None
+) -> tuple[Bases, ir.Model, float]:
     """Leave as many units of every group of a kind: (bases, the repaired model, relative error on other samples).
 
     Without `fit` the weights are only those that the basis gives.
@@ -260,18 +263,80 @@ def test_a_width_that_others_see_loses_positions(
         assert error < 0.9
 
 
-RMS = "sq = Mul(h, h) m = ReduceMean<keepdims = 1>(sq, last) r = Sqrt(m) u = Div(h, r) f = Mul(u, g2) "
-SPELT = (
-    "mu = ReduceMean<keepdims = 1>(h, last) o = Sub(h, mu) sq = Pow(o, two) va = ReduceMean<keepdims = 1>(sq, last) "
-    "ve = Add(va, tiny) r = Sqrt(ve) u = Div(o, r) f0 = Mul(u, g2) f = Add(f0, s2) "
+CENTRED = "{f}m = ReduceMean<keepdims = 1>({h}, last) {f}o = Sub({h}, {f}m) "
+SPELT = CENTRED + (
+    "{f}sq = Pow({f}o, two) {f}v = ReduceMean<keepdims = 1>({f}sq, last) {f}e = Add({f}v, tiny) {f}r = Sqrt({f}e) "
+    "{f}u = Div({f}o, {f}r) {f}g = Mul({f}u, {g}) {f} = Add({f}g, {s}) "
 )
+MEAN = "{f}sq = Mul({h}, {h}) {f}v = ReduceMean<keepdims = 1>({f}sq, last) {f}e = Add(tiny, {f}v) "
+RMS = MEAN + "{f}r = Sqrt({f}e) {f}u = Div({h}, {f}r) {f} = Mul({f}u, {g}) "
+RECIPROCAL = MEAN + "{f}r = Sqrt({f}e) {f}i = Reciprocal({f}r) {f}u = Mul({f}i, {h}) {f} = Mul({g}, {f}u) "
+DIVIDED = MEAN + "{f}r = Sqrt({f}e) {f}i = Div(one, {f}r) {f} = Mul({h}, {f}i) "
+POWER = MEAN + "{f}i = Pow({f}e, half) {f}u = Mul({h}, {f}i) {f} = Mul({f}u, {g}) "
+FUSED = "{f} = SimplifiedLayerNormalization<axis = -1>({h}, {g}) "
+NUMBERS = {"last": i64(-1), "two": np.float32(2), "tiny": np.float32(1e-6), "one": np.float32(1),
+           "half": np.float32(-0.5)}  # fmt: skip
 
 
-@pytest.mark.parametrize("norm", [RMS, SPELT])
-def test_norms_in_primitive_operators_lose_positions(norm: str, worker: Worker, tmp_path: Path) -> None:
-    given = stream(7, last=i64(-1), two=np.float32(2), tiny=np.float32(1e-5))
-    end = norm + "y0 = MatMul(f, w3) y = Add(y0, b3)"
-    model = analysis(tmp_path, "float[n,5,7] x", "float[n,5,3] y", BLOCK + end, ("width",), **given)
+def spelled(first: str, second: str) -> str:
+    """The block with these as its norms."""
+    return (
+        BLOCK.replace("c = LayerNormalization(a, g1, s1) ", first.format(f="c", h="a", g="g1", s="s1"))
+        + second.format(f="f", h="h", g="g2", s="s2")
+        + "y0 = MatMul(f, w3) y = Add(y0, b3)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("norm", "left"), [(SPELT, 5), (RMS, 4), (RECIPROCAL, 4), (DIVIDED, 4), (POWER, 4), (FUSED, 4)]
+)
+def test_norms_may_be_spelled_out(norm: str, left: int, worker: Worker, tmp_path: Path) -> None:
+    body = spelled(norm, norm)
+    model = analysis(tmp_path, "float[n,5,7] x", "float[n,5,3] y", body, ("width",), **stream(), **NUMBERS)
+    bases, _, error = cut(model, "width", left, worker)
+    assert len(bases.widths) == 1
+    assert error < 1e-3
+    _, _, error = cut(model, "width", left - 1, worker, fit=True)
+    assert error < 0.8
+
+
+def test_slicing_alone_is_named_and_told(worker: Worker, tmp_path: Path) -> None:
+    body = spelled(RMS, RMS)
+    model = analysis(tmp_path, "float[n,5,7] x", "float[n,5,3] y", body, ("width",), **stream(7), **NUMBERS)
+    samples = {"x": RNG.standard_normal((64, 5, 7)).astype(np.float32)}
+    np.savez(tmp_path / "c.npz", **samples)
+    shared = {"target": {"params": 0.8}, "remove": ("width",), "approximate": True, "measure": False, "round_to": 1}
+    found = {
+        how: onnxprune.prune(
+            model.source.path,
+            tmp_path / f"{how}.onnx",
+            reconstruct=how,
+            calibration=str(tmp_path / "c.npz"),
+            evaluation=str(tmp_path / "c.npz"),
+            allocate="uniform",
+            **shared,  # type: ignore[arg-type]
+        ).report
+        for how in ("none", "slicegpt")
+    }
+    assert any("turned the width" in text for text in found["slicegpt"].rewrites)
+    assert not any("turned" in text for text in found["none"].rewrites)
+    errors = {how: report.quality["relative-error"] for how, report in found.items()}
+    assert errors["slicegpt"] < 0.8 * errors["none"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (RMS, "{f} = LayerNormalization({h}, {g}, {s}) "),  # only one of two takes the mean off
+        (RMS, RMS.replace("Div({h}", "Div(a")),  # over another value's size
+        (RMS, RMS.replace("Mul({h}, {h})", "Mul(a, a)")),
+        (SPELT, SPELT.replace("Sub({h}, {f}m)", "Sub({h}, cm)")),  # another value's mean
+        (RMS, RMS.replace("Mul({f}u, {g})", "Mul({f}t, {g})").replace(" {f} =", " {f}t = Tanh({f}u) {f} =")),
+    ],
+)
+def test_what_only_looks_like_a_norm_loses_positions(first: str, second: str, worker: Worker, tmp_path: Path) -> None:
+    body = spelled(first, second)
+    model = analysis(tmp_path, "float[n,5,7] x", "float[n,5,3] y", body, ("width",), **stream(7), **NUMBERS)
     assert Bases(model).widths == []
     _, _, error = cut(model, "width", 11, worker, fit=True)
     assert error < 0.9

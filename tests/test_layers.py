@@ -30,7 +30,7 @@ LAYERS = (
     ("worker", "runtime", "runtime.*", "measure"),
     ("masked", "bounds", "fold"),
     ("verify",),
-    ("analysis", "prove", "recipe", "calibrate", "sites", "flow"),
+    ("analysis", "prove", "recipe", "calibrate", "sites", "widths", "flow"),
     ("evidence", "bases", "reconstruct"),
     ("allocate",),
     ("recovery",),
