@@ -25,6 +25,14 @@ class Axis(NamedTuple):
         return f"{self.value}:{self.index}"
 
 
+class Signature(NamedTuple):
+    """An operator's types: a variable or a type for each input and output, the last one repeats; what variables allow."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    allowed: Mapping[str, frozenset[str]]
+
+
 @dataclass(frozen=True)
 class Body:
     """A graph inside a node: its name, and its inputs and outputs, which the node's rule relates to its own."""

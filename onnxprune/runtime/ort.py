@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnxprune.errors import InputError, MachineError, PruneError
-from onnxprune.types import Array
+from onnxprune.types import Array, Signature
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -297,3 +297,62 @@ def convert(model: str, target: str) -> None:
         options.add_session_config_entry("session.save_model_format", "ORT")
         with translated("convert"):
             onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def signatures(wanted: Collection[tuple[str, str]]) -> dict[tuple[str, str], Signature]:
+    """{(domain, operator): its types} of operators that ONNX Runtime adds to ONNX; as far as it tells."""
+    if not wanted:
+        return {}
+    with _imported():
+        try:
+            from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
+        except ImportError:
+            return {}
+        return {
+            (schema.domain, schema.name): Signature(
+                tuple(port.typeStr for port in schema.inputs),
+                tuple(port.typeStr for port in schema.outputs),
+                {var.type_param_str: frozenset(var.allowed_type_strs) for var in schema.type_constraints},
+            )
+            for schema in get_all_operator_schema()
+            if (schema.domain, schema.name) in wanted
+        }
+
+
+LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+def quantise(model: str, target: str, feeds: Sequence[Mapping[str, Array]], opset: int) -> None:
+    """Write a copy with Q and DQ around the inputs of linear operators: int8, symmetric, as TensorRT takes them.
+
+    Weights have a scale for each channel where the operator set knows of it (13). Scales come from the feeds.
+    """
+    with _imported():
+        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+        class Feeds(CalibrationDataReader):  # type: ignore[misc]
+            def __init__(self) -> None:
+                self.left = iter(feeds)
+
+            def get_next(self) -> Mapping[str, Array] | None:
+                return next(self.left, None)
+
+        with translated("quantise"):
+            quantize_static(
+                model,
+                target,
+                Feeds(),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=list(LINEAR),
+                per_channel=opset >= 13,
+                activation_type=QuantType.QInt8,
+                weight_type=QuantType.QInt8,
+                use_external_data_format=False,
+                extra_options={
+                    "ActivationSymmetric": True,
+                    "WeightSymmetric": True,
+                    "QuantizeBias": False,
+                    "MatMulConstBOnly": True,
+                    "OpTypesToExcludeOutputQuantization": list(LINEAR),
+                },
+            )

@@ -1,0 +1,357 @@
+"""Half precision: which operators compute in it, the casts around them, and what that leaves wide.
+
+As PyTorch's autocast: matrix products compute in half, what sums up or blows up stays in float32, and everything else
+follows the widest of its inputs. What leaves the range of the type on data stays in float32 as well, whatever it is.
+Inputs and outputs of the model keep their types.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from onnxprune.errors import ImpossibleError, InputError
+from onnxprune.infer import bodies, names, walk
+from onnxprune.model import Model, add_initializer, free_name, normalise
+from onnxprune.storage import dump
+from onnxprune.types import Array, Signature
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+HALVES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+NORMAL = {"fp16": (2.0**-14, 65504.0), "bf16": (2.0**-126, 3.38e38)}  # magnitudes that keep all their bits
+BFLOAT = 13  # operator set from which on values can be cast to bfloat16
+MARGIN = 4.0  # between what was seen on data and the largest number of the type
+PRODUCTS = frozenset(
+    """Attention Conv ConvTranspose DeformConv Einsum FusedConv FusedGemm FusedMatMul Gemm GroupQueryAttention MatMul
+    MultiHeadAttention""".split()
+)
+# Sums over many, poles, powers, numbers that count something; and recurrences, of which ONNX Runtime has no half ones.
+WIDE = frozenset(
+    """Acos Asin Cosh CumSum DequantizeLinear EmbedLayerNormalization Exp GRU GroupNorm GroupNormalization
+    InstanceNormalization LRN LSTM LayerNormalization Log LogSoftmax LpNormalization MeanVarianceNormalization Pow
+    QuantizeLinear RMSNormalization RNN Range Reciprocal ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMean
+    ReduceProd ReduceSum ReduceSumSquare SimplifiedLayerNormalization Sinh SkipLayerNormalization
+    SkipSimplifiedLayerNormalization Softmax Softplus Tan""".split()
+)
+Run = Callable[[str, Sequence[Mapping[str, Array]], Sequence[str] | None], list[dict[str, Array]]]
+
+
+@dataclass(frozen=True)
+class Cast:
+    """A model in half precision; `half` is how many operators compute in it, `kept` those that its range kept out.
+
+    Operators go by their first output.
+    """
+
+    model: Model
+    half: int
+    kept: tuple[str, ...]
+
+
+def check(precision: str, among: Sequence[str] = PRECISIONS) -> str:
+    """Raise InputError for a precision that is not among these."""
+    if precision not in among:
+        raise InputError(f"unknown precision; there are {', '.join(among)}", object=f"--precision {precision}")
+    return precision
+
+
+def foreign(model: Model) -> list[tuple[str, str]]:
+    """(domain, operator) of what ONNX itself does not define."""
+    return sorted({(n.domain, n.op_type) for n in walk(model.graph) if n.domain not in ("", "ai.onnx", "ai.onnx.ml")})
+
+
+def cast(
+    model: Model,
+    precision: str,
+    types: Mapping[str, int],
+    signatures: Mapping[tuple[str, str], Signature],
+    *,
+    ranges: Mapping[str, float] | None = None,
+    kept: Collection[str] = (),
+    strict: bool = True,
+) -> Cast:
+    """A copy of a model that computes in half precision where that is safe.
+
+    `types` are ONNX element types by value, `signatures` those of operators of other domains, `ranges` the largest
+    magnitude of values on data; `kept` operators stay as they are. Not `strict`: what may compute in fp16 by the
+    operator sets of the model may compute in bf16 too, which the sets allow only later.
+    """
+    model = model.clone()
+    normalise(model)
+    graph, kind = model.graph, HALVES[precision]
+    if precision == "bf16" and model.opset_imports.get("", BFLOAT) < BFLOAT:
+        raise ImpossibleError(f"bf16 needs operator set {BFLOAT} or later; export the model so, or take fp16")
+    spelled = "tensor(bfloat16)" if strict and precision == "bf16" else "tensor(float16)"
+    limits = Limits(*NORMAL[precision], ranges)
+    half: set[ir.Value] = set()
+    slots: dict[ir.Node, list[int]] = {}
+    out: list[str] = []
+    for node in graph:
+        signature = signatures.get((node.domain, node.op_type)) or _signature(node, model)
+        found = _slots(node, types, signature, spelled) if signature is not None else None
+        if found is None or not _wanted(node, found[0], half) or str(node.outputs[0].name) in kept:
+            continue
+        given, made = found
+        if not all(limits.hold(value) for value in (*(node.inputs[k] for k in given), *made) if value is not None):
+            out.append(str(node.outputs[0].name))
+            continue
+        slots[node] = given
+        half.update(made)
+    if not slots:
+        raise ImpossibleError(f"no operator of it can compute in {precision} at its operator set")
+    _insert(graph, slots, half, kind)
+    return Cast(model, len(slots), tuple(sorted({*out, *kept})))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Magnitudes that a type can hold, and those of values on data."""
+
+    least: float
+    most: float
+    ranges: Mapping[str, float] | None
+
+    def hold(self, value: ir.Value) -> bool:
+        """Whether a value keeps what it is, or nearly: not too large, and not all of it so small that bits go."""
+        if value.const_value is not None:
+            array = value.const_value.numpy()
+            most, margin = float(np.abs(array).max(initial=0.0)), 1.0
+        elif self.ranges is None or str(value.name) not in self.ranges:
+            return True
+        else:
+            most, margin = self.ranges[str(value.name)], MARGIN
+        return most == 0 or self.least <= most <= self.most / margin
+
+
+def _signature(node: ir.Node, model: Model) -> Signature | None:
+    """What the operator's schema says of its types; None without one."""
+    version = model.opset_imports.get(node.domain)
+    if version is None or bodies(node):
+        return None
+    try:
+        schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+    except onnx.defs.SchemaError:
+        return None
+    return Signature(
+        tuple(port.type_str for port in schema.inputs),
+        tuple(port.type_str for port in schema.outputs),
+        {var.type_param_str: frozenset(var.allowed_type_strs) for var in schema.type_constraints},
+    )
+
+
+def _slots(
+    node: ir.Node, types: Mapping[str, int], signature: Signature, spelled: str
+) -> tuple[list[int], list[ir.Value]] | None:
+    """(inputs, outputs) that would be half; None if the operator cannot, or if some type is not known."""
+    kinds: list[tuple[ir.Value | None, str]] = []
+    for values, ports in ((node.inputs, signature.inputs), (node.outputs, signature.outputs)):
+        kinds += [(value, ports[min(k, len(ports) - 1)] if ports else "") for k, value in enumerate(values)]
+    for value, _ in kinds:
+        if value is not None and value.name and _type(value, types) is None:
+            return None
+    count = len(node.inputs)
+    chosen = [
+        (k, value, port)
+        for k, (value, port) in enumerate(kinds)
+        if value is not None and value.name and _type(value, types) == ir.DataType.FLOAT and port in signature.allowed
+    ]
+    given = [(k, port) for k, _, port in chosen if k < count]
+    variables = {port for _, port in given}
+    if not given or any(spelled not in signature.allowed[port] for port in variables):
+        return None
+    return [k for k, _ in given], [value for k, value, port in chosen if k >= count and port in variables]
+
+
+def _type(value: ir.Value, types: Mapping[str, int]) -> ir.DataType | None:
+    """The element type of a tensor."""
+    if value.dtype is not None:
+        return value.dtype if isinstance(value.type, ir.TensorType) else None
+    kind = types.get(str(value.name))
+    return None if kind is None else ir.DataType(kind)
+
+
+def _wanted(node: ir.Node, given: Sequence[int], half: Collection[ir.Value]) -> bool:
+    """Whether an operator that can compute in half precision should."""
+    if node.op_type in WIDE:
+        return False
+    computed = [value for k in given if (value := node.inputs[k]) is not None and value.const_value is None]
+    moves = any(value is not None and value.const_value is None for value in node.inputs)
+    return moves and (node.op_type in PRODUCTS or all(value in half for value in computed))
+
+
+def _insert(
+    graph: ir.Graph, slots: Mapping[ir.Node, Sequence[int]], half: Collection[ir.Value], kind: ir.DataType
+) -> None:
+    """Give the operators half-precise inputs, and everybody else what they had."""
+    suffix = f"_{kind.name.lower()}"
+    places = {(node, k) for node, given in slots.items() for k in given}
+    ready: dict[ir.Value, ir.Value] = {}
+    for node, given in slots.items():
+        for k in given:
+            value = node.inputs[k]
+            assert value is not None
+            if value in half:
+                continue
+            if value not in ready:
+                ready[value] = _narrowed(graph, value, places, kind, suffix)
+            if ready[value] is not value:
+                node.replace_input_with(k, ready[value])
+    for value in sorted(half, key=lambda value: str(value.name)):
+        _set(value, kind)
+        others = [(use.node, use.idx) for use in value.uses() if (use.node, use.idx) not in places]
+        ends = [k for k, output in enumerate(graph.outputs) if output is value]
+        if not others and not ends:
+            continue
+        producer = value.producer()
+        assert producer is not None
+        name = str(value.name)
+        if ends:
+            value.name = free_name(graph, name + suffix)
+        wide = _cast(graph, value, name if ends else free_name(graph, f"{name}_float"), ir.DataType.FLOAT)
+        graph.insert_after(producer, wide.producer())  # type: ignore[arg-type]
+        for node, k in others:
+            node.replace_input_with(k, wide)
+        for k in ends:
+            graph.outputs[k] = wide
+
+
+def _narrowed(
+    graph: ir.Graph, value: ir.Value, places: Collection[tuple[ir.Node, int]], kind: ir.DataType, suffix: str
+) -> ir.Value:
+    """A float32 value in half precision: an initializer that others do not read in place, else a copy or a cast."""
+    if (tensor := value.const_value) is not None and value.is_initializer():
+        alone = all((use.node, use.idx) in places for use in value.uses())
+        ends = any(value is output for output in graph.outputs)
+        name = str(value.name) if alone and not ends else free_name(graph, f"{value.name}{suffix}")
+        small = ir.LazyTensor(
+            lambda: ir.Tensor(tensor.numpy().astype(kind.numpy()), dtype=kind, name=name),
+            dtype=kind,
+            shape=ir.Shape(tensor.shape),
+            name=name,
+        )
+        if name == value.name:
+            value.const_value = small
+            _set(value, kind)
+            return value
+        copy = ir.Value(name=name, shape=value.shape, type=ir.TensorType(kind), const_value=small)
+        add_initializer(graph, copy)
+        return copy
+    made = _cast(graph, value, free_name(graph, f"{value.name}{suffix}"), kind)
+    node = made.producer()
+    assert node is not None
+    if (producer := value.producer()) is not None:
+        graph.insert_after(producer, node)
+    else:
+        graph.insert_before(graph[0], node)
+    return made
+
+
+def _cast(graph: ir.Graph, value: ir.Value, name: str, kind: ir.DataType) -> ir.Value:
+    node = ir.node("Cast", [value], attributes={"to": int(kind)}, name=free_name(graph, f"{name}_cast"))
+    made = node.outputs[0]
+    made.name, made.shape = name, value.shape
+    _set(made, kind)
+    return made
+
+
+def _set(value: ir.Value, kind: ir.DataType) -> None:
+    value.type = ir.TensorType(kind)
+
+
+def widened(model: Model) -> Model:
+    """A model that rounds to half precision as this one does, but computes in float32: what any runtime can run.
+
+    Kernels for half precision sum up in float32 too.
+    """
+    model = model.clone()
+    graph = model.graph
+    halves = frozenset(HALVES.values())
+    for node in list(graph):
+        if node.op_type == "Cast" or bodies(node):
+            continue
+        for k, value in enumerate(node.inputs):
+            if value is not None and value.dtype in halves:
+                wide = _cast(graph, value, free_name(graph, f"{value.name}_wide"), ir.DataType.FLOAT)
+                graph.insert_before(node, wide.producer())  # type: ignore[arg-type]
+                node.replace_input_with(k, wide)
+        for value in node.outputs:
+            if (kind := value.dtype) in halves:
+                uses = [(use.node, use.idx) for use in value.uses()]
+                _set(value, ir.DataType.FLOAT)
+                small = _cast(graph, value, free_name(graph, f"{value.name}_small"), kind)  # type: ignore[arg-type]
+                graph.insert_after(node, small.producer())  # type: ignore[arg-type]
+                for reader, k in uses:
+                    reader.replace_input_with(k, small)
+    return model
+
+
+# On data ---------------------------------------------------------------------------------------------------------------
+
+
+def ranges(
+    model: Model, types: Mapping[str, int], feeds: Sequence[Mapping[str, Array]], run: Run
+) -> dict[str, float]:
+    """{value: its largest magnitude on the feeds} of float32 values, infinite where one is not a number."""
+    model = model.clone()
+    normalise(model)
+    graph = model.graph
+    values = [v for v in graph.inputs if v.name not in graph.initializers]
+    values += [value for node in graph for value in node.outputs if value.name]
+    floats = [value for value in values if _type(value, types) == ir.DataType.FLOAT]
+    flat = _constant(graph, "flat", np.array([-1], np.int64))
+    zero = _constant(graph, "zero", np.zeros(1, np.float32))
+    made = {str(value.name): _largest(graph, value, flat, zero) for value in floats}
+    with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+        found = run(str(dump(model, folder, "observed")), feeds, list(made.values()))
+    most = {name: max(float(row[output].reshape(-1)[0]) for row in found) for name, output in made.items()}
+    return {name: value if np.isfinite(value) else float("inf") for name, value in most.items()}
+
+
+def _constant(graph: ir.Graph, wish: str, array: Array) -> ir.Value:
+    name = free_name(graph, wish)
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    add_initializer(graph, value)
+    return value
+
+
+def _largest(graph: ir.Graph, value: ir.Value, flat: ir.Value, zero: ir.Value) -> str:
+    """Let the graph compute the largest magnitude of a value, zero for one without elements; the output's name."""
+    size = ir.node("Abs", [value])
+    row = ir.node("Reshape", [size.outputs[0], flat])
+    some = ir.node("Concat", [row.outputs[0], zero], attributes={"axis": 0})
+    most = ir.node("ReduceMax", [some.outputs[0]], attributes={"keepdims": 1})
+    for node in (size, row, some, most):
+        node.outputs[0].name = node.name = free_name(graph, f"{value.name}_largest")
+        node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        graph.append(node)
+    most.outputs[0].shape = ir.Shape([1])
+    graph.outputs.append(most.outputs[0])
+    return str(most.outputs[0].name)
+
+
+def culprit(
+    model: Model, types: Mapping[str, int], wanted: Mapping[str, float], feeds: Sequence[Mapping[str, Array]], run: Run
+) -> str:
+    """The first value that is finite in float32 (`wanted`, its magnitudes) and not in this model; "" if none is."""
+    found = ranges(widened(model), types, feeds, run)
+    for node in model.graph:
+        for name in names(node.outputs):
+            if np.isfinite(wanted.get(name, np.inf)) and not np.isfinite(found.get(name, 0.0)):
+                return name
+    return ""
+
+
+def finite(outputs: Sequence[Mapping[str, Array]], wanted: Sequence[Mapping[str, Array]]) -> Iterator[str]:
+    """Names of outputs that hold what is not finite where it should be."""
+    for row, dense in zip(outputs, wanted, strict=True):
+        for name, array in dense.items():
+            if name in row and array.dtype.kind == "f":
+                should = np.isfinite(array)
+                if row[name].shape == array.shape and not np.isfinite(row[name].astype(np.float64))[should].all():
+                    yield name
