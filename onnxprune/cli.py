@@ -138,6 +138,18 @@ def shapes_option(command: Command) -> Command:
     )(command)
 
 
+PRECISION = click.option(
+    "--precision", default="fp32", show_default=True, metavar="fp32|fp16|bf16|int8", help="What it computes in."
+)
+CALIBRATION = click.option("--calibration", metavar="PATH", help=".npz, .npy or a folder: unlabelled inputs.")
+
+
+def _print_kept(kept: tuple[str, ...], precision: str, verbose: bool) -> None:
+    if kept:
+        some = ", ".join(map(shown, kept if verbose else kept[:3])) + ("" if verbose or len(kept) <= 3 else ", ...")
+        say(f"{len(kept)} operators stay in fp32, their numbers leave the range of {precision}: {some}")
+
+
 def parse_shapes(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
     """{input: shape} from NAME:1x3x224x224, NAME:[1,3,224,224] or NAME:1,3,224,224."""
     found = {}
@@ -607,7 +619,9 @@ def measure(models: tuple[str, ...], as_json: bool, verbose: bool, quiet: bool, 
 @main.command()
 @click.argument("model")
 @click.option("-o", "--output", metavar="PATH", help="Where to write: .ort, .xml (with a .bin beside it) or .onnx.")
-@click.option("--to", metavar="ort|openvino|onnx", help="The format; onnx fixes shapes and changes nothing else.")
+@click.option("--to", metavar="ort|openvino|onnx", help="The format; onnx fixes shapes and sets the precision.")
+@PRECISION
+@CALIBRATION
 @shapes_option
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--threads", type=int, default=1, show_default=True)
@@ -629,11 +643,15 @@ def export(model: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) 
             "files": [str(path) for path in found.files],
             "bytes": found.bytes,
             "backend": found.backend,
-            "relative-error": found.difference,
+            "data": found.data,
+            **found.difference.data(),
+            "precision": given["precision"],
+            "kept": list(found.kept),
         })  # fmt: skip
         return
     files = ", ".join(shown(path) for path in found.files)
-    say(f"wrote {files}: {found.bytes:,} bytes; outputs differ by {found.difference:.1e} on {found.backend}")
+    say(f"wrote {files}: {found.bytes:,} bytes; {found.difference} on {found.backend}, {found.data}")
+    _print_kept(found.kept, given["precision"], verbose)
 
 
 @main.command("list")

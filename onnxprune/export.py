@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnxprune import quality, storage
-from onnxprune.analysis import Analysis
+from onnxprune import precision as precisions
+from onnxprune import storage
+from onnxprune.analysis import Analysis, named, samples_of
 from onnxprune.errors import InputError, InternalError
 from onnxprune.model import write_sizes
+from onnxprune.precision import Difference
 from onnxprune.prove import Prover
 from onnxprune.runtime import backend, openvino, ort
 from onnxprune.types import Array, Shape
@@ -22,12 +24,17 @@ MOST = 0.05  # relative output difference from which on a conversion is wrong
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: files, their bytes, how far outputs differ from the model's, relative, on random inputs."""
+    """What was written: files, their bytes, how far outputs differ from the model's on `data`, on which backend.
+
+    `kept` are operators that stay in fp32 because their numbers leave the range of the precision asked for.
+    """
 
     files: tuple[Path, ...]
     bytes: int
-    difference: float
+    difference: Difference
     backend: str
+    data: str
+    kept: tuple[str, ...]
 
 
 def export(
@@ -36,19 +43,25 @@ def export(
     to: str,
     input_shape: Mapping[str, Shape],
     *,
+    precision: str = "fp32",
+    calibration: str | None = None,
     force: bool = False,
     seed: int = 0,
     threads: int = 1,
     timeout: float = 600.0,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Exported:
-    """Write a model in another format, sizes in `input_shape` fixed, once its runtime has run it.
+    """Write a model in another format or precision, sizes in `input_shape` fixed, once its runtime has run it.
 
     OpenVINO's .bin lies beside the .xml. Raises InputError, MachineError without the runtime, ImpossibleError
-    where OpenVINO cannot take the model, InternalError where the result computes something else.
+    where OpenVINO cannot take the model or numbers leave the range of the precision, InternalError where the result
+    computes something else.
     """
     if to not in FORMATS:
         raise InputError(f"unknown format; there are {', '.join(FORMATS)}", object=f"--to {to}")
+    precisions.check(precision)
+    if precision == "bf16" and to != "onnx":
+        raise InputError("only --to onnx can be bf16: the runtime of this format computes in fp16", object=f"--to {to}")
     output = Path(output)
     if output.suffix != FORMATS[to]:
         raise InputError(f"the name of this format ends in {FORMATS[to]}", file=output)
@@ -57,6 +70,7 @@ def export(
     finals = [output, output.with_suffix(".bin")] if to == "openvino" else [output]
     for path in finals:
         storage.check_output(path, source, force=force)
+    samples, _ = samples_of(analysis.dense.graph, calibration)
     fixed = analysis.dense.clone()
     write_sizes(fixed, analysis.given)
     runs_on = "openvino" if to == "openvino" else "cpu"
@@ -64,43 +78,63 @@ def export(
         tempfile.TemporaryDirectory(prefix=".onnxprune-", dir=output.parent) as folder,
         Worker(seconds=timeout) as worker,
     ):
-        dense, copy = (
-            str(storage.dump(each, folder, name, external=source.external))
-            for name, each in (("dense", analysis.dense), ("fixed", fixed))
-        )
         progress("run the model")
-        prover = Prover(analysis, [], seed, threads)
-        prover.check_dense(worker)
-        feeds = [feed for feed in prover.feeds if all(feed[name].shape == s for name, s in input_shape.items())]
-        if not feeds:
-            raise InputError("the model runs with other sizes only", file=source.path, object="--input-shape")
+        feeds = fitting(analysis, samples, input_shape, worker, seed, threads)
+        dense = str(storage.dump(analysis.dense, folder, "dense", external=source.external))
         wanted = worker.call(_run, "cpu", dense, feeds, threads)
         progress("convert")
-        made = Path(copy) if to == "onnx" else Path(folder) / f"result{output.suffix}"
+        types = analysis.prepared.facts.types
+        made = named(source.path, lambda: precisions.converted(fixed, precision, types, feeds, worker, threads=threads))
+        copy = str(storage.dump(made.model, folder, "fixed", external=source.external))
+        result = Path(copy) if to == "onnx" else Path(folder) / f"result{output.suffix}"
         if to != "onnx":
-            worker.call(openvino.convert if to == "openvino" else ort.convert, copy, str(made))
+            worker.call(openvino.convert if to == "openvino" else ort.convert, copy, str(result))
         progress("compare")
-        difference = _difference(wanted, worker.call(_run, runs_on, str(made), feeds, threads))
-        if not difference <= MOST:
-            raise InternalError(f"its outputs are off by {difference:.2g} once it is in this format", file=source.path)
+        if precision == "bf16":  # ONNX Runtime has no kernels for it on the CPU
+            result = storage.dump(precisions.widened(made.model), folder, "widened", external=source.external)
+        found = worker.call(_run, runs_on, str(result), feeds, threads, precision != "bf16")
+        run = precisions.running(worker, threads)
+        named(
+            source.path,
+            lambda: precisions.check_finite(wanted, found, made, analysis.dense, types, feeds, run, precision),
+        )
+        difference = precisions.difference(wanted, found)
+        if precision == "fp32" and not difference.holds(MOST):
+            raise InternalError(f"{difference} once it is in this format", file=source.path)
         progress("write")
         if to == "onnx":
-            files = storage.write_model(fixed, output, force=force, external=source.external)
+            files = storage.write_model(made.model, output, force=force, external=source.external)
         else:
-            parts = {made.with_suffix(path.suffix): path for path in reversed(finals)}
+            parts = {result.with_suffix(path.suffix): path for path in reversed(finals)}
             storage.publish(parts, force=force)
             files = tuple(finals)
-    return Exported(files, sum(path.stat().st_size for path in files), difference, runs_on)
+    data = "calibration" if samples else "random inputs"
+    return Exported(files, sum(path.stat().st_size for path in files), difference, runs_on, data, made.kept)
 
 
-def _run(name: str, model: str, feeds: Sequence[Mapping[str, Array]], threads: int) -> list[dict[str, Array]]:
+def fitting(
+    analysis: Analysis,
+    samples: Sequence[Mapping[str, Array]],
+    input_shape: Mapping[str, Shape],
+    worker: Worker,
+    seed: int,
+    threads: int,
+) -> list[Mapping[str, Array]]:
+    """Feeds of the given sizes that the model accepts: all calibration samples, or random ones without any."""
+    prover = Prover(analysis, samples, seed, threads)
+    prover.check_dense(worker)
+    found = list(samples) or list(prover.feeds)
+    fit = [feed for feed in found if all(feed[name].shape == shape for name, shape in input_shape.items())]
+    if samples and len(fit) < len(samples):
+        raise InputError("the calibration data has other sizes", object="--input-shape")
+    if not fit:
+        raise InputError("the model runs with other sizes only", file=analysis.source.path, object="--input-shape")
+    return fit
+
+
+def _run(
+    name: str, model: str, feeds: Sequence[Mapping[str, Array]], threads: int, optimise: bool = True
+) -> list[dict[str, Array]]:
     """In the child: outputs for each feed on a backend."""
-    session = backend(name).session(model, threads=threads)
+    session = backend(name).session(model, threads=threads, optimise=optimise)
     return [session.run(feed) for feed in feeds]
-
-
-def _difference(wanted: Sequence[Mapping[str, Array]], found: Sequence[Mapping[str, Array]]) -> float:
-    """Relative error over all feeds; infinite where an output is missing."""
-    if any(one.keys() != other.keys() for one, other in zip(wanted, found, strict=True)):
-        return float("inf")
-    return quality.relative_error(found, wanted, None)

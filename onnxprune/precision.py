@@ -10,16 +10,20 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
+from onnxprune import quality
 from onnxprune.errors import ImpossibleError, InputError
 from onnxprune.infer import bodies, names, walk
 from onnxprune.model import Model, add_initializer, free_name, normalise
-from onnxprune.storage import dump
+from onnxprune.runtime import ort
+from onnxprune.storage import dump, read_model
 from onnxprune.types import Array, Signature
+from onnxprune.worker import Worker
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 HALVES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -231,7 +235,7 @@ def _narrowed(
         small = ir.LazyTensor(
             lambda: ir.Tensor(tensor.numpy().astype(kind.numpy()), dtype=kind, name=name),
             dtype=kind,
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(tuple(tensor.shape)),  # type: ignore[arg-type]
             name=name,
         )
         if name == value.name:
@@ -283,19 +287,17 @@ def widened(model: Model) -> Model:
             if (kind := value.dtype) in halves:
                 uses = [(use.node, use.idx) for use in value.uses()]
                 _set(value, ir.DataType.FLOAT)
-                small = _cast(graph, value, free_name(graph, f"{value.name}_small"), kind)  # type: ignore[arg-type]
+                small = _cast(graph, value, free_name(graph, f"{value.name}_small"), kind)
                 graph.insert_after(node, small.producer())  # type: ignore[arg-type]
                 for reader, k in uses:
                     reader.replace_input_with(k, small)
     return model
 
 
-# On data ---------------------------------------------------------------------------------------------------------------
+# On data ------------------------------------------------------------------------------------------------------------
 
 
-def ranges(
-    model: Model, types: Mapping[str, int], feeds: Sequence[Mapping[str, Array]], run: Run
-) -> dict[str, float]:
+def ranges(model: Model, types: Mapping[str, int], feeds: Sequence[Mapping[str, Array]], run: Run) -> dict[str, float]:
     """{value: its largest magnitude on the feeds} of float32 values, infinite where one is not a number."""
     model = model.clone()
     normalise(model)
@@ -347,7 +349,7 @@ def culprit(
     return ""
 
 
-def finite(outputs: Sequence[Mapping[str, Array]], wanted: Sequence[Mapping[str, Array]]) -> Iterator[str]:
+def infinite(outputs: Sequence[Mapping[str, Array]], wanted: Sequence[Mapping[str, Array]]) -> Iterator[str]:
     """Names of outputs that hold what is not finite where it should be."""
     for row, dense in zip(outputs, wanted, strict=True):
         for name, array in dense.items():
@@ -355,3 +357,106 @@ def finite(outputs: Sequence[Mapping[str, Array]], wanted: Sequence[Mapping[str,
                 should = np.isfinite(array)
                 if row[name].shape == array.shape and not np.isfinite(row[name].astype(np.float64))[should].all():
                     yield name
+
+
+def converted(
+    model: Model,
+    precision: str,
+    types: Mapping[str, int],
+    feeds: Sequence[Mapping[str, Array]],
+    worker: Worker,
+    *,
+    threads: int = 1,
+    strict: bool = True,
+) -> Cast:
+    """A model in another precision, judged and calibrated on feeds: half by casts, int8 by Q and DQ, fp32 as it is."""
+    if precision == "fp32":
+        return Cast(model, 0, ())
+    if precision == "int8":
+        return _quantised(model, feeds, worker)
+    run = running(worker, threads)
+    seen = ranges(model, types, feeds, run)
+    signatures = worker.call(ort.signatures, foreign(model))
+    return cast(model, precision, types, signatures, ranges=seen, strict=strict)
+
+
+def _quantised(model: Model, feeds: Sequence[Mapping[str, Array]], worker: Worker) -> Cast:
+    with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+        target = Path(folder) / "quantised.onnx"
+        path = str(dump(model, folder, "whole"))
+        worker.call(ort.quantise, path, str(target), [dict(feed) for feed in feeds], model.opset_imports.get("", 0))
+        found, _ = read_model(target)
+    count = sum(node.op_type == "QuantizeLinear" for node in walk(found.graph))
+    if not count:
+        raise ImpossibleError("no operator of it can compute in int8")
+    return Cast(found, count, ())
+
+
+def running(worker: Worker, threads: int, optimise: bool = True) -> Run:
+    """ONNX Runtime on the CPU, in the child process."""
+
+    def run(
+        path: str, feeds: Sequence[Mapping[str, Array]], outputs: Sequence[str] | None = None
+    ) -> list[dict[str, Array]]:
+        rows: list[dict[str, Array]] = worker.call(
+            ort.run, path, list(feeds), outputs, threads=threads, optimise=optimise
+        )
+        return rows
+
+    return run
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far outputs lie from those of the model as it was: relative error of floats, share of equal other entries.
+
+    Either is None where there are no such outputs.
+    """
+
+    relative: float | None
+    equal: float | None
+
+    def data(self) -> dict[str, float | None]:
+        """As in JSON."""
+        return {"relative-error": self.relative, "equal": self.equal}
+
+    def holds(self, most: float) -> bool:
+        """Whether no more is off than noise explains."""
+        return (self.relative is None or self.relative <= most) and (self.equal is None or self.equal >= 1 - most)
+
+    def __str__(self) -> str:
+        parts = [] if self.relative is None else [f"outputs differ by {self.relative:.1e}"]
+        parts += [] if self.equal is None else [f"{self.equal:.2%} of integers are equal"]
+        return ", ".join(parts) or "there is nothing to compare"
+
+
+def difference(wanted: Sequence[Mapping[str, Array]], found: Sequence[Mapping[str, Array]]) -> Difference:
+    """Over all feeds and outputs; infinite, or no entry equal, where an output is missing or has another shape."""
+    floats, equal, count = False, 0, 0
+    for row, other in zip(wanted, found, strict=True):
+        if row.keys() != other.keys() or any(other[name].shape != array.shape for name, array in row.items()):
+            return Difference(float("inf"), 0.0)
+        for name, array in row.items():
+            if array.dtype.kind == "f" or array.dtype.name == "bfloat16":
+                floats = True
+            else:
+                count += array.size
+                equal += int(np.count_nonzero(array == other[name]))
+    return Difference(quality.relative_error(found, wanted, None) if floats else None, equal / count if count else None)
+
+
+def check_finite(
+    wanted: Sequence[Mapping[str, Array]],
+    found: Sequence[Mapping[str, Array]],
+    made: Cast,
+    dense: Model,
+    types: Mapping[str, int],
+    feeds: Sequence[Mapping[str, Array]],
+    run: Run,
+    precision: str,
+) -> None:
+    """Raise ImpossibleError where an output that was finite is not so any more, with the first value that is not."""
+    if not (bad := next(infinite(found, wanted), None)):
+        return
+    guilty = culprit(made.model, types, ranges(dense, types, feeds, run), feeds, run) if precision in HALVES else ""
+    raise ImpossibleError(f"is not finite in {precision}, and was in fp32", object=guilty or bad)

@@ -26,7 +26,7 @@ class Axis(NamedTuple):
 
 
 class Signature(NamedTuple):
-    """An operator's types: a variable or a type for each input and output, the last one repeats; what variables allow."""
+    """An operator's types: variable or type of each input and output, the last one repeats; what variables allow."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]

@@ -30,7 +30,7 @@ LAYERS = (
     ("worker", "runtime", "runtime.*", "measure"),
     ("masked", "bounds", "fold"),
     ("verify",),
-    ("analysis", "prove", "recipe", "calibrate", "sites", "widths", "flow"),
+    ("analysis", "prove", "recipe", "calibrate", "sites", "widths", "flow", "precision"),
     ("evidence", "bases", "reconstruct"),
     ("allocate",),
     ("recovery",),
@@ -53,7 +53,7 @@ OUTSIDE = {
     "scipy": ("dims", "lsq", "passes.*"),
     "networkx": ("dims",),
     "google": ("reading",),  # protobuf
-    "onnx": ("reading", "storage", "model", "rewrite", "verify", "infer", "outcome", "flow"),
+    "onnx": ("reading", "storage", "model", "rewrite", "verify", "infer", "outcome", "flow", "precision"),
     "onnx_ir": (
         "reading",
         "storage",
@@ -72,6 +72,7 @@ OUTSIDE = {
         "flow",
         "bases",
         "reconstruct",
+        "precision",
     ),
     "onnxruntime": ("runtime.ort",),
     "openvino": ("runtime.openvino",),
