@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from onnxprune.analysis import Analysis
     from onnxprune.recipe import Options
     from onnxprune.report import Report
+    from onnxprune.types import Profile
 
 Command = Callable[..., Any]
 
@@ -161,6 +162,23 @@ def parse_shapes(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
         if name in found:
             raise InputError("this input has a shape already", object=f"--input-shape {text}")
         found[name] = tuple(int(part) for part in parts)
+    return found
+
+
+def parse_profiles(texts: tuple[str, ...]) -> dict[str, Profile]:
+    """{input: profile} from NAME:SIZES, or NAME:MIN..OPT..MAX, sizes as `parse_shapes` takes them."""
+    from onnxprune.types import Profile
+
+    found = {}
+    for text in texts:
+        name, colon, sizes = text.rpartition(":")
+        parts = sizes.split("..")
+        if not colon or len(parts) not in (1, 3):
+            raise InputError("expected NAME:1x3x224x224, or NAME:MIN..OPT..MAX", object=f"--input-shape {text}")
+        shapes = [parse_shapes((f"{name}:{part}",))[name] for part in parts]
+        if name in found:
+            raise InputError("this input has a profile already", object=f"--input-shape {text}")
+        found[name] = Profile(shapes[0], shapes[len(shapes) // 2], shapes[-1])
     return found
 
 
@@ -652,6 +670,44 @@ def export(model: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) 
     files = ", ".join(shown(path) for path in found.files)
     say(f"wrote {files}: {found.bytes:,} bytes; {found.difference} on {found.backend}, {found.data}")
     _print_kept(found.kept, given["precision"], verbose)
+
+
+@main.command()
+@click.argument("model")
+@click.option("-o", "--output", metavar="PATH", help="Where to write: .engine or .plan; a record goes to PATH.json.")
+@click.option("--backend", default="tensorrt-rtx", show_default=True, metavar="tensorrt|tensorrt-rtx")
+@PRECISION
+@click.option("--sparse", is_flag=True, help="Let it take kernels for 2:4 weights.")
+@click.option(
+    "--input-shape",
+    multiple=True,
+    metavar="NAME:SIZES",
+    help="Sizes of a dynamic input: 1x3x224x224, or the range MIN..OPT..MAX, as in x:1x3..4x3..8x3.",
+)
+@CALIBRATION
+@click.option("--timing-cache", metavar="FILE", help="Measurements of kernels, read and written back.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--threads", type=int, default=1, show_default=True)
+@click.option("--timeout", type=float, default=3600.0, show_default=True, help="Seconds that one step may take.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@common
+def build(model: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) -> None:
+    """Build a TensorRT or TensorRT-RTX engine; without a GPU as well where the library can (TensorRT-RTX)."""
+    from onnxprune import engines as verb
+
+    output = given.pop("output")
+    if output is None:
+        raise InputError("say where to write with -o", object="build")
+    profiles, to = parse_profiles(given.pop("input_shape")), given.pop("precision")
+    with stages(quiet) as progress:
+        found = verb.build(model, output, profiles, to=to, progress=progress, command=sys.argv[1:], **given)
+    if as_json:
+        say_json(found.record)
+        return
+    record = found.record
+    say(f"wrote {', '.join(shown(path) for path in found.files)}: {record['engine']['bytes']:,} bytes; "
+        f"{found.difference} on {record['difference']['backend']}, {record['difference']['data']}")  # fmt: skip
+    _print_kept(tuple(record["kept"]), to, verbose)
 
 
 @main.command("list")

@@ -35,6 +35,7 @@ __all__ = [
 INLINE = 1_900_000_000  # bytes of weights above which they go to a file of their own
 SMALL = 1024  # bytes up to which a tensor stays in the model file all the same
 ALIGN = 4096
+ENGINES = (".engine", ".plan")
 DATA_LIMIT = 16 * 2**30  # bytes of arrays that a data file may hold
 
 
@@ -47,11 +48,11 @@ def digest(files: Sequence[Path]) -> str:
     return total.hexdigest()
 
 
-def check_output(path: str | Path, source: Source | None, *, force: bool) -> Path:
+def check_output(path: str | Path, source: Source | None, *, force: bool, engine: bool = False) -> Path:
     """Refuse an output that cannot or must not be written. Raises InputError, MachineError."""
     path = Path(path)
     try:
-        if path.suffix.lower() in (".engine", ".plan"):
+        if path.suffix.lower() in ENGINES and not engine:
             raise InputError("engines are written by 'onnxprune build'", file=path)
         if not path.parent.is_dir():
             raise InputError("its folder does not exist", file=path)
@@ -127,9 +128,14 @@ def _commit(temporary: Path, path: Path, force: bool) -> None:
 
 def write_text(path: Path, text: str, *, force: bool = True) -> None:
     """Write a small file whole or not at all. Raises InputError, MachineError."""
+    write_bytes(path, text.encode(), force=force)
+
+
+def write_bytes(path: Path, data: bytes, *, force: bool = True) -> None:
+    """Likewise, for any data."""
     with _disk(path):
         with _temporary(path) as (temporary, file):
-            file.write(text.encode())
+            file.write(data)
         _commit(temporary, path, force)
 
 

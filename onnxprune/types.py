@@ -25,6 +25,14 @@ class Axis(NamedTuple):
         return f"{self.value}:{self.index}"
 
 
+class Profile(NamedTuple):
+    """Shapes of a graph input that an engine is built for: the smallest, the one to be fast at, the largest."""
+
+    least: Shape
+    usual: Shape
+    most: Shape
+
+
 class Signature(NamedTuple):
     """An operator's types: variable or type of each input and output, the last one repeats; what variables allow."""
 

@@ -27,7 +27,9 @@ def rows(what: str) -> list[tuple[str, str]]:
         none = [("none", "What stays keeps its values.")] if what == "reconstructors" else []
         return none + [(name, plugin.help_of(cls)) for name, cls in plugin.available(what).items()]
     if what == "backends":
-        return sorted(runtime.KNOWN.items())
+        with Worker() as worker:
+            missing = worker.call(runtime.missing)
+        return [(name, f"{text}: {missing[name] or 'ready'}") for name, text in sorted(runtime.KNOWN.items())]
     if what == "ops":
         return ops.known()
     return list(KINDS.items())

@@ -34,7 +34,7 @@ LAYERS = (
     ("evidence", "bases", "reconstruct"),
     ("allocate",),
     ("recovery",),
-    ("pipeline", "batch", "export", "realize", "verbs", "audit"),
+    ("pipeline", "batch", "export", "engines", "realize", "verbs", "audit"),
     ("cli", "__init__", "__main__"),
 )
 
@@ -53,7 +53,18 @@ OUTSIDE = {
     "scipy": ("dims", "lsq", "passes.*"),
     "networkx": ("dims",),
     "google": ("reading",),  # protobuf
-    "onnx": ("reading", "storage", "model", "rewrite", "verify", "infer", "outcome", "flow", "precision"),
+    "onnx": (
+        "reading",
+        "storage",
+        "model",
+        "rewrite",
+        "verify",
+        "infer",
+        "outcome",
+        "flow",
+        "precision",
+        "runtime.tensorrt",
+    ),
     "onnx_ir": (
         "reading",
         "storage",
@@ -76,6 +87,9 @@ OUTSIDE = {
     ),
     "onnxruntime": ("runtime.ort",),
     "openvino": ("runtime.openvino",),
+    "tensorrt": ("runtime.tensorrt",),
+    "tensorrt_rtx": ("runtime.tensorrt",),
+    "onnx_graphsurgeon": ("runtime.tensorrt",),
     "pydantic": ("report", "recipe"),
     "yaml": ("recipe",),
     "click": ("cli",),

@@ -8,13 +8,12 @@ from typing import Protocol
 from onnxprune.errors import InputError, MachineError
 from onnxprune.types import Array
 
-LATER = "not built into this version yet"
 KNOWN: Mapping[str, str] = {
-    "cpu": "ONNX Runtime on the CPU: pip install 'onnxprune[cpu]'",
-    "cuda": "ONNX Runtime on an NVIDIA GPU: pip install 'onnxprune[gpu]' in an environment without onnxruntime",
-    "openvino": "OpenVINO on the CPU: pip install 'onnxprune[openvino]'",
-    "tensorrt": LATER,
-    "tensorrt-rtx": LATER,
+    "cpu": "ONNX Runtime on the CPU",
+    "cuda": "ONNX Runtime on an NVIDIA GPU",
+    "openvino": "OpenVINO on the CPU",
+    "tensorrt": "TensorRT 10 or 11 on an NVIDIA GPU",
+    "tensorrt-rtx": "TensorRT-RTX on an NVIDIA GPU; engines are built without one too",
 }
 
 
@@ -48,19 +47,35 @@ class Backend(Protocol):
 
 
 def known(name: str) -> str:
-    """The name of a backend of this version. Raises InputError for an unknown one, MachineError for a later one."""
+    """The name of a backend. Raises InputError for an unknown one."""
     if name not in KNOWN:
         raise InputError(f"unknown backend; there are {', '.join(KNOWN)}", object=name)
-    if KNOWN[name] == LATER:
-        raise MachineError(f"{LATER}; use cpu, cuda or openvino", object=f"backend {name}")
     return name
 
 
-def backend(name: str) -> Backend:
-    """A backend by name, ready to use; imports its runtime, so call it in the child. Raises as `known` does."""
-    from onnxprune.runtime import openvino, ort
+def found(name: str) -> Backend:
+    """A backend by name, whether it can be used here or not. Raises InputError for an unknown one."""
+    from onnxprune.runtime import openvino, ort, tensorrt
 
-    found: Backend = openvino.VinoBackend() if known(name) == "openvino" else ort.BACKENDS[name]
-    if reason := found.available():
+    if known(name) in tensorrt.NAMES:
+        return tensorrt.EngineBackend(name)
+    return openvino.VinoBackend() if name == "openvino" else ort.BACKENDS[name]
+
+
+def backend(name: str) -> Backend:
+    """A backend by name, ready to use; imports its runtime, so call it in the child. Raises MachineError without it."""
+    wanted = found(name)
+    if reason := wanted.available():
         raise MachineError(reason, object=f"backend {name}")
-    return found
+    return wanted
+
+
+def missing() -> dict[str, str | None]:
+    """{backend: None, or why it cannot be used here and what to install}; call it in the child."""
+    reasons: dict[str, str | None] = {}
+    for name in KNOWN:
+        try:
+            reasons[name] = found(name).available()
+        except MachineError as error:
+            reasons[name] = error.message
+    return reasons
