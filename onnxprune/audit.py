@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxprune import precision, storage
 from onnxprune import report as reports
-from onnxprune import storage
 from onnxprune import verify as proof
 from onnxprune.analysis import Analysis
 from onnxprune.branches import Dropped
@@ -23,6 +23,7 @@ from onnxprune.infer import bodies, initializers, names, walk
 from onnxprune.prove import Prover
 from onnxprune.realize import realize
 from onnxprune.rewrite import apply
+from onnxprune.runtime import ort
 from onnxprune.sites import stored as stored_in
 from onnxprune.types import Axis, Mask, Plan, Shape
 from onnxprune.worker import Worker
@@ -69,7 +70,15 @@ def verify(dense: str, pruned: str, plan: str, input_shape: Mapping[str, Shape],
         prover.check_dense(worker)
         differences = prover.prove(worker, rebuilt, removals, alive)
     _check(differences, "differs from the dense model without the removed units", Path(pruned).name)
-    _same(rebuilt, small, frozenset(report.repaired), Path(pruned).name)
+    repaired = frozenset(report.repaired)
+    if report.precision is not None:
+        types = analysis.prepared.facts.types
+        with Worker() as worker:
+            signatures = worker.call(ort.signatures, precision.foreign(rebuilt))
+        again = precision.cast(rebuilt, report.precision.to, types, signatures, kept=report.precision.kept)
+        rebuilt = again.model
+        repaired |= {copy for copy, original in again.copies.items() if original in repaired}
+    _same(rebuilt, small, repaired, Path(pruned).name)
     return {"proven": True, "inputs": len(prover.feeds), "differences": [asdict(d) for d in differences]}
 
 

@@ -254,6 +254,9 @@ PRUNING = (
     click.option("--ignore", multiple=True, metavar="GLOB", help="Nodes or initializers whose units stay."),
     click.option("--min-keep", type=int, default=1, show_default=True, help="Fewest units left in a group."),
     shapes_option,
+    click.option(
+        "--precision", default="fp32", show_default=True, metavar="fp32|fp16", help="What the result computes in."
+    ),
     click.option("--backend", default="cpu", show_default=True, help="Where latency is measured."),
     click.option("--no-measure", is_flag=True, help="Do not measure latency."),
     click.option("--recipe", metavar="FILE", help="These options as YAML; the command line wins."),

@@ -83,8 +83,7 @@ def build(
         progress("run the model")
         feeds = export.fitting(analysis, samples, usual, worker, seed, threads)
         dense = str(storage.dump(analysis.dense, folder, "dense", external=source.external))
-        run = precision.running(worker, threads)
-        wanted = run(dense, feeds, None)
+        wanted = precision.running(worker, threads)(dense, feeds, None)
         progress(f"cast to {to}")
         types = analysis.prepared.facts.types
         made = named(
@@ -92,13 +91,14 @@ def build(
             lambda: precision.converted(graph, to, types, feeds, worker, threads=threads, strict=False),
         )
         copy = str(storage.dump(made.model, folder, "model", external=source.external))
-        runnable = precision.widened(made.model) if to == "bf16" else made.model
-        narrow = str(storage.dump(runnable, folder, "runnable", external=source.external))
-        found = precision.running(worker, threads, optimise=to != "bf16")(narrow, feeds, None)
-        named(source.path, lambda: precision.check_finite(wanted, found, made, analysis.dense, types, feeds, run, to))
-        progress("build the engine")
         ready, engine = f"{folder}/ready.onnx", Path(folder) / f"result{output.suffix}"
         worker.call(tensorrt.ready, copy, ready)
+        runnable = ready
+        if to == "bf16":  # ONNX Runtime has no kernels for it on the CPU
+            runnable = str(storage.dump(precision.widened(made.model), folder, "wide", external=source.external))
+        found = precision.running(worker, threads, optimise=to != "bf16")(runnable, feeds, None)
+        named(source.path, lambda: precision.check_finite(wanted, found, made, analysis.dense, types, feeds, worker))
+        progress("build the engine")
         built: tensorrt.Built = named(
             source.path,
             lambda: worker.call(tensorrt.build, backend, ready, str(engine), whole, sparse, cache, True),

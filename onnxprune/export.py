@@ -93,10 +93,9 @@ def export(
         if precision == "bf16":  # ONNX Runtime has no kernels for it on the CPU
             result = storage.dump(precisions.widened(made.model), folder, "widened", external=source.external)
         found = worker.call(_run, runs_on, str(result), feeds, threads, precision != "bf16")
-        run = precisions.running(worker, threads)
         named(
             source.path,
-            lambda: precisions.check_finite(wanted, found, made, analysis.dense, types, feeds, run, precision),
+            lambda: precisions.check_finite(wanted, found, made, analysis.dense, types, feeds, worker),
         )
         difference = precisions.difference(wanted, found)
         if precision == "fp32" and not difference.holds(MOST):

@@ -25,6 +25,7 @@ from onnxprune.bases import Bases
 from onnxprune.cost import Cost
 from onnxprune.errors import ImpossibleError, InputError, InternalError
 from onnxprune.model import Model
+from onnxprune.precision import Cast, judged
 from onnxprune.prove import Prover
 from onnxprune.recipe import KINDS, Methods, Options, check, recorded
 from onnxprune.recovery import Recovery, Repaired
@@ -352,6 +353,7 @@ class Proven:
     gone: list[verify.Removal]
     differences: list[verify.Difference] | None
     unproven: list[int]
+    cast: Cast | None = None
 
 
 def _one(
@@ -375,7 +377,17 @@ def _one(
     with clock.stage("repair"):
         repaired = recovery.repair(proven.plan, proven.model)
         proven = replace(proven, model=repaired.model)
+    if options.precision != "fp32":
+        with clock.stage("cast"):
+            proven = _cast(analysis, proven, options, prover, worker)
     return measured(analysis, options, path, proven, prover, worker, evaluation, clock, command, groups, repaired)
+
+
+def _cast(analysis: Analysis, proven: Proven, options: Options, prover: Prover, worker: Worker) -> Proven:
+    """In the precision that was asked for: the proof speaks of the model before."""
+    types = analysis.prepared.facts.types
+    made = named(analysis.source.path, lambda: judged(proven.model, options.precision, types, prover.feeds, worker))
+    return replace(proven, model=made.model, cast=made)
 
 
 def measured(
@@ -475,7 +487,12 @@ def changes(
             for f in (*analysis.frozen(groups), *_unproven(analysis, proven))
         ],
         "removed": [reports.RemovedRow.model_validate(removal.entry()) for removal in proven.gone],
-        "rewrites": [*(f"folded {name}" for name in analysis.prepared.folded if proven.gone), *rewrites],
+        "rewrites": [
+            *(f"folded {name}" for name in analysis.prepared.folded if proven.gone),
+            *rewrites,
+            *([f"cast to {options.precision}"] if proven.cast else []),
+        ],
+        "precision": proven.cast and reports.PrecisionRow(to=options.precision, kept=list(proven.cast.kept)),
         "kept": _kept(analysis, proven.gone),
         "bypass": list(dropped.bypass),
         "interface": reports.InterfaceRow(inputs=list(dropped.inputs), outputs=list(dropped.outputs)),

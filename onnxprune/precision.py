@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -47,14 +47,14 @@ Run = Callable[[str, Sequence[Mapping[str, Array]], Sequence[str] | None], list[
 
 @dataclass(frozen=True)
 class Cast:
-    """A model in half precision; `half` is how many operators compute in it, `kept` those that its range kept out.
+    """A model in another precision; `kept` are operators that its range kept out, by their first output.
 
-    Operators go by their first output.
+    `copies` are initializers that were added because others read the original in float32: {name: original}.
     """
 
     model: Model
-    half: int
-    kept: tuple[str, ...]
+    kept: tuple[str, ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
 
 
 def check(precision: str, among: Sequence[str] = PRECISIONS) -> str:
@@ -76,14 +76,15 @@ def cast(
     signatures: Mapping[tuple[str, str], Signature],
     *,
     ranges: Mapping[str, float] | None = None,
-    kept: Collection[str] = (),
+    kept: Collection[str] | None = None,
     strict: bool = True,
 ) -> Cast:
     """A copy of a model that computes in half precision where that is safe.
 
     `types` are ONNX element types by value, `signatures` those of operators of other domains, `ranges` the largest
-    magnitude of values on data; `kept` operators stay as they are. Not `strict`: what may compute in fp16 by the
-    operator sets of the model may compute in bf16 too, which the sets allow only later.
+    magnitude of values on data. With `kept` these operators stay as they are and nothing is judged: what an earlier
+    cast did is done again. Not `strict`: what may compute in fp16 by the operator sets of the model may compute in
+    bf16 too, which the sets allow only later.
     """
     model = model.clone()
     normalise(model)
@@ -98,18 +99,20 @@ def cast(
     for node in graph:
         signature = signatures.get((node.domain, node.op_type)) or _signature(node, model)
         found = _slots(node, types, signature, spelled) if signature is not None else None
-        if found is None or not _wanted(node, found[0], half) or str(node.outputs[0].name) in kept:
+        if found is None or not _wanted(node, found[0], half) or str(node.outputs[0].name) in (kept or ()):
             continue
         given, made = found
-        if not all(limits.hold(value) for value in (*(node.inputs[k] for k in given), *made) if value is not None):
+        if kept is None and not all(
+            limits.hold(value) for value in (*(node.inputs[k] for k in given), *made) if value is not None
+        ):
             out.append(str(node.outputs[0].name))
             continue
         slots[node] = given
         half.update(made)
     if not slots:
         raise ImpossibleError(f"no operator of it can compute in {precision} at its operator set")
-    _insert(graph, slots, half, kind)
-    return Cast(model, len(slots), tuple(sorted({*out, *kept})))
+    copies = _insert(graph, slots, half, kind)
+    return Cast(model, tuple(sorted(out if kept is None else kept)), copies)
 
 
 @dataclass(frozen=True)
@@ -190,8 +193,8 @@ def _wanted(node: ir.Node, given: Sequence[int], half: Collection[ir.Value]) -> 
 
 def _insert(
     graph: ir.Graph, slots: Mapping[ir.Node, Sequence[int]], half: Collection[ir.Value], kind: ir.DataType
-) -> None:
-    """Give the operators half-precise inputs, and everybody else what they had."""
+) -> dict[str, str]:
+    """Give the operators half-precise inputs, and everybody else what they had; {copy of an initializer: original}."""
     suffix = f"_{kind.name.lower()}"
     places = {(node, k) for node, given in slots.items() for k in given}
     ready: dict[ir.Value, ir.Value] = {}
@@ -222,6 +225,8 @@ def _insert(
             node.replace_input_with(k, wide)
         for k in ends:
             graph.outputs[k] = wide
+    stored = {value: made for value, made in ready.items() if value is not made and made.const_value is not None}
+    return {str(made.name): str(value.name) for value, made in stored.items()}
 
 
 def _narrowed(
@@ -371,11 +376,11 @@ def converted(
 ) -> Cast:
     """A model in another precision, judged and calibrated on feeds: half by casts, int8 by Q and DQ, fp32 as it is."""
     if precision == "fp32":
-        return Cast(model, 0, ())
+        return Cast(model)
     if precision == "int8":
         return _quantised(model, feeds, worker)
     run = running(worker, threads)
-    seen = ranges(model, types, feeds, run)
+    seen = ranges(model, types, feeds, run) if feeds else None
     signatures = worker.call(ort.signatures, foreign(model))
     return cast(model, precision, types, signatures, ranges=seen, strict=strict)
 
@@ -386,10 +391,9 @@ def _quantised(model: Model, feeds: Sequence[Mapping[str, Array]], worker: Worke
         path = str(dump(model, folder, "whole"))
         worker.call(ort.quantise, path, str(target), [dict(feed) for feed in feeds], model.opset_imports.get("", 0))
         found, _ = read_model(target)
-    count = sum(node.op_type == "QuantizeLinear" for node in walk(found.graph))
-    if not count:
+    if not any(node.op_type == "QuantizeLinear" for node in walk(found.graph)):
         raise ImpossibleError("no operator of it can compute in int8")
-    return Cast(found, count, ())
+    return Cast(found)
 
 
 def running(worker: Worker, threads: int, optimise: bool = True) -> Run:
@@ -452,11 +456,23 @@ def check_finite(
     dense: Model,
     types: Mapping[str, int],
     feeds: Sequence[Mapping[str, Array]],
-    run: Run,
-    precision: str,
+    worker: Worker,
 ) -> None:
-    """Raise ImpossibleError where an output that was finite is not so any more, with the first value that is not."""
-    if not (bad := next(infinite(found, wanted), None)):
-        return
-    guilty = culprit(made.model, types, ranges(dense, types, feeds, run), feeds, run) if precision in HALVES else ""
-    raise ImpossibleError(f"is not finite in {precision}, and was in fp32", object=guilty or bad)
+    """Raise ImpossibleError with the first value that is not finite, where an output was finite and is not any more."""
+    if bad := next(infinite(found, wanted), None):
+        run = running(worker, 1)
+        guilty = culprit(made.model, types, ranges(dense, types, feeds, run), feeds, run)
+        raise ImpossibleError("is not finite in this precision, and was in fp32", object=guilty or bad)
+
+
+def judged(
+    model: Model, precision: str, types: Mapping[str, int], feeds: Sequence[Mapping[str, Array]], worker: Worker
+) -> Cast:
+    """`converted`, and what was finite on the feeds is so still."""
+    made = converted(model, precision, types, feeds, worker)
+    if precision != "fp32" and feeds:
+        with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+            paths = [str(dump(each, folder, name)) for name, each in (("whole", model), ("made", made.model))]
+            wanted, found = (worker.call(ort.run, path, list(feeds)) for path in paths)
+        check_finite(wanted, found, made, model, types, feeds, worker)
+    return made

@@ -49,6 +49,7 @@ class Options:
     ignore: tuple[str, ...] = ()
     min_keep: int = 1
     input_shape: Mapping[str, Shape] = field(default_factory=dict)
+    precision: str = "fp32"
     backend: str = "cpu"
     measure: bool = True
     strict: bool = False
@@ -61,6 +62,7 @@ class Options:
     allow_interface_change: bool = False
 
 
+WRITTEN = ("fp32", "fp16")  # precisions of a pruned model
 EFFORTS = ("quick", "default", "thorough")
 
 
@@ -113,6 +115,9 @@ def check(options: Options) -> None:
         raise InputError("a number of seconds above 0", object=f"--timeout {options.timeout:g}")
     if options.effort not in EFFORTS:
         raise InputError(f"one of {', '.join(EFFORTS)}", object=f"--effort {options.effort}")
+    if options.precision not in WRITTEN:
+        what = f"a pruned model is {' or '.join(WRITTEN)}; 'build' and 'export' take it to others"
+        raise InputError(what, object=f"--precision {options.precision}")
     select.parse_size(options.memory)
     methods = Methods.of(options)
     criterion = plugin.build("criteria", methods.criterion)

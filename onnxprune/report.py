@@ -87,6 +87,13 @@ class InterfaceRow(Strict):
     outputs: list[str] = []
 
 
+class PrecisionRow(Strict):
+    """What the written model computes in, after all else; operators that stay in fp32, by their first output."""
+
+    to: str
+    kept: list[str]
+
+
 class Verification(Strict):
     """How the proof was made; `proven` is False only with --unproven."""
 
@@ -114,6 +121,7 @@ class Report(Strict):
     repaired: list[str] = []
     rewrites: list[str] = []
     kept: dict[str, dict[str, list[int]]]
+    precision: PrecisionRow | None = None
     verification: Verification
     quality: dict[str, Any]
     timing: dict[str, float]

@@ -208,8 +208,6 @@ def test_an_endless_loop_is_stopped(tmp_path: Path) -> None:
 def test_backends_that_are_not() -> None:
     with pytest.raises(InputError, match="there are cpu, cuda"):
         runtime.known("abacus")
-    with pytest.raises(MachineError, match="not built into this version"):
-        runtime.known("tensorrt-rtx")
 
 
 def test_cuda_is_there_or_an_error(tmp_path: Path) -> None:
