@@ -93,11 +93,14 @@ def build(
         copy = str(storage.dump(made.model, folder, "model", external=source.external))
         ready, engine = f"{folder}/ready.onnx", Path(folder) / f"result{output.suffix}"
         worker.call(tensorrt.ready, copy, ready)
-        runnable = ready
-        if to == "bf16":  # ONNX Runtime has no kernels for it on the CPU
-            runnable = str(storage.dump(precision.widened(made.model), folder, "wide", external=source.external))
-        found = precision.running(worker, threads, optimise=to != "bf16")(runnable, feeds, None)
-        named(source.path, lambda: precision.check_finite(wanted, found, made, analysis.dense, types, feeds, worker))
+        if to in precision.HALVES:
+            found = precision.rounded(made.model, to, feeds, worker, source.external)
+        else:
+            found = precision.running(worker, threads)(ready, feeds, None)
+        named(
+            source.path,
+            lambda: precision.check_finite(wanted, found, made.model, analysis.dense, types, feeds, worker),
+        )
         progress("build the engine")
         built: tensorrt.Built = named(
             source.path,

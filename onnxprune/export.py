@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from onnxprune import precision as precisions
@@ -90,13 +91,13 @@ def export(
         if to != "onnx":
             worker.call(openvino.convert if to == "openvino" else ort.convert, copy, str(result))
         progress("compare")
-        if precision == "bf16":  # ONNX Runtime has no kernels for it on the CPU
-            result = storage.dump(precisions.widened(made.model), folder, "widened", external=source.external)
-        found = worker.call(_run, runs_on, str(result), feeds, threads, precision != "bf16")
-        named(
-            source.path,
-            lambda: precisions.check_finite(wanted, found, made, analysis.dense, types, feeds, worker),
-        )
+        near = wanted
+        if precision in precisions.HALVES:
+            near = precisions.rounded(made.model, precision, feeds, worker, source.external)
+        found = near if precision == "bf16" else worker.call(_run, runs_on, str(result), feeds, threads)
+        for outputs in (near, found):
+            check = partial(precisions.check_finite, wanted, outputs, made.model, analysis.dense, types, feeds, worker)
+            named(source.path, check)
         difference = precisions.difference(wanted, found)
         if precision == "fp32" and not difference.holds(MOST):
             raise InternalError(f"{difference} once it is in this format", file=source.path)
@@ -131,9 +132,7 @@ def fitting(
     return fit
 
 
-def _run(
-    name: str, model: str, feeds: Sequence[Mapping[str, Array]], threads: int, optimise: bool = True
-) -> list[dict[str, Array]]:
+def _run(name: str, model: str, feeds: Sequence[Mapping[str, Array]], threads: int) -> list[dict[str, Array]]:
     """In the child: outputs for each feed on a backend."""
-    session = backend(name).session(model, threads=threads, optimise=optimise)
+    session = backend(name).session(model, threads=threads)
     return [session.run(feed) for feed in feeds]
