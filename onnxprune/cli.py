@@ -606,6 +606,7 @@ def verify(dense: str, pruned: str, plan: str, as_json: bool, verbose: bool, qui
 @click.option("--threads", type=int, default=1, show_default=True)
 @click.option("--rounds", type=int, default=30, show_default=True)
 @click.option("--seconds", type=float, default=20.0, show_default=True, help="Most time to spend.")
+@click.option("--trust-engine", is_flag=True, help="Run engines that others built: they are native code.")
 @shapes_option
 @common
 def measure(models: tuple[str, ...], as_json: bool, verbose: bool, quiet: bool, **given: Any) -> None:
@@ -621,6 +622,7 @@ def measure(models: tuple[str, ...], as_json: bool, verbose: bool, quiet: bool, 
         given["threads"],
         given["rounds"],
         given["seconds"],
+        given["trust_engine"],
     )
     ratios = [row.cpu_ms / rows[0].cpu_ms if rows[0].cpu_ms else float("nan") for row in rows]
     if as_json:

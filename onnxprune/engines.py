@@ -104,7 +104,7 @@ def build(
         progress("build the engine")
         built: tensorrt.Built = named(
             source.path,
-            lambda: worker.call(tensorrt.build, backend, ready, str(engine), whole, sparse, cache, True),
+            lambda: worker.call(tensorrt.build, backend, [ready, copy], str(engine), whole, sparse, cache, True),
         )
         ran, where = _on_gpu(worker, backend, engine, feeds)
         difference = precision.difference(wanted, found if ran is None else ran)

@@ -16,7 +16,7 @@ from onnxprune.errors import InputError
 from onnxprune.model import input_sizes
 from onnxprune.prove import Prover
 from onnxprune.recipe import KINDS
-from onnxprune.runtime import ort
+from onnxprune.runtime import ort, tensorrt
 from onnxprune.types import Axis, Shape
 from onnxprune.worker import Worker
 
@@ -98,12 +98,32 @@ def compare_models(
 
 
 def measure_models(
-    models: Sequence[str], input_shape: Mapping[str, Shape], backend: str, threads: int, rounds: int, seconds: float
+    models: Sequence[str],
+    input_shape: Mapping[str, Shape],
+    backend: str,
+    threads: int,
+    rounds: int,
+    seconds: float,
+    trust_engine: bool = False,
 ) -> list[latency.Latency]:
-    """Interleaved latency of models with one interface, at the given sizes (else batch 1 and stated defaults)."""
+    """Interleaved latency of models with one interface, at the given sizes (else batch 1 and stated defaults).
+
+    Engines are native code: only with `trust_engine`, and behind a model that says what goes in.
+    """
+    for path in models:
+        if Path(path).suffix.lower() in storage.ENGINES:
+            if not trust_engine:
+                what = "an engine is native code of whoever built it; --trust-engine runs it all the same"
+            elif backend not in tensorrt.NAMES:
+                what = f"an engine needs --backend {' or '.join(tensorrt.NAMES)}"
+            elif path == models[0]:
+                what = "name the ONNX model that it was built of before it"
+            else:
+                continue
+            raise InputError(what, file=path)
     if threads < 1 or rounds < 1 or not seconds > 0:
         raise InputError("--threads, --rounds and --seconds are positive", object="measure")
-    read = [storage.read_model(path)[0] for path in models]
+    read = [storage.read_model(path)[0] for path in models if Path(path).suffix.lower() not in storage.ENGINES]
     given = named(models[0], lambda: input_sizes(read[0], input_shape))
     shapes = cost_shapes(read[0], given)
     feed = feeds.random_feed(read[0].graph, shapes, 0)

@@ -113,18 +113,18 @@ def ready(model: str, target: str) -> None:
 
 def build(
     name: str,
-    model: str,
+    models: Sequence[str],
     target: str,
     profiles: Mapping[str, Profile],
     sparse: bool,
     cache: bytes | None,
     inspect: bool,
 ) -> Built:
-    """Write the engine of an ONNX model to `target`. Raises ImpossibleError with the library's reason."""
+    """Write the engine of the first of these ONNX models that is understood. Raises ImpossibleError with the reason."""
     trt = library(name)
     log = logger(trt)
     builder = trt.Builder(log)
-    network = _parsed(trt, log, builder, name, model)
+    network, _parser = _parsed(trt, log, builder, name, models)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     sparse = sparse and hasattr(trt.BuilderFlag, "SPARSE_WEIGHTS")
@@ -149,20 +149,23 @@ def build(
     )
 
 
-def _parsed(trt: Any, log: Any, builder: Any, name: str, model: str) -> Any:
-    """The network of an ONNX model. 11 and RTX type strongly whatever the flag; 10 has to be asked."""
+def _parsed(trt: Any, log: Any, builder: Any, name: str, models: Sequence[str]) -> tuple[Any, Any]:
+    """(network, its parser, which owns the weights). 11 and RTX type strongly whatever the flag; 10 has to be asked."""
     strong = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if strong is None else 1 << int(strong))
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(model):
+    why: list[ImpossibleError] = []
+    for model in models:
+        network = builder.create_network(0 if strong is None else 1 << int(strong))
+        parser = trt.OnnxParser(network, log)
+        if parser.parse_from_file(model):
+            log.errors.clear()
+            return network, parser
         errors = [parser.get_error(k) for k in range(parser.num_errors)]
-        first = errors[0] if errors else None
-        node = first.node_name() if first is not None else ""
-        operator = first.node_operator() if first is not None else ""
-        reason = first.desc() if first is not None else log.reason()
+        node, operator, reason = "", "the model", log.reason()
+        if errors:
+            node, operator, reason = errors[0].node_name(), errors[0].node_operator(), errors[0].desc()
         where = f"node '{node}'" if node else ""
-        raise ImpossibleError(f"{NAMES[name]} cannot take {operator or 'the model'}: {reason}", object=where)
-    return network
+        why.append(ImpossibleError(f"{NAMES[name]} cannot take {operator}: {reason}", object=where))
+    raise why[0]
 
 
 def _profile(builder: Any, config: Any, network: Any, name: str, profiles: Mapping[str, Profile]) -> None:
@@ -344,7 +347,7 @@ class EngineSession:
             with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
                 copy, path = Path(folder) / "ready.onnx", Path(folder) / "engine"
                 ready(self.model, str(copy))
-                build(self.name, str(copy), str(path), profiles, True, None, False)
+                build(self.name, [str(copy), self.model], str(path), profiles, True, None, False)
                 data = path.read_bytes()
         log = logger(trt)
         made = trt.Runtime(log).deserialize_cuda_engine(data)
