@@ -59,6 +59,8 @@ def build(
     if backend not in tensorrt.NAMES:
         raise InputError(f"engines are for {' and '.join(tensorrt.NAMES)}", object=f"--backend {backend}")
     precision.check(to)
+    if timing_cache is not None and backend == "tensorrt-rtx":
+        raise InputError("TensorRT-RTX has no timing cache, it chooses kernels where it runs", object="--timing-cache")
     output = Path(output)
     if output.suffix not in storage.ENGINES:
         raise InputError(f"the name of an engine ends in {' or '.join(storage.ENGINES)}", file=output)

@@ -347,12 +347,10 @@ def culprit(
 ) -> str:
     """The first value that is finite in float32 (`wanted`, its magnitudes) and not in this model; "" if none is."""
     found = ranges(widened(made), types, feeds, run)  # before each is rounded
-    most = {HALVES[name]: limits[1] for name, limits in NORMAL.items()}
+    most: dict[ir.DataType | None, float] = {HALVES[name]: limits[1] for name, limits in NORMAL.items()}
     for value in (value for node in made.graph for value in node.outputs):
-        name = str(value.name)
-        if np.isfinite(wanted.get(name, 0.0)) and found.get(name, 0.0) > most.get(
-            value.dtype, np.finfo(np.float32).max
-        ):
+        name, limit = str(value.name), most.get(value.dtype, float(np.finfo(np.float32).max))
+        if np.isfinite(wanted.get(name, 0.0)) and found.get(name, 0.0) > limit:
             return name
     return ""
 

@@ -74,22 +74,13 @@ def test_an_engine_and_its_record(model: Path, to: str) -> None:
 
 
 @RTX
-def test_fixed_sizes_and_a_timing_cache(model: Path) -> None:
-    out, cache = model.with_name("m.plan"), model.with_name("c.bin")
-    more = ["--input-shape", "x:1x3x8x8", "--timing-cache", cache]
+def test_fixed_sizes(model: Path) -> None:
+    out, more = model.with_name("m.plan"), ["--input-shape", "x:1x3x8x8"]
     assert run("build", model, "-o", out, *more)[0] == 0
-    assert cache.stat().st_size
     assert json.loads(out.with_name("m.plan.json").read_text())["inputs"] == {"x": ["float", [1, 3, 8, 8]]}
     code, _, errors = run("build", model, "-o", out, *more)
     assert code == 2
     assert "--force" in errors
-    assert run("build", model, "-o", out, *more, "--force")[0] == 0  # the cache is read this time
-    cache.write_bytes(b"not a cache")
-    before = out.read_bytes()
-    code, _, errors = run("build", model, "-o", out, *more, "--force")
-    assert code == 2
-    assert "--timing-cache" in errors
-    assert out.read_bytes() == before
 
 
 @RTX
@@ -98,13 +89,9 @@ def test_fixed_sizes_and_a_timing_cache(model: Path) -> None:
     [
         "residual CNN",
         "channel shuffle",
-        "squeeze and excite",
         "U-Net at any size",
-        "resized to computed sizes",
-        "heads, one packed projection, square",
         "grouped queries, rotary, computed sizes",
         "stacked GRU",
-        "pre-norm blocks",
     ],
 )
 def test_what_is_built_dense_is_built_pruned(name: str, tmp_path: Path) -> None:
@@ -144,6 +131,7 @@ def test_what_it_cannot_take_is_named(tmp_path: Path) -> None:
         ("m.engine", ["--input-shape", "z:1x3x8x8"], 2, "no such graph input"),
         ("m.engine", ["--backend", "cpu"], 2, "engines are for"),
         ("m.engine", ["--precision", "fp8"], 2, "unknown precision"),
+        ("m.engine", ["--timing-cache", "c.bin"], 2, "no timing cache"),
         ("m.onnx", [], 2, "ends in .engine"),
         ("missing/m.engine", ["--input-shape", "x:1x3x8x8"], 2, "folder does not exist"),
         ("m.engine", ["--input-shape", "x:1x3x8x8", "--calibration", "c.npz"], 2, "no array for this graph input"),

@@ -130,15 +130,19 @@ def build(
     sparse = sparse and hasattr(trt.BuilderFlag, "SPARSE_WEIGHTS")
     if sparse:
         config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
-    if cache is not None and not config.set_timing_cache(config.create_timing_cache(cache), False):
-        raise InputError(f"{NAMES[name]} does not take it; it is of another version or GPU", object="--timing-cache")
+    if cache is not None:
+        kept = config.create_timing_cache(cache)
+        if kept is None or not config.set_timing_cache(kept, False):
+            raise InputError(
+                f"{NAMES[name]} does not take it; it is of another version or GPU", object="--timing-cache"
+            )
     _profile(builder, config, network, name, profiles)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise ImpossibleError(f"{NAMES[name]} cannot build an engine: {log.reason()}")
     data = memoryview(engine)
     Path(target).write_bytes(data)
-    after = config.get_timing_cache()
+    after = config.get_timing_cache() if cache is not None else None
     return Built(
         str(trt.__version__),
         _ports(network.get_input, network.num_inputs),
