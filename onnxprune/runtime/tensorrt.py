@@ -123,6 +123,7 @@ def build(
     """Write the engine of the first of these ONNX models that is understood. Raises ImpossibleError with the reason."""
     trt = library(name)
     log = logger(trt)
+    trt.init_libnvinfer_plugins(log, "")  # some operators are plugins that come with the library
     builder = trt.Builder(log)
     network, _parser = _parsed(trt, log, builder, name, models)
     config = builder.create_builder_config()
@@ -354,6 +355,7 @@ class EngineSession:
                 build(self.name, [str(copy), self.model], str(path), profiles, True, None, False)
                 data = path.read_bytes()
         log = logger(trt)
+        trt.init_libnvinfer_plugins(log, "")
         made = trt.Runtime(log).deserialize_cuda_engine(data)
         if made is None:
             raise ImpossibleError(f"{NAMES[self.name]} cannot load the engine: {log.reason()}")
