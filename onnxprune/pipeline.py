@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune import feeds, plugin, quality, storage, verify
+from onnxprune import feeds, plugin, quality, runtime, storage, verify
 from onnxprune import measure as latency
 from onnxprune import report as reports
 from onnxprune import select as selection
@@ -264,6 +264,8 @@ def family(
     variants = [replace(options, remove=this.remove) for options in variants]
     first = variants[0]
     with Worker(seconds=first.timeout) as worker:
+        if first.measure and not first.dry_run:
+            worker.call(runtime.backend, first.backend)  # before hours of work for a latency that cannot be had
         prover = Prover(analysis, this.calibration, first.seed, first.threads)
         with clock.stage("run the dense model"):
             check_dense(prover, worker, first)

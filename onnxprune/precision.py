@@ -184,8 +184,9 @@ def _type(value: ir.Value, types: Mapping[str, int]) -> ir.DataType | None:
 
 def _wanted(node: ir.Node, given: Sequence[int], half: Collection[ir.Value]) -> bool:
     """Whether an operator that can compute in half precision should."""
-    if node.op_type in WIDE:
-        return False
+    makers = [value.producer() for value in node.inputs if value is not None]
+    if node.op_type in WIDE or any(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers):
+        return False  # what is quantised stays so
     computed = [value for k in given if (value := node.inputs[k]) is not None and value.const_value is None]
     moves = any(value is not None and value.const_value is None for value in node.inputs)
     return moves and (node.op_type in PRODUCTS or all(value in half for value in computed))

@@ -140,12 +140,24 @@ def write_bytes(path: Path, data: bytes, *, force: bool = True) -> None:
 
 
 def publish(files: Mapping[Path, Path], *, force: bool) -> None:
-    """Give finished files {temporary: path} their names, the last one last; all lie on one disk. Raises as above."""
-    for temporary, path in files.items():
-        with _disk(path):
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            _commit(temporary, path, force)
+    """Give finished files {temporary: path} their names, the last one last; all lie on one disk. Raises as above.
+
+    Where one cannot have its name, those that are new before it go again.
+    """
+    done: list[Path] = []
+    try:
+        for temporary, path in files.items():
+            with _disk(path):
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+                fresh = not os.path.lexists(path)
+                _commit(temporary, path, force)
+                done += [path] if fresh else []
+    except BaseException:
+        for path in done:
+            with suppress(OSError):
+                path.unlink()
+        raise
 
 
 def dump(model: ir.Model, folder: str | Path, name: str, *, external: bool = False) -> Path:
