@@ -148,7 +148,7 @@ CALIBRATION = click.option("--calibration", metavar="PATH", help=".npz, .npy or 
 def _print_kept(kept: tuple[str, ...], precision: str, verbose: bool) -> None:
     if kept:
         some = ", ".join(map(shown, kept if verbose else kept[:3])) + ("" if verbose or len(kept) <= 3 else ", ...")
-        say(f"{len(kept)} operators stay in fp32, their numbers leave the range of {precision}: {some}")
+        say(f"{len(kept)} operators that {precision} does not suit stay in fp32: {some}")
 
 
 def parse_shapes(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:

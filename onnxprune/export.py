@@ -27,7 +27,7 @@ MOST = 0.05  # relative output difference from which on a conversion is wrong
 class Exported:
     """What was written: files, their bytes, how far outputs differ from the model's on `data`, on which backend.
 
-    `kept` are operators that stay in fp32 because their numbers leave the range of the precision asked for.
+    `kept` are operators that stay in fp32 because the precision does not suit them.
     """
 
     files: tuple[Path, ...]

@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxprune import quality
-from onnxprune.errors import ImpossibleError, InputError
+from onnxprune.errors import ImpossibleError, InputError, InternalError, PruneError
 from onnxprune.infer import bodies, walk
 from onnxprune.model import Model, add_initializer, free_name, normalise
 from onnxprune.runtime import ort
@@ -47,13 +47,15 @@ Run = Callable[[str, Sequence[Mapping[str, Array]], Sequence[str] | None], list[
 
 @dataclass(frozen=True)
 class Cast:
-    """A model in another precision; `kept` are operators that its range kept out, by their first output.
+    """A model in another precision; `kept` are operators that were kept out, by their first output.
 
-    `copies` are initializers that were added because others read the original in float32: {name: original}.
+    `half` are those that compute in it, `copies` initializers that were added because others read the original in
+    float32: {name: original}.
     """
 
     model: Model
     kept: tuple[str, ...] = ()
+    half: frozenset[str] = frozenset()
     copies: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -88,6 +90,7 @@ def cast(
     """
     model = model.clone()
     normalise(model)
+    types = told(model, types, signatures)
     graph, kind = model.graph, HALVES[precision]
     if precision == "bf16" and model.opset_imports.get("", BFLOAT) < BFLOAT:
         raise ImpossibleError(f"bf16 needs operator set {BFLOAT} or later; export the model so, or take fp16")
@@ -111,8 +114,23 @@ def cast(
         half.update(made)
     if not slots:
         raise ImpossibleError(f"no operator of it can compute in {precision} at its operator set")
+    chosen = frozenset(str(node.outputs[0].name) for node in slots)
     copies = _insert(graph, slots, half, kind)
-    return Cast(model, tuple(sorted(out if kept is None else kept)), copies)
+    return Cast(model, tuple(sorted(out if kept is None else kept)), chosen, copies)
+
+
+def told(model: Model, types: Mapping[str, int], signatures: Mapping[tuple[str, str], Signature]) -> dict[str, int]:
+    """Element types of values, where an operator's signature does not deny them."""
+    found = dict(types)
+    for node in model.graph:
+        signature = signatures.get((node.domain, node.op_type))
+        for k, value in enumerate(node.outputs if signature is not None and signature.outputs else ()):
+            assert signature is not None
+            port = signature.outputs[min(k, len(signature.outputs) - 1)]
+            kind = found.get(str(value.name))
+            if kind == ir.DataType.FLOAT and "tensor(float)" not in signature.allowed.get(port, (port,)):
+                del found[str(value.name)]
+    return found
 
 
 @dataclass(frozen=True)
@@ -382,9 +400,49 @@ def converted(
     if precision == "int8":
         return _quantised(model, feeds, worker)
     run = running(worker, threads)
-    seen = ranges(model, types, feeds, run) if feeds else None
     signatures = worker.call(ort.signatures, foreign(model))
-    return cast(model, precision, types, signatures, ranges=seen, strict=strict)
+    seen = ranges(model, told(model, types, signatures), feeds, run) if feeds else None
+    made = cast(model, precision, types, signatures, ranges=seen, strict=strict)
+    if not strict or precision == "bf16":
+        return made
+    for others in _retreats(made):
+        if (problem := _refused(made.model, worker)) is None:
+            break
+        kept = {*made.kept, *others}
+        if made.half - kept:
+            made = cast(model, precision, types, signatures, kept=kept)
+    else:
+        if (problem := _refused(made.model, worker)) is not None:
+            raise ImpossibleError(f"ONNX Runtime cannot take it in {precision}: {problem.message}")
+    return made
+
+
+def _retreats(made: Cast) -> list[set[str]]:
+    """Operators to leave in float32 if ONNX Runtime fails on the cast model: few of them, then more.
+
+    It fuses norms in which casts stand that it does not expect, and crashes on some chains of movements.
+    """
+    nodes = {str(node.outputs[0].name): node for node in made.model.graph}
+    names = {name: node for name in made.half if (node := nodes.get(name) or nodes.get(f"{name}_float16")) is not None}
+    edge = {
+        name
+        for name, node in names.items()
+        for value in node.outputs
+        for use in value.uses()
+        if use.node.op_type == "Cast" and any(reader.node.op_type in WIDE for reader in use.node.outputs[0].uses())
+    }
+    rest = {name for name, node in names.items() if node.op_type not in PRODUCTS}
+    return [edge, rest, edge | rest]
+
+
+def _refused(model: Model, worker: Worker) -> PruneError | None:
+    """Why ONNX Runtime does not load a model; None if it does."""
+    with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+        try:
+            worker.call(ort.interface, str(dump(model, folder, "half")))
+        except (InputError, InternalError) as error:
+            return error
+    return None
 
 
 def _quantised(model: Model, feeds: Sequence[Mapping[str, Array]], worker: Worker) -> Cast:
