@@ -139,10 +139,17 @@ def shapes_option(command: Command) -> Command:
     )(command)
 
 
+SEED, THREADS = click.IntRange(0, 2**63), click.IntRange(1, 1024)
+SECONDS = click.FloatRange(0, min_open=True)
 PRECISION = click.option(
     "--precision", default="fp32", show_default=True, metavar="fp32|fp16|bf16|int8", help="What it computes in."
 )
 CALIBRATION = click.option("--calibration", metavar="PATH", help=".npz, .npy or a folder: unlabelled inputs.")
+
+
+def _check_scales(precision: str, calibration: str | None) -> None:
+    if precision == "int8" and calibration is None:
+        warn("the scales of int8 come from random inputs; pass --calibration")
 
 
 def _print_kept(kept: tuple[str, ...], precision: str, verbose: bool) -> None:
@@ -646,9 +653,9 @@ def measure(models: tuple[str, ...], as_json: bool, verbose: bool, quiet: bool, 
 @PRECISION
 @CALIBRATION
 @shapes_option
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--threads", type=int, default=1, show_default=True)
-@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds that one execution may take.")
+@click.option("--seed", type=SEED, default=0, show_default=True)
+@click.option("--threads", type=THREADS, default=1, show_default=True)
+@click.option("--timeout", type=SECONDS, default=600.0, show_default=True, help="Seconds that one execution may take.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @common
 def export(model: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) -> None:
@@ -659,6 +666,7 @@ def export(model: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) 
     if output is None or to is None:
         raise InputError("say where to write with -o, and what with --to", object="export")
     given["input_shape"] = parse_shapes(given["input_shape"])
+    _check_scales(given["precision"], given["calibration"])
     with stages(quiet) as progress:
         found = verb.export(model, output, to, progress=progress, **given)
     if as_json:
@@ -691,9 +699,9 @@ def export(model: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) 
 )
 @CALIBRATION
 @click.option("--timing-cache", metavar="FILE", help="Measurements of kernels, read and written back.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--threads", type=int, default=1, show_default=True)
-@click.option("--timeout", type=float, default=3600.0, show_default=True, help="Seconds that one step may take.")
+@click.option("--seed", type=SEED, default=0, show_default=True)
+@click.option("--threads", type=THREADS, default=1, show_default=True)
+@click.option("--timeout", type=SECONDS, default=3600.0, show_default=True, help="Seconds that one step may take.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @common
 def build(model: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) -> None:
@@ -704,6 +712,7 @@ def build(model: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) -
     if output is None:
         raise InputError("say where to write with -o", object="build")
     profiles, to = parse_profiles(given.pop("input_shape")), given.pop("precision")
+    _check_scales(to, given["calibration"])
     with stages(quiet) as progress:
         found = verb.build(model, output, profiles, to=to, progress=progress, command=sys.argv[1:], **given)
     if as_json:
