@@ -209,7 +209,11 @@ def _inspected(trt: Any, log: Any, engine: memoryview) -> Any:
     loaded = trt.Runtime(log).deserialize_cuda_engine(engine)
     if loaded is None:
         return None
-    return json.loads(loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+    text = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    try:
+        return json.loads(text)
+    except ValueError:
+        return str(text)
 
 
 # Running -------------------------------------------------------------------------------------------------------------
@@ -284,7 +288,7 @@ class Engine:
         for name in self.inputs:
             if name not in feed:
                 raise InputError("there is no value for this input", object=name)
-            array = np.ascontiguousarray(feed[name])
+            array = np.ascontiguousarray(feed[name], self.trt.nptype(self.made.get_tensor_dtype(name)))
             if not self.context.set_input_shape(name, array.shape):
                 raise InputError(f"shape {list(array.shape)} lies outside of the engine's profile", object=name)
             self.gpu.upload(self._room(name, array.nbytes), array)
