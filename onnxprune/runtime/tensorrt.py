@@ -278,6 +278,8 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.context = self.made.create_execution_context()
+        if self.context is None:
+            raise MachineError(f"{NAMES[self.name]} cannot make room for the engine on the GPU")
         names = [self.made.get_tensor_name(k) for k in range(self.made.num_io_tensors)]
         mode = self.trt.TensorIOMode.INPUT
         self.inputs = [name for name in names if self.made.get_tensor_mode(name) == mode]
@@ -288,7 +290,7 @@ class Engine:
         for name in self.inputs:
             if name not in feed:
                 raise InputError("there is no value for this input", object=name)
-            array = np.ascontiguousarray(feed[name], self.trt.nptype(self.made.get_tensor_dtype(name)))
+            array = np.asarray(feed[name], self.trt.nptype(self.made.get_tensor_dtype(name)), order="C")
             if not self.context.set_input_shape(name, array.shape):
                 raise InputError(f"shape {list(array.shape)} lies outside of the engine's profile", object=name)
             self.gpu.upload(self._room(name, array.nbytes), array)
