@@ -25,7 +25,7 @@ from onnxprune.bases import Bases
 from onnxprune.cost import Cost
 from onnxprune.errors import ImpossibleError, InputError, InternalError
 from onnxprune.model import Model
-from onnxprune.precision import Cast, judged
+from onnxprune.precision import judged
 from onnxprune.prove import Prover
 from onnxprune.recipe import KINDS, Methods, Options, check, recorded
 from onnxprune.recovery import Recovery, Repaired
@@ -355,7 +355,7 @@ class Proven:
     gone: list[verify.Removal]
     differences: list[verify.Difference] | None
     unproven: list[int]
-    cast: Cast | None = None
+    precision: reports.PrecisionRow | None = None
 
 
 def _one(
@@ -388,8 +388,11 @@ def _one(
 def _cast(analysis: Analysis, proven: Proven, options: Options, prover: Prover, worker: Worker) -> Proven:
     """In the precision that was asked for: the proof speaks of the model before."""
     types = analysis.prepared.facts.types
-    made = named(analysis.source.path, lambda: judged(proven.model, options.precision, types, prover.feeds, worker))
-    return replace(proven, model=made.model, cast=made)
+    made, off = named(
+        analysis.source.path, lambda: judged(proven.model, options.precision, types, prover.feeds, worker)
+    )
+    row = reports.PrecisionRow(to=options.precision, kept=list(made.kept), relative=off.relative, equal=off.equal)
+    return replace(proven, model=made.model, precision=row)
 
 
 def measured(
@@ -492,9 +495,9 @@ def changes(
         "rewrites": [
             *(f"folded {name}" for name in analysis.prepared.folded if proven.gone),
             *rewrites,
-            *([f"cast to {options.precision}"] if proven.cast else []),
+            *([f"cast to {options.precision}"] if proven.precision else []),
         ],
-        "precision": proven.cast and reports.PrecisionRow(to=options.precision, kept=list(proven.cast.kept)),
+        "precision": proven.precision,
         "kept": _kept(analysis, proven.gone),
         "bypass": list(dropped.bypass),
         "interface": reports.InterfaceRow(inputs=list(dropped.inputs), outputs=list(dropped.outputs)),

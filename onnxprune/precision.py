@@ -540,10 +540,11 @@ def check_finite(
 
 def judged(
     model: Model, precision: str, types: Mapping[str, int], feeds: Sequence[Mapping[str, Array]], worker: Worker
-) -> Cast:
-    """`converted`, and what was finite on the feeds is so still."""
+) -> tuple[Cast, Difference]:
+    """`converted`, with how far that moves the outputs; what was finite on the feeds is so still."""
     made = converted(model, precision, types, feeds, worker)
-    if precision != "fp32" and feeds:
-        wanted = rounded(model, "fp32", feeds, worker)
-        check_finite(wanted, rounded(made.model, precision, feeds, worker), made.model, model, types, feeds, worker)
-    return made
+    if not feeds:
+        return made, Difference(None, None)
+    wanted, found = rounded(model, "fp32", feeds, worker), rounded(made.model, precision, feeds, worker)
+    check_finite(wanted, found, made.model, model, types, feeds, worker)
+    return made, difference(wanted, found)

@@ -88,10 +88,15 @@ class InterfaceRow(Strict):
 
 
 class PrecisionRow(Strict):
-    """What the written model computes in, after all else; operators that stay in fp32, by their first output."""
+    """What the written model computes in, after all else; operators that stay in fp32, by their first output.
+
+    `relative` and `equal` say how far that moved the outputs: error of floats, share of equal integers.
+    """
 
     to: str
     kept: list[str]
+    relative: float | None = None
+    equal: float | None = None
 
 
 class Verification(Strict):
@@ -169,6 +174,8 @@ def table(report: Report) -> list[tuple[str, str, str, str]]:
         for key, name in (("cpu_ms", "latency (CPU ms)"), ("wall_ms", "latency (wall ms)")):
             a, b = dense.latency[key], pruned.latency[key]
             rows.append((name, f"{a:.3f}", f"{b:.3f}", f"{b / a:.3f}" if a else ""))
+    if report.precision is not None:
+        rows.append(("precision", "as read", report.precision.to, ""))
     for name, value in report.quality.items():
         if isinstance(value, dict):
             rows.append((name, f"{value['dense']:.4f}", f"{value['pruned']:.4f}", ""))
