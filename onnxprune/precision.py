@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from onnxprune import quality
 from onnxprune.errors import ImpossibleError, InputError, InternalError, PruneError
-from onnxprune.infer import bodies, walk
+from onnxprune.infer import bodies, graphs, home, walk
 from onnxprune.model import Model, add_initializer, free_name, normalise
 from onnxprune.runtime import ort
 from onnxprune.storage import dump, read_model
@@ -99,7 +99,7 @@ def cast(
     half: set[ir.Value] = set()
     slots: dict[ir.Node, list[int]] = {}
     out: list[str] = []
-    for node in graph:
+    for node in (node for inner in graphs(graph) for node in inner):  # outer values before the bodies that read them
         signature = signatures.get((node.domain, node.op_type)) or _signature(node, model)
         found = _slots(node, types, signature, spelled) if signature is not None else None
         if found is None or not _wanted(node, found[0], half) or str(node.outputs[0].name) in (kept or ()):
@@ -122,7 +122,7 @@ def cast(
 def told(model: Model, types: Mapping[str, int], signatures: Mapping[tuple[str, str], Signature]) -> dict[str, int]:
     """Element types of values, where an operator's signature does not deny them."""
     found = dict(types)
-    for node in model.graph:
+    for node in walk(model.graph):
         signature = signatures.get((node.domain, node.op_type))
         for k, value in enumerate(node.outputs if signature is not None and signature.outputs else ()):
             assert signature is not None
@@ -230,20 +230,21 @@ def _insert(
     for value in sorted(half, key=lambda value: str(value.name)):
         _set(value, kind)
         others = [(use.node, use.idx) for use in value.uses() if (use.node, use.idx) not in places]
-        ends = [k for k, output in enumerate(graph.outputs) if output is value]
-        if not others and not ends:
-            continue
         producer = value.producer()
         assert producer is not None
+        inner = home(producer)
+        ends = [k for k, output in enumerate(inner.outputs) if output is value]
+        if not others and not ends:
+            continue
         name = str(value.name)
         if ends:
             value.name = free_name(graph, name + suffix)
         wide = _cast(graph, value, name if ends else free_name(graph, f"{name}_float"), ir.DataType.FLOAT)
-        graph.insert_after(producer, wide.producer())  # type: ignore[arg-type]
+        inner.insert_after(producer, wide.producer())  # type: ignore[arg-type]
         for node, k in others:
             node.replace_input_with(k, wide)
         for k in ends:
-            graph.outputs[k] = wide
+            inner.outputs[k] = wide
     stored = {value: made for value, made in ready.items() if value is not made and made.const_value is not None}
     return {str(made.name): str(value.name) for value, made in stored.items()}
 
@@ -254,7 +255,8 @@ def _narrowed(
     """A float32 value in half precision: an initializer that others do not read in place, else a copy or a cast."""
     if (tensor := value.const_value) is not None and value.is_initializer():
         alone = all((use.node, use.idx) in places for use in value.uses())
-        ends = any(value is output for output in graph.outputs)
+        inner = value.graph or graph
+        ends = any(value is output for output in inner.outputs)
         name = str(value.name) if alone and not ends else free_name(graph, f"{value.name}{suffix}")
         small = ir.LazyTensor(
             lambda: ir.Tensor(tensor.numpy().astype(kind.numpy()), dtype=kind, name=name),
@@ -267,15 +269,16 @@ def _narrowed(
             _set(value, kind)
             return value
         copy = ir.Value(name=name, shape=value.shape, type=ir.TensorType(kind), const_value=small)
-        add_initializer(graph, copy)
+        add_initializer(inner, copy)
         return copy
     made = _cast(graph, value, free_name(graph, f"{value.name}{suffix}"), kind)
     node = made.producer()
     assert node is not None
+    inner = value.graph or graph
     if (producer := value.producer()) is not None:
-        graph.insert_after(producer, node)
+        inner.insert_after(producer, node)
     else:
-        graph.insert_before(graph[0], node)
+        inner.insert_before(inner[0], node)
     return made
 
 
@@ -299,20 +302,20 @@ def widened(model: Model) -> Model:
     model = model.clone()
     graph = model.graph
     halves = frozenset(HALVES.values())
-    for node in list(graph):
+    for node in walk(graph):
         if node.op_type == "Cast" or bodies(node):
             continue
         for k, value in enumerate(node.inputs):
             if value is not None and value.dtype in halves:
                 wide = _cast(graph, value, free_name(graph, f"{value.name}_wide"), ir.DataType.FLOAT)
-                graph.insert_before(node, wide.producer())  # type: ignore[arg-type]
+                home(node).insert_before(node, wide.producer())  # type: ignore[arg-type]
                 node.replace_input_with(k, wide)
         for value in node.outputs:
             if (kind := value.dtype) in halves:
                 uses = [(use.node, use.idx) for use in value.uses()]
                 _set(value, ir.DataType.FLOAT)
                 small = _cast(graph, value, free_name(graph, f"{value.name}_small"), kind)
-                graph.insert_after(node, small.producer())  # type: ignore[arg-type]
+                home(node).insert_after(node, small.producer())  # type: ignore[arg-type]
                 for reader, k in uses:
                     reader.replace_input_with(k, small)
     return model
@@ -422,7 +425,7 @@ def _retreats(made: Cast) -> list[set[str]]:
 
     It fuses norms in which casts stand that it does not expect, and crashes on some chains of movements.
     """
-    nodes = {str(node.outputs[0].name): node for node in made.model.graph}
+    nodes = {str(node.outputs[0].name): node for node in walk(made.model.graph)}
     names = {name: node for name in made.half if (node := nodes.get(name) or nodes.get(f"{name}_float16")) is not None}
     edge = {
         name

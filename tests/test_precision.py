@@ -19,6 +19,7 @@ from onnxprune.analysis import Analysis
 from onnxprune.audit import _same
 from onnxprune.cli import main
 from onnxprune.errors import ImpossibleError
+from onnxprune.infer import bodies
 from onnxprune.model import Model
 from onnxprune.precision import difference
 from onnxprune.prove import Prover
@@ -100,6 +101,19 @@ def test_what_leaves_the_range_stays(tmp_path: Path) -> None:
     onnx.save(model, path)
     cast, _ = halves(path)
     assert cast.kept == ("u", "y", "z")
+
+
+def test_bodies_compute_in_half_too(tmp_path: Path) -> None:
+    """And hand out float32, as they did; what they capture is cast where it is made."""
+    text = (
+        "(float[n,7] x, bool[1] flag) => (float[n,5] y) { h = MatMul(x, A) y = If(flag) <"
+        " then_branch = yes () => (float[n,5] p) { p = MatMul(h, B) },"
+        " else_branch = no () => (float[n,5] q) { r = Relu(h) q = MatMul(r, C) } > }"
+    )
+    cast, _ = halves(made(tmp_path, text, {"A": (7, 11), "B": (11, 5), "C": (11, 5)}))
+    assert cast.half == {"h", "p", "r", "q"}
+    node = next(node for node in cast.model.graph if node.op_type == "If")
+    assert {v.dtype for body in bodies(node).values() for v in body.outputs} == {ir.DataType.FLOAT}
 
 
 def test_an_initializer_that_others_read_wide_gets_a_copy(tmp_path: Path) -> None:
