@@ -391,7 +391,7 @@ def _cast(analysis: Analysis, proven: Proven, options: Options, prover: Prover, 
     made, off = named(
         analysis.source.path, lambda: judged(proven.model, options.precision, types, prover.feeds, worker)
     )
-    row = reports.PrecisionRow(to=options.precision, kept=list(made.kept), relative=off.relative, equal=off.equal)
+    row = reports.PrecisionRow(to="fp16", kept=list(made.kept), relative=off.relative, equal=off.equal)
     return replace(proven, model=made.model, precision=row)
 
 

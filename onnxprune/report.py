@@ -93,7 +93,7 @@ class PrecisionRow(Strict):
     `relative` and `equal` say how far that moved the outputs: error of floats, share of equal integers.
     """
 
-    to: str
+    to: Literal["fp16"]
     kept: list[str]
     relative: float | None = None
     equal: float | None = None
