@@ -20,6 +20,7 @@ from onnxprune.branches import Dropped
 from onnxprune.errors import ImpossibleError, InputError
 from onnxprune.infer import attributes as attributes_of
 from onnxprune.infer import bodies, initializers, names, walk
+from onnxprune.nm import NM, broken
 from onnxprune.prove import Prover
 from onnxprune.realize import realize
 from onnxprune.rewrite import apply
@@ -79,6 +80,10 @@ def verify(dense: str, pruned: str, plan: str, input_shape: Mapping[str, Shape],
         rebuilt = again.model
         repaired |= {copy for copy, original in again.copies.items() if original in repaired}
     _same(rebuilt, small, repaired, Path(pruned).name)
+    if (row := report.sparsity) is not None:
+        places = [(layer.initializer, layer.axis) for layer in row.layers if layer.sparse]
+        if lacking := broken(small, NM.parse(row.pattern), places):
+            raise ImpossibleError(f"is not {row.pattern}", file=Path(pruned).name, object=lacking[0])
     return {"proven": True, "inputs": len(prover.feeds), "differences": [asdict(d) for d in differences]}
 
 

@@ -25,7 +25,7 @@ from onnxprune.errors import ImpossibleError, InputError, InternalError, PruneEr
 if TYPE_CHECKING:
     from onnxprune.analysis import Analysis
     from onnxprune.recipe import Options
-    from onnxprune.report import Report
+    from onnxprune.report import Report, SparsityRow
     from onnxprune.types import Profile
 
 Command = Callable[..., Any]
@@ -258,6 +258,15 @@ PRUNING = (
     click.option("--evaluation", metavar="PATH", help=".npz with held-out inputs, and labels."),
     click.option("--metric", help="accuracy, agreement, cosine or relative-error."),
     click.option("--round-to", default="auto", show_default=True, metavar="N", help="Keep multiples of N positions."),
+    click.option(
+        "--pattern", metavar="N:M", help="Then leave N of every M weights along the axis that is summed over."
+    ),
+    click.option(
+        "--sparsifier",
+        metavar="NAME[,key=value]",
+        help="How those are chosen.  [default: the best that the data allows]",
+    ),
+    click.option("--permute", is_flag=True, help="Bring channels into an order in which N:M costs less."),
     click.option("--ignore", multiple=True, metavar="GLOB", help="Nodes or initializers whose units stay."),
     click.option("--min-keep", type=int, default=1, show_default=True, help="Fewest units left in a group."),
     shapes_option,
@@ -415,6 +424,66 @@ def realize(model: str, **given: Any) -> None:
         say(shown(text))
 
 
+@main.command()
+@click.argument("model")
+@click.option("-o", "--output", metavar="PATH", help="Where to write.")
+@click.option("--pattern", default="2:4", show_default=True, metavar="N:M", help="N of every M weights stay.")
+@click.option(
+    "--criterion",
+    metavar="NAME[,key=value]",
+    help="nm-mag, nm-wanda or nm-sparsegpt.  [default: the best that the data allows]",
+)
+@click.option("--permute", is_flag=True, help="Bring channels into an order in which N:M costs less.")
+@click.option("--reconstruct", metavar="admm|none", help="Repair of what is kept.  [default: admm, given data]")
+@click.option("--calibration", metavar="PATH", help=".npz, .npy or a folder: unlabelled inputs.")
+@click.option("--evaluation", metavar="PATH", help=".npz with held-out inputs, and labels.")
+@click.option("--metric", help="accuracy, agreement, cosine or relative-error.")
+@click.option("--memory", default="1GB", show_default=True, metavar="SIZE", help="Budget for statistics.")
+@click.option("--ignore", multiple=True, metavar="GLOB", help="Nodes or initializers that stay dense.")
+@shapes_option
+@click.option("--backend", default="cpu", show_default=True, help="Where latency is measured.")
+@click.option("--no-measure", is_flag=True, help="Do not measure latency.")
+@click.option("--report", "reports_", multiple=True, metavar="PATH", help="Report as .json, .md or .html.")
+@click.option("--strict", is_flag=True, help="Fail if an operator has no rule.")
+@click.option("--unproven", is_flag=True, help="Write even what ONNX Runtime cannot run.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--threads", type=int, default=1, show_default=True)
+@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds that one execution may take.")
+@click.option("--dry-run", is_flag=True, help="Print what would become sparse, write nothing.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@common
+def sparsify(model: str, **given: Any) -> None:
+    """N:M weights, and a table of the layers for which a sparse kernel is to be expected."""
+    from onnxprune import sparsify as verb
+
+    output, quiet, as_json, verbose = (given.pop(key) for key in ("output", "quiet", "as_json", "verbose"))
+    if output is None:
+        raise InputError("say where to write with -o", object="sparsify")
+    given["measure"] = not given.pop("no_measure")
+    given["input_shape"] = parse_shapes(given["input_shape"])
+    with stages(quiet) as progress:
+        result = verb.sparsify(
+            model, output, report=given.pop("reports_"), progress=progress, command=sys.argv[1:], **given
+        )
+    for text in result.report.warnings:
+        warn(text)
+    if as_json:
+        say_json(result.report.data())
+        return
+    _print_result(result.report, output, given["dry_run"], verbose)
+
+
+def _print_sparsity(row: SparsityRow, whole: bool) -> None:
+    """The table of layers, and what share of the work a sparse kernel is to be expected for."""
+    from onnxprune import report as reports
+
+    if whole:
+        table(f"{row.pattern}, layer by layer", [*reports.LAYERS], [*reports.layers(row)])
+    count = sum(layer.sparse for layer in row.layers)
+    say(f"{row.pattern} in {count} layers with {row.sparse_macs:.1%} of the MACs, by {row.criterion}; "
+        f"a sparse kernel is to be expected for {row.kernel_macs:.1%}")  # fmt: skip
+
+
 def _print_result(report: Report, output: str, dry_run: bool, verbose: bool) -> None:
     """Before and after, with -v or in a dry run the groups, and how far the proof's outputs differ."""
     from onnxprune import report as reports
@@ -423,6 +492,10 @@ def _print_result(report: Report, output: str, dry_run: bool, verbose: bool) -> 
           [*reports.table(report)])  # fmt: skip
     if dry_run or verbose:
         _print_groups([(g.id, g.kind, g.before, g.after) for g in report.groups], report.frozen)
+    if report.sparsity is not None:
+        _print_sparsity(
+            report.sparsity, dry_run or verbose or ("pattern" in report.recipe and "ratio" not in report.recipe)
+        )
     proof = report.verification
     worst = max((d["relative"] for d in proof.differences), default=0.0)
     say(f"proven on {proof.inputs} inputs: largest relative difference {worst:.1e}" if proof.proven else "UNPROVEN")
@@ -724,8 +797,11 @@ def build(model: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) -
     _print_kept(tuple(record["kept"]), to, verbose)
 
 
+WHAT = ["criteria", "allocators", "reconstructors", "sparsifiers", "passes", "backends", "ops"]
+
+
 @main.command("list")
-@click.argument("what", type=click.Choice(["criteria", "allocators", "reconstructors", "passes", "backends", "ops"]))
+@click.argument("what", type=click.Choice(WHAT))
 @common
 def list_(what: str, as_json: bool, verbose: bool, quiet: bool) -> None:
     """What is installed, with one line of help each."""

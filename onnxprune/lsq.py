@@ -11,6 +11,7 @@ from scipy.linalg import LinAlgError, cho_factor, cho_solve
 from onnxprune.plugin import Problem, Solution
 from onnxprune.types import Array, Mask
 
+Aim = tuple[Array, Array]  # see Regression.aim
 RIDGES = (1e-3, 1e-2, 1e-1, 5e-1)  # shares of the mean diagonal of the second moments
 
 
@@ -48,12 +49,12 @@ class Regression:
         """
         return self.towards(self.aim(y), ridge)
 
-    def aim(self, y: Array) -> tuple[Array, Array]:
+    def aim(self, y: Array) -> Aim:
         """(float64[columns, outputs], float64[outputs]): products of x and y, and the means of y."""
         mean = y.mean(axis=0, dtype=np.float64) if self._intercept else np.zeros(y.shape[1])
         return (self._centred.T @ y).astype(np.float64) / max(len(y), 1), mean
 
-    def towards(self, aim: tuple[Array, Array], ridge: float) -> Fit:
+    def towards(self, aim: Aim, ridge: float) -> Fit:
         """`solve` for what `aim` made of y: one aim serves every damping."""
         cross, mean = aim
         if not np.isfinite(self.scale) or not np.isfinite(cross).all():
@@ -70,6 +71,9 @@ class Regression:
             except LinAlgError:
                 return self._factor(max(ridge, 1e-8) * 10)
         return self._factors[ridge]
+
+
+Solve = Callable[[Regression, Aim, float], Fit]  # as Regression.towards
 
 
 def by_groups(problem: Problem, ridge: float, solve: Callable[[Array, Array, Array], Fit]) -> Solution:
@@ -118,17 +122,19 @@ def fit(
     ridge: float | None = None,
     rounds: int = 5,
     intercept: bool = True,
+    solve: Solve | None = None,
 ) -> tuple[Fit, float] | None:
     """(change, ridge) that brings `current` + change(x) nearest to `wanted`, as its readers see it.
 
     All float32[rows, ...]. Unless it is given, the damping is the one of RIDGES that does best on the held-out rows
-    (bool[rows]) when fitted to the others, and the change is then fitted to all of them. None where leaving everything
-    alone does better there, where no row is held out, or where moments are beyond what numbers hold.
+    (bool[rows]) when fitted to the others, and the change is then fitted to all of them. `solve` takes the place of the
+    closed form, where weights may not change freely. None where leaving everything alone does better there, where no
+    row is held out, or where moments are beyond what numbers hold.
     """
     if ridge is None and (held_out.all() or not held_out.any()):
         return None
     try:
-        return _fit(x, wanted, current, held_out, bounds, ridge, rounds, intercept)
+        return _fit(x, wanted, current, held_out, bounds, ridge, rounds, intercept, solve or Regression.towards)
     except LinAlgError:
         return None
 
@@ -142,12 +148,13 @@ def _fit(
     ridge: float | None,
     rounds: int,
     intercept: bool,
+    solve: Solve,
 ) -> tuple[Fit, float] | None:
     if ridge is None:
         part = Regression(x[~held_out], intercept)
         known, probe = ((wanted[rows], current[rows]) for rows in (~held_out, held_out))
         aim = part.aim(goal(*known, bounds) - known[1])
-        tried = [_rounds(part, aim, *known, bounds, each, min(rounds, 2)) for each in RIDGES]
+        tried = [_rounds(part, aim, *known, bounds, each, min(rounds, 2), solve) for each in RIDGES]
         errors = [_error(probe[0], probe[1] + change(x[held_out]), bounds) for change in tried]
         best = int(np.argmin(np.nan_to_num(errors, nan=np.inf)))
         if not errors[best] < _error(probe[0], probe[1], bounds):
@@ -155,7 +162,7 @@ def _fit(
         ridge = RIDGES[best]
     whole = Regression(x, intercept)
     aim = whole.aim(goal(wanted, current, bounds) - current)
-    return _rounds(whole, aim, wanted, current, bounds, ridge, rounds), ridge
+    return _rounds(whole, aim, wanted, current, bounds, ridge, rounds, solve), ridge
 
 
 def _error(wanted: Array, found: Array, bounds: tuple[float, float]) -> float:
@@ -164,16 +171,17 @@ def _error(wanted: Array, found: Array, bounds: tuple[float, float]) -> float:
 
 def _rounds(
     moments: Regression,
-    aim: tuple[Array, Array],
+    aim: Aim,
     wanted: Array,
     current: Array,
     bounds: tuple[float, float],
     ridge: float,
     rounds: int,
+    solve: Solve,
 ) -> Fit:
     """Solve, aim anew where readers do not look, and again; the moments of x stay the same."""
-    change = moments.towards(aim, ridge)
+    change = solve(moments, aim, ridge)
     for _ in range(rounds if bounds != (-np.inf, np.inf) else 0):
         predicted = current + change(moments.x)
-        change = moments.solve(goal(wanted, predicted, bounds) - current, ridge)
+        change = solve(moments, moments.aim(goal(wanted, predicted, bounds) - current), ridge)
     return change

@@ -25,11 +25,13 @@ from onnxprune.bases import Bases
 from onnxprune.cost import Cost
 from onnxprune.errors import ImpossibleError, InputError, InternalError
 from onnxprune.model import Model
+from onnxprune.nm import NM, broken
 from onnxprune.precision import judged
 from onnxprune.prove import Prover
 from onnxprune.recipe import KINDS, Methods, Options, check, recorded
 from onnxprune.recovery import Recovery, Repaired
 from onnxprune.runtime import ort
+from onnxprune.sparse import Sparse, sparsified
 from onnxprune.types import Array, Axis, Frozen, Group, Mask, Plan
 from onnxprune.worker import Worker
 
@@ -127,7 +129,7 @@ def select(
 
     `trials` makes what an allocator that measures needs.
     """
-    rounding = selection.Rounding(None if options.round_to == "auto" else int(options.round_to), options.min_keep)
+    rounding = _rounding(options)
     if options.ratio is not None:
         return selection.by_ratio(groups, importance, options.ratio, rounding)
     allocator = plugin.build("allocators", Methods.of(options).allocate)
@@ -163,6 +165,12 @@ def select(
     return plan
 
 
+def _rounding(options: Options) -> selection.Rounding:
+    """What widths are rounded to; a pattern needs whole runs."""
+    runs = 1 if options.pattern is None else NM.parse(options.pattern).m
+    return selection.Rounding(None if options.round_to == "auto" else int(options.round_to), options.min_keep, runs)
+
+
 def _limits(analysis: Analysis, options: Options) -> dict[str, float]:
     """Targets in absolute numbers."""
     dense = analysis.costs.of(np.ones(analysis.labels, np.bool_))
@@ -185,7 +193,7 @@ def _nothing(
     analysis: Analysis, groups: Sequence[Group], importance: Sequence[Array], options: Options
 ) -> ImpossibleError:
     """Nothing goes although groups are free: why, and how far the options let it go."""
-    rounding = selection.Rounding(None if options.round_to == "auto" else int(options.round_to), options.min_keep)
+    rounding = _rounding(options)
     dense = analysis.costs.of(np.ones(analysis.labels, np.bool_))
     least = analysis.costs.of(
         analysis.alive(_whole(analysis, groups, selection.by_ratio(groups, importance, 1 - 1e-9, rounding)))
@@ -378,11 +386,44 @@ def _one(
         proven = _proven(analysis, groups, importance, options, prover, worker, recovery)
     with clock.stage("repair"):
         repaired = recovery.repair(proven.plan, proven.model)
-        proven = replace(proven, model=repaired.model)
+    repaired, sparse = thinned(analysis, proven.plan, repaired, options, recovery, prover, worker, clock)
+    proven = replace(proven, model=repaired.model)
     if options.precision != "fp32":
         with clock.stage("cast"):
             proven = _cast(analysis, proven, options, prover, worker)
-    return measured(analysis, options, path, proven, prover, worker, evaluation, clock, command, groups, repaired)
+    found = measured(analysis, options, path, proven, prover, worker, evaluation, clock, command, groups, repaired)
+    return with_pattern(found, sparse)
+
+
+def thinned(
+    analysis: Analysis,
+    plan: Plan,
+    repaired: Repaired,
+    options: Options,
+    recovery: Recovery,
+    prover: Prover,
+    worker: Worker,
+    clock: Clock,
+) -> tuple[Repaired, Sparse | None]:
+    """A model with the pattern that the options name, if they do, and what was done for it."""
+    if options.pattern is None:
+        return repaired, None
+    with clock.stage(f"make it {options.pattern}"):
+        copied = all(
+            keep.all() for keep in plan.keep.values()
+        )  # as it was read, with constants where coupling saw none
+        model = analysis.rewrite(plan) if copied else repaired.model
+        sparse = sparsified(analysis, plan, model, options, recovery, prover, worker)
+    names = sorted({*repaired.names, *sparse.names})
+    return Repaired(sparse.model, names, repaired.warnings + sparse.warnings), sparse
+
+
+def with_pattern(result: Result, sparse: Sparse | None) -> Result:
+    """The result with what the report says about N:M."""
+    if sparse is None:
+        return result
+    more = {"sparsity": sparse.row, "rewrites": result.report.rewrites + sparse.rewrites}
+    return replace(result, report=result.report.model_copy(update=more))
 
 
 def _cast(analysis: Analysis, proven: Proven, options: Options, prover: Prover, worker: Worker) -> Proven:
@@ -713,12 +754,20 @@ def _written(result: Result, path: Path, analysis: Analysis, options: Options) -
         if [o.name for o in found.outputs] != names:
             raise InternalError("the written model has other outputs than the dense one", file=path.name)
 
+    def checked(candidate: Path) -> None:
+        if result.report.verification.proven or not options.unproven:
+            loads(candidate)
+        if (row := result.report.sparsity) is not None:
+            places = [(layer.initializer, layer.axis) for layer in row.layers if layer.sparse]
+            if left := broken(storage.read_model(candidate)[0], NM.parse(row.pattern), places):
+                raise InternalError(f"the written weight is not {row.pattern}", file=path.name, object=left[0])
+
     files = storage.write_model(
         result.model,
         path,
         force=options.force,
         external=analysis.source.external,
-        prove=None if options.unproven and not result.report.verification.proven else loads,
+        prove=checked,
     )
     pruned = result.report.pruned.model_copy(
         update={"sha256": storage.digest(files), "bytes": sum(f.stat().st_size for f in files), "path": str(path)}

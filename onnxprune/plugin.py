@@ -1,8 +1,9 @@
 """What a pass is: a criterion scores the units of a group, an allocator says which units go, a reconstructor repairs.
 
-All are frozen dataclasses whose fields are their options and whose docstring's first line is their help. They are
-found by entry point, so a package of yours can bring its own. What a pass needs it says in class variables, of which
-TRAITS has the defaults.
+A sparsifier says which weights of every few stay (N:M), in which order they are put best, or which must stay. All are
+frozen dataclasses whose fields are their options and whose docstring's first line is their help. They are found by
+entry point, so a package of yours can bring its own. What a pass needs it says in class variables, of which TRAITS has
+the defaults.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 
 from onnxprune.errors import InputError
-from onnxprune.types import Array, Group, Member
+from onnxprune.types import Array, Group, Mask, Member, Positions
 
 Feeds = Sequence[Mapping[str, Array]]
 Levels = Mapping[int, Array]  # {group id: float64[units]}: how much of each unit is left, 1 all of it, 0 nothing
 TRAITS: Mapping[str, Any] = {
-    "calibrated": False,  # a criterion that is nothing without calibration data
+    "calibrated": False,  # a criterion or sparsifier that is nothing without calibration data
     "kinds": (),  # the kinds of groups that a criterion scores, all of them where it is empty; others get the default
     "measures": True,  # a searcher that asks for `damage`, for which there must be calibration data and a repair
     "dense": False,  # a reconstructor that sees what the dense model feeds a site, not what the pruned one does
     "consumers": False,  # one that fits only operators that lost columns
     "synthetic": False,  # one that makes do with random inputs
+    "masked": False,  # one that fits only the weights that `keep` leaves it
     "subspaces": False,  # one that fits producers and consumers, so that it can start from a change of basis
 }
 
@@ -293,7 +295,9 @@ class Problem:
     x float32[groups, rows, columns], weight float64[groups, columns, outputs] as it is, wanted and current
     float32[rows, groups * outputs]; `held_out` bool[rows] is not to be fitted to. Readers see only what lies between
     `bounds`. With `intercept` a constant may be added as well. `ridge` is a damping that was found before. `patch`
-    columns in a row belong to one channel.
+    columns in a row belong to one channel. Where there is one group, `runs` int64[n, m] are columns of which some are
+    to go in each output, unless they are in `stays` bool[columns, outputs]; `keep` bool[groups, columns, outputs] are
+    the weights that are left.
     """
 
     x: Array
@@ -305,15 +309,22 @@ class Problem:
     intercept: bool
     ridge: float | None = None
     patch: int = 1
+    runs: Positions | None = None
+    stays: Mask | None = None
+    keep: Mask | None = None
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What is added: weight float64[groups, columns, outputs], shift float64[groups * outputs]; the damping taken."""
+    """What is added: weight float64[groups, columns, outputs], shift float64[groups * outputs]; the damping taken.
+
+    Afterwards all but `keep` is zero.
+    """
 
     weight: Array
     shift: Array
     ridge: float
+    keep: Mask | None = None
 
     def predict(self, x: Array) -> Array:
         """float32[rows, groups * outputs]: by how much a site changes."""
@@ -330,7 +341,100 @@ class Reconstructor(Protocol):
         ...
 
 
-KINDS = {"criteria": "criterion", "allocators": "allocator", "reconstructors": "reconstructor"}
+@dataclass(frozen=True)
+class Runs:
+    """A weight of which each output is to keep at most n of every m consecutive columns: `count` runs of them.
+
+    weight float64[columns, outputs]; columns behind the runs stay. With calibration data `size` float64[columns] is the
+    root mean square of each column of x, and `moments` float64[columns, columns] are the means of x x^T, centred where
+    a constant costs nothing. `stays` bool[columns, outputs] must be kept as they are.
+    """
+
+    weight: Array
+    n: int
+    m: int
+    count: int
+    stays: Mask
+    size: Array | None = None
+    moments: Array | None = None
+
+    def keep(self, score: Array) -> Mask:
+        """bool[columns, outputs]: the n highest of each run in each output, the first of equals."""
+        kept = np.ones(score.shape, np.bool_)
+        inside = slice(self.count * self.m)
+        kept[inside] = strongest(np.where(self.stays, np.inf, score)[inside], self.n, self.m)
+        return kept
+
+
+def strongest(score: Array, n: int, m: int) -> Mask:
+    """bool[columns, outputs]: the n highest of every m consecutive columns in each output, the first of equals."""
+    parted = np.nan_to_num(score, nan=-np.inf, posinf=np.inf).reshape(len(score) // m, m, -1)
+    kept = np.zeros(parted.shape, np.bool_)
+    np.put_along_axis(kept, np.argsort(-parted, axis=1, kind="stable")[:, :n], True, axis=1)
+    return kept.reshape(score.shape)
+
+
+@dataclass(frozen=True)
+class Thinned:
+    """weight float64[columns, outputs], which is zero but for `keep` bool[columns, outputs]."""
+
+    weight: Array
+    keep: Mask
+
+
+@runtime_checkable
+class Sparsifier(Protocol):
+    """Chooses what stays of every run, and may change it: `thin` answers the weight that is left."""
+
+    def thin(self, runs: Runs) -> Thinned:
+        """See Runs; called in the child process where there is calibration data."""
+        ...
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What one operator reads of the units of a group: score float64[columns, rows] of all its columns.
+
+    Every m consecutive columns are a run. Unit u has column `places[u]`; columns without a unit stay where they are.
+    """
+
+    score: Array
+    places: Positions
+
+
+@runtime_checkable
+class Permuter(Protocol):
+    """Finds an order of units in which N:M costs less: `order` answers the unit that takes each place."""
+
+    def order(self, seats: Sequence[Seat], n: int, m: int, seed: int) -> Positions:
+        """int64[units]: a permutation."""
+        ...
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The largest |x| of each column that an operator reads, and of each output that it makes."""
+
+    node: str
+    inputs: Array
+    outputs: Array
+
+
+@runtime_checkable
+class Protector(Protocol):
+    """Finds weights that must stay: `protect` answers (node, column, output) of each."""
+
+    def protect(self, peaks: Sequence[Peak]) -> list[tuple[str, int, int]]:
+        """See Peak, one for each operator."""
+        ...
+
+
+KINDS = {
+    "criteria": "criterion",
+    "allocators": "allocator",
+    "reconstructors": "reconstructor",
+    "sparsifiers": "sparsifier",
+}
 
 
 def available(kind: str) -> dict[str, type[Any]]:

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from onnxprune import plugin, quality, select
 from onnxprune.errors import InputError
+from onnxprune.nm import NM
 from onnxprune.types import Shape
 
 KINDS: Mapping[str, str] = {
@@ -48,6 +49,9 @@ class Options:
     round_to: int | str = "auto"
     ignore: tuple[str, ...] = ()
     min_keep: int = 1
+    pattern: str | None = None
+    sparsifier: str | None = None
+    permute: bool = False
     input_shape: Mapping[str, Shape] = field(default_factory=dict)
     precision: str = "fp32"
     backend: str = "cpu"
@@ -68,11 +72,12 @@ EFFORTS = ("quick", "default", "thorough")
 
 @dataclass(frozen=True)
 class Methods:
-    """Which criterion, allocator and reconstructor (None: nothing is repaired) a run takes."""
+    """Which criterion, allocator, reconstructor and sparsifier a run takes; None: nothing is repaired, no N:M."""
 
     criterion: str
     allocate: str
     reconstruct: str | None
+    sparsifier: str | None = None
 
     @classmethod
     def of(cls, options: Options) -> Methods:
@@ -85,6 +90,7 @@ class Methods:
             options.criterion or ("obs-struct" if calibrated else "mag"),
             options.allocate or ("uniform" if options.ratio is not None else search),
             None if repair == "none" else repair,
+            (options.sparsifier or ("nm-sparsegpt" if calibrated else "nm-mag")) if options.pattern else None,
         )
 
 
@@ -128,8 +134,24 @@ def check(options: Options) -> None:
         reconstructor = plugin.build("reconstructors", methods.reconstruct)
         if options.calibration is None and not plugin.trait(reconstructor, "synthetic"):
             raise InputError(f"--reconstruct {methods.reconstruct} needs --calibration", object="prune")
+    _check_pattern(options, methods.sparsifier)
     if options.metric:
         quality.metric(options.metric)
+
+
+def _check_pattern(options: Options, name: str | None) -> None:
+    """Refuse an impossible pattern, and options that need one."""
+    if options.pattern is None:
+        for option, given in (("--sparsifier", options.sparsifier), ("--permute", options.permute)):
+            if given:
+                raise InputError("needs --pattern, as in 2:4", object=option)
+        return
+    NM.parse(options.pattern)
+    sparsifier = plugin.build("sparsifiers", str(name))
+    if not isinstance(sparsifier, plugin.Sparsifier):
+        raise InputError("does not choose weights; nm-mag, nm-wanda and nm-sparsegpt do", object=str(name))
+    if plugin.trait(sparsifier, "calibrated") and options.calibration is None:
+        raise InputError(f"{name} needs --calibration", object="prune")
 
 
 def label(options: Options) -> str:

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxprune import quality
 from onnxprune.flow import Flow, Sessions
+from onnxprune.infer import attributes
+from onnxprune.lsq import Regression
 from onnxprune.model import Model, add_initializer, free_name
-from onnxprune.plugin import Problem, Reconstructor, trait
+from onnxprune.plugin import Problem, Reconstructor, Runs, Solution, Sparsifier, trait
 from onnxprune.sites import Operator, Site, Slot, stored
 from onnxprune.storage import dump, read_model
 from onnxprune.types import Array, Mask, Positions
+from onnxprune.verify import spread
 from onnxprune.worker import Worker
 
 Feeds = Sequence[Mapping[str, Array]]
@@ -50,6 +53,52 @@ class Repair:
     ridges: Mapping[str, float]
     divergence: float = float("nan")
     rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Thinning:
+    """A reconstructor that leaves n of every m weights, and has what is kept of them repaired by another.
+
+    `slots` are the weights that this is for, each with the columns and outputs of those that must stay.
+    """
+
+    n: int
+    m: int
+    sparsifier: Sparsifier
+    repair: Reconstructor | None
+    slots: Mapping[Slot, tuple[Positions, Positions]]
+
+    def solve(self, problem: Problem) -> Solution | None:
+        """Choose what goes, and let the rest take over; then the repair of what is kept."""
+        if problem.runs is None or problem.stays is None:
+            return self.repair.solve(problem) if self.repair is not None else None
+        first = problem.runs.reshape(-1)
+        order = np.concatenate([first, np.setdiff1d(np.arange(problem.x.shape[2]), first)])
+        x, weight = problem.x[0], problem.weight[0]
+        intercept = problem.intercept and self.repair is not None
+        moments = Regression(x, intercept)
+        size = np.sqrt(np.mean(np.square(x), axis=0, dtype=np.float64))
+        seen = Runs(weight[order], self.n, self.m, len(problem.runs), problem.stays[order], size[order],
+                    moments.moments[np.ix_(order, order)])  # fmt: skip
+        found = self.sparsifier.thin(seen)
+        back = np.argsort(order)
+        left, keep = found.weight[back], found.keep[back]
+        change = left - weight
+        thinned = Solution(change[None], -(moments.mean @ change), 0.0, keep[None])
+        if self.repair is None:
+            return thinned
+        after = replace(
+            problem,
+            weight=left[None],
+            current=problem.current + thinned.predict(problem.x),
+            keep=keep[None],
+            runs=None,
+        )
+        more = self.repair.solve(after)
+        if more is None:
+            return thinned
+        weight = np.where(problem.stays, 0, thinned.weight + more.weight)
+        return Solution(weight, thinned.shift + more.shift, more.ridge, keep[None])
 
 
 # In the parent -------------------------------------------------------------------------------------------------------
@@ -292,6 +341,10 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
     task, dense, site = _task, _dense, _task.sites[k]
     flow = task.flow
     local, consumers = trait(reconstructor, "dense"), trait(reconstructor, "consumers")
+    thin = reconstructor if isinstance(reconstructor, Thinning) else None
+    marked = thin is not None and any(operator.weight in thin.slots for operator in site.operators)
+    if thin is not None and thin.repair is None and not marked:
+        return
     if consumers and all(operator.columns is None for operator in site.operators):
         return
     later = task.sites[k:]
@@ -325,11 +378,12 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
     if consumers:
         parts = [part for part in parts if part.operator.columns is not None]
     off = float(np.mean((wanted - current) ** 2, dtype=np.float64))
-    if off <= NOTHING * float(np.var(wanted, axis=0, dtype=np.float64).mean() + 1e-30):
+    if not marked and off <= NOTHING * float(np.var(wanted, axis=0, dtype=np.float64).mean() + 1e-30):
         return
     batches = [parts] if all(part.groups == 1 for part in parts) else [[part] for part in parts]
     for batch in batches:
         home = next((part for part in batch if part.home is not None), None)
+        runs, stays = _runs(batch, thin) if thin is not None else (None, None)
         problem = Problem(
             x=np.concatenate([part.x for part in batch], axis=2),
             weight=np.concatenate([part.effective() for part in batch], axis=1),
@@ -340,6 +394,8 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
             intercept=home is not None,
             ridge=ridges.get(site.value),
             patch=batch[0].patch if len({part.patch for part in batch}) == 1 else 1,
+            runs=runs,
+            stays=stays,
         )
         try:
             solution = reconstructor.solve(problem)
@@ -352,16 +408,50 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
         current = current + solution.predict(problem.x)
         start = 0
         for part in batch:
-            columns = part.x.shape[2]
-            if solution.weight[:, start : start + columns].any():
-                part.add(solution.weight[:, start : start + columns])
-            start += columns
+            columns = slice(start, start + part.x.shape[2])
+            keep = None if solution.keep is None else solution.keep[:, columns]
+            if solution.weight[:, columns].any():
+                part.add(solution.weight[:, columns], keep)
+            start = columns.stop
         if home is not None and solution.shift.any():
             home.shift(solution.shift)
     for part in parts:
         for slot, array in part.changes.items():
             flow.change(slot, array)
             task.changes[slot] = array
+
+
+def _runs(parts: Sequence[_Part], thin: Thinning) -> tuple[Positions | None, Mask | None]:
+    """(int64[runs, m], bool[columns, outputs] that must stay) of the columns of all parts side by side."""
+    if parts[0].groups != 1 or not any(part.operator.weight in thin.slots for part in parts):
+        return None, None
+    found = []
+    stays = np.zeros((sum(part.x.shape[2] for part in parts), parts[0].outputs), np.bool_)
+    start = 0
+    for part in parts:
+        if part.operator.weight in thin.slots:
+            columns, outputs = thin.slots[part.operator.weight]
+            stays[start + columns, outputs] = True
+            found.append(start + part.runs(thin.m))
+        start += part.x.shape[2]
+    return np.concatenate(found), stays
+
+
+def _meant(flow: Flow, slot: Slot, array: Array) -> Array:
+    """float64: what is stored for one input of one node, codes by the values they stand for."""
+    levels = _levels(flow, slot, array)
+    return array.astype(np.float64) if levels is None else (array.astype(np.float64) - levels[1]) * levels[0]
+
+
+def _levels(flow: Flow, slot: Slot, array: Array) -> tuple[Array, Array] | None:
+    """(scale, zero point) of each element where a DequantizeLinear reads it."""
+    node = flow.nodes[flow.maker[slot[0]]]
+    if node.op_type != "DequantizeLinear" or slot[1] != 0:
+        return None
+    axis = int(attributes(node).get("axis", 1))  # type: ignore[call-overload]
+    scale = flow.array((slot[0], 1)).astype(np.float64)
+    point = flow.array((slot[0], 2)) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(1)
+    return spread(scale, array, axis), spread(point.astype(np.float64), array, axis)
 
 
 def _result_shape(operator: Operator, x: Sequence[Array], flow: Flow) -> list[Array]:
@@ -395,6 +485,8 @@ class _Part:
     def __init__(self, flow: Flow, operator: Operator, x: Sequence[Array], rows: Rows, local: bool = False) -> None:
         self.operator = operator
         self.stored = flow.array(operator.weight)
+        self.levels = _levels(flow, operator.weight, self.stored)
+        self.meant = _meant(flow, operator.weight, self.stored)
         self.conv = operator.op_type == "Conv"
         self.groups = int(operator.attrs.get("group", 1)) if self.conv else 1
         self.changes: dict[Slot, Array] = {}
@@ -412,7 +504,7 @@ class _Part:
 
     def _matrix(self) -> Array:
         """float64[groups, columns, outputs]."""
-        w = self.stored.astype(np.float64)
+        w = self.meant
         if self.conv:
             return np.asarray(w.reshape(self.groups, len(w) // self.groups, -1).swapaxes(1, 2))
         return np.asarray((w.T if self.operator.transposed else w)[None])
@@ -423,7 +515,7 @@ class _Part:
         self.home: tuple[Slot, Array, Array] | None = None
 
         def read(slot: Slot) -> Array:
-            return np.broadcast_to(flow.array(slot).astype(np.float64).reshape(-1), self.outputs)
+            return np.broadcast_to(_meant(flow, slot, flow.array(slot)).reshape(-1), self.outputs)
 
         def settle(slot: Slot) -> None:
             if flow.array(slot).size == self.outputs:
@@ -459,15 +551,25 @@ class _Part:
         product = self.x @ self.effective().astype(np.float32)
         return np.asarray(product.swapaxes(0, 1).reshape(product.shape[1], -1) + self.constant.astype(np.float32))
 
-    def add(self, change: Array) -> None:
-        """Add float64[groups, columns, outputs], with the gain in it, to the weight."""
+    def runs(self, m: int) -> Positions:
+        """int64[runs, m]: columns of which the channels follow one another, at one place of the patch."""
+        channels = np.arange(self.x.shape[2] // self.patch).reshape(-1, m) * self.patch
+        return np.asarray((channels[None] + np.arange(self.patch)[:, None, None]).reshape(-1, m))
+
+    def add(self, change: Array, keep: Mask | None = None) -> None:
+        """Add float64[groups, columns, outputs], with the gain in it, to the weight; all but `keep` becomes zero."""
         gain = self.gain.reshape(self.groups, 1, -1)
         usable = np.abs(gain) > 1e-6 * np.abs(gain).max()
         self.matrix = self.matrix + np.divide(
             change, gain, out=np.zeros_like(change), where=np.broadcast_to(usable, change.shape)
         )
+        if keep is not None:
+            self.matrix = np.where(keep, self.matrix, 0)
         w = self.matrix
         w = w.swapaxes(1, 2).reshape(self.stored.shape) if self.conv else w[0].T if self.operator.transposed else w[0]
+        if self.levels is not None:
+            limits = np.iinfo(self.stored.dtype)
+            w = np.clip(np.rint(w / self.levels[0]) + self.levels[1], limits.min, limits.max)
         self.changes[self.operator.weight] = np.ascontiguousarray(w, self.stored.dtype)
 
     def shift(self, change: Array) -> None:

@@ -109,6 +109,45 @@ class Verification(Strict):
     unproven: list[str] = []
 
 
+class LayerRow(Strict):
+    """A node with multiplications, or a table: whether its weight has the pattern along `axis`, or why not.
+
+    `kernel` says whether a sparse kernel is to be expected, `why` in which precision, or what stands against it.
+    """
+
+    node: str
+    op: str
+    initializer: str
+    axis: int
+    inputs: int
+    outputs: int
+    type: str
+    macs: int
+    sparse: bool
+    density: float
+    criterion: str
+    reason: str
+    kernel: bool
+    why: str
+
+
+class SparsityRow(Strict):
+    """N:M: how it was chosen, the shares of all MACs that have it and that a sparse kernel is to be expected for.
+
+    `protected` are (initializer, input, output) that stay whatever a criterion says, `permuted` the groups whose units
+    have another order.
+    """
+
+    pattern: str
+    criterion: str
+    repair: str | None
+    sparse_macs: float
+    kernel_macs: float
+    permuted: list[int] = []
+    protected: list[tuple[str, int, int]] = []
+    layers: list[LayerRow]
+
+
 class Report(Strict):
     """Everything about one run of `prune`."""
 
@@ -125,6 +164,7 @@ class Report(Strict):
     interface: InterfaceRow = InterfaceRow()
     repaired: list[str] = []
     rewrites: list[str] = []
+    sparsity: SparsityRow | None = None
     kept: dict[str, dict[str, list[int]]]
     precision: PrecisionRow | None = None
     verification: Verification
@@ -202,9 +242,37 @@ def _sections(report: Report) -> list[Section]:
          [(shown(d["output"]), f"{d['relative']:.1e}", f"{d['tolerance']:.0e}") for d in proof.differences]),
         ("Groups", ("group", "kind", "units", "left"),
          [(str(g.id), g.kind, str(g.before), str(g.after)) for g in report.groups]),
+        *_sparsity(report),
         ("What stays", ("reason", "axes", "parameters"),
          [(shown(reason), str(axes), f"{held:,}") for reason, (axes, held) in ordered]),
     ]  # fmt: skip
+
+
+def layers(sparsity: SparsityRow) -> list[tuple[str, ...]]:
+    """Rows of the table of layers: the weight, its MACs, what is left of it, and what to expect."""
+    total = sum(row.macs for row in sparsity.layers) or 1
+    return [
+        (
+            shown(row.node),
+            row.op,
+            f"{row.inputs} x {row.outputs}" if row.inputs else "",
+            row.type.lower(),
+            f"{row.macs / total:.1%}",
+            f"{row.density:.2f}" if row.sparse else "dense",
+            "yes" if row.kernel else "no",
+            shown(row.why or row.reason),
+        )
+        for row in sparsity.layers
+    ]
+
+
+LAYERS = ("node", "op", "inputs x outputs", "type", "MACs", "density", "kernel", "why")
+
+
+def _sparsity(report: Report) -> list[Section]:
+    if report.sparsity is None:
+        return []
+    return [(f"{report.sparsity.pattern}, layer by layer", LAYERS, layers(report.sparsity))]
 
 
 def to_markdown(report: Report) -> str:

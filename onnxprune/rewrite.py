@@ -19,7 +19,7 @@ from onnxprune.dims import DimGraph, keep_of
 from onnxprune.errors import InternalError
 from onnxprune.infer import Facts, bodies, enter, home, initializers, note_initializer, op_node, seed, step, walk
 from onnxprune.model import Prepared, add_initializer, dismantle, free_name, register
-from onnxprune.types import Array, Axis, Mask, OpNode, Shape, View
+from onnxprune.types import Array, Axis, Mask, OpNode, Positions, Shape, View
 
 Keep = Callable[[Axis], Mask]
 
@@ -95,6 +95,51 @@ def _slice_initializers(graph: ir.Graph, view: View, wanted: Mapping[str, Shape]
                     nodes[reader].replace_input_with(k, fresh)
         if not value.uses() and not value.is_graph_output():
             (value.graph or graph).initializers.pop(initializer)
+
+
+def permute(model: ir.Model, view: View, order: Callable[[Axis], Positions | None]) -> tuple[ir.Model, list[str]]:
+    """(a copy of a model in which initializers have their positions in another order, those that changed).
+
+    `order` says for an axis, as coupling names it, which position comes where; None: as it is. The model may be what
+    `apply` made of the one that `view` shows. Readers that see different orders of a shared initializer get copies.
+    """
+    model = model.clone()
+    model.graph.meta.pop("names", None)
+    nodes = {str(node.outputs[0].name): node for node in walk(model.graph)}
+    readers: dict[ir.Value, dict[tuple[bytes, ...], list[tuple[ir.Node, int]]]] = defaultdict(lambda: defaultdict(list))
+    orders: dict[tuple[bytes, ...], list[Positions | None]] = {}
+    for name, stored in view.stored.items():
+        found = [order(Axis(name, axis)) for axis in range(len(stored.shape))]
+        key = tuple(b"" if positions is None else positions.tobytes() for positions in found)
+        if not any(key):
+            continue
+        orders[key] = found
+        for reader, k in stored.uses:
+            value = nodes[reader].inputs[k] if reader in nodes else None
+            if value is not None and value.const_value is not None:
+                readers[value][key].append((nodes[reader], k))
+    changed = []
+    for value, by_order in readers.items():
+        alone = len(by_order) == 1 and len(value.uses()) == sum(map(len, by_order.values()))
+        for key, uses in by_order.items():
+            assert value.const_value is not None
+            array = old = value.const_value.numpy()
+            for axis, positions in enumerate(orders[key]):
+                if positions is not None:
+                    array = np.take(array, positions, axis)
+            if array.tobytes() == old.tobytes():
+                continue
+            name = str(value.name) if alone else free_name(model.graph, str(value.name))
+            tensor = ir.Tensor(array, dtype=value.const_value.dtype, name=name)
+            changed.append(name)
+            if alone:
+                value.const_value = tensor
+                continue
+            fresh = ir.Value(name=name, shape=ir.Shape(array.shape), type=value.type, const_value=tensor)
+            add_initializer(model.graph, fresh)
+            for node, k in uses:
+                node.replace_input_with(k, fresh)
+    return model, sorted(changed)
 
 
 def _resize_nodes(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, lcm
 
 import numpy as np
 
@@ -19,10 +19,11 @@ SLACK = 1.1  # `auto` takes a coarser multiple only while it keeps at most this 
 
 @dataclass(frozen=True)
 class Rounding:
-    """Kept positions become multiples of `multiple` ("auto": 8, or less where 8 would undo the pruning)."""
+    """Kept positions become multiples of `multiple`; None: 8, less where that would undo the pruning, yet of `runs`."""
 
     multiple: int | None
     min_keep: int = 1
+    runs: int = 1
 
     def table(self, group: Group, floor: float) -> Positions:
         """int64[units + 1]: how many units really go when r are to go; rises with r and never exceeds it."""
@@ -31,11 +32,12 @@ class Rounding:
         kept = np.maximum(count - np.arange(count + 1), least)
         width = gcd(*group.unit_positions)  # zero for branches, whose number is free
         chosen = np.full(count + 1, count)
-        for multiple in (8, 4, 2, 1) if self.multiple is None else (self.multiple,):
+        steps = sorted({lcm(step, self.runs) for step in (8, 4, 2, 1)}, reverse=True)
+        for multiple in steps if self.multiple is None else (self.multiple,):
             step = multiple // gcd(multiple, width)
             rounded = -(-kept // step) * step
             fits = (chosen == count) & (rounded <= count)
-            if self.multiple is None and multiple > 1:
+            if self.multiple is None and multiple > self.runs:
                 fits &= rounded <= SLACK * kept
             chosen = np.where(fits, rounded, chosen)
         return np.asarray(np.maximum.accumulate(count - chosen), np.int64)

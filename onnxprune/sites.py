@@ -95,12 +95,16 @@ def find_sites(
     shapes: Mapping[str, Shape],
     keep: Callable[[Axis], Mask],
     stays: Collection[str] = (),
+    coded: Collection[str] = (),
 ) -> list[Site]:
-    """Sites in topological order; `shapes` and `keep` speak of the dense model, what `stays` names keeps its values."""
+    """Sites in topological order; `shapes` and `keep` speak of the dense model, what `stays` names keeps its values.
+
+    Weights behind DequantizeLinear are fitted only where `coded` names them.
+    """
     found: dict[str, list[tuple[int, Operator, _Chain]]] = defaultdict(list)
     readers = _readers(dense)
     for index, node in enumerate(pruned.graph):
-        operator = _operator(node, shapes, keep, stays)
+        operator = _operator(node, shapes, keep, stays, coded)
         if operator is None:
             continue
         chain = _follow(node, _axis(node, shapes), shapes, stays)
@@ -173,7 +177,11 @@ def _axis(node: ir.Node, shapes: Mapping[str, Shape]) -> int:
 
 
 def _operator(
-    node: ir.Node, shapes: Mapping[str, Shape], keep: Callable[[Axis], Mask], stays: Collection[str]
+    node: ir.Node,
+    shapes: Mapping[str, Shape],
+    keep: Callable[[Axis], Mask],
+    stays: Collection[str],
+    coded: Collection[str],
 ) -> Operator | None:
     """The node as an operator that may be fitted, or None."""
     if node.domain not in ("", "ai.onnx") or node.op_type not in ("Conv", "Gemm", "MatMul"):
@@ -182,7 +190,7 @@ def _operator(
     output = str(node.outputs[0].name)
     if x is None or given is None or x.const_value is not None or output not in shapes or str(x.name) not in shapes:
         return None
-    weight, flips = _weight(given)
+    weight, flips = _weight(given, coded)
     if weight is None or str(weight.name) in stays or len(weight.shape or ()) < 2:
         return None
     attrs = attributes(node)
@@ -200,29 +208,33 @@ def _operator(
     bias: Slot | None = None
     steps: tuple[Step, ...] = ()
     if len(node.inputs) > 2 and node.inputs[2] is not None:
-        value = stored(node.inputs[2])
+        value, home = stored(node.inputs[2]), (output, 2)
+        if (code := _code(node.inputs[2])) is not None:
+            value, home = code, (str(node.inputs[2].name), 0)
         if value is None or value.const_value is None:
             return None
         shape = tuple(value.const_value.shape.numpy())
         whole = value.const_value.size == _outputs(node, weight, transposed) == (shape[-1] if shape else 1)
         if not whole and value.const_value.size != 1:
             return None
-        if whole and str(value.name) not in stays:
-            bias = (output, 2)
+        if whole and code is None and str(value.name) not in stays:
+            bias = home
         else:
-            steps = (Step("add", ((output, 2),), fixed=True),)
+            steps = (Step("add", (home,), fixed=True),)
     columns = _columns(node, attrs, str(x.name), shapes, keep)
     spatial = {key: attrs[key] for key in (*SPATIAL, "transA") if key in attrs}
     slot = (str(owner.node.outputs[0].name), owner.idx)
     return Operator(output, node.op_type, str(x.name), slot, bias, transposed, spatial, steps, columns)
 
 
-def _weight(value: ir.Value) -> tuple[ir.Value | None, bool]:
+def _weight(value: ir.Value, coded: Collection[str]) -> tuple[ir.Value | None, bool]:
     """(the initializer behind a weight, if it serves this one reader; whether it is transposed on the way)."""
     flips = False
     while True:
         if len(value.uses()) != 1 or value.is_graph_output() or value.is_graph_input():
             return None, flips
+        if (code := _code(value)) is not None:
+            return (code if code.name in coded and len(code.uses()) == 1 else None), flips
         if value.const_value is not None and value.is_initializer():
             return (value if value.dtype in FLOATS else None), flips
         node = value.producer()
@@ -232,6 +244,14 @@ def _weight(value: ir.Value) -> tuple[ir.Value | None, bool]:
         if len(node.inputs[0].shape or ()) != 2 or (order is not None and list(order) != [1, 0]):  # type: ignore[call-overload]
             return None, flips
         flips, value = not flips, node.inputs[0]
+
+
+def _code(value: ir.Value) -> ir.Value | None:
+    """The initializer of integers that a value is, through DequantizeLinear."""
+    node = value.producer()
+    if node is None or node.op_type != "DequantizeLinear" or any(v and v.const_value is None for v in node.inputs):
+        return None
+    return node.inputs[0]
 
 
 def stored(value: ir.Value | None) -> ir.Value | None:

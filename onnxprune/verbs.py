@@ -32,7 +32,7 @@ def rows(what: str) -> list[tuple[str, str]]:
         return [(name, f"{text}: {missing[name] or 'ready'}") for name, text in sorted(runtime.KNOWN.items())]
     if what == "ops":
         return ops.known()
-    return list(KINDS.items())
+    return [*KINDS.items(), *rows("sparsifiers")]
 
 
 def explain(analysis: Analysis, a: str, b: str) -> tuple[list[tuple[Any, str, Any]] | None, dict[str, str]]:

@@ -208,10 +208,10 @@ def meant(value: ir.Value) -> Array:
     if node.op_type == "MatMulNBits":
         bits = _bits(node)
         codes, middle = _codes(array, bits), _codes(_packed_zero(node, array), bits)
-        spread = 1.0 if scale is None else scale.reshape(*array.shape[:2], 1)
-        return np.asarray((codes - middle) * spread)
+        each = 1.0 if scale is None else scale.reshape(*array.shape[:2], 1)
+        return np.asarray((codes - middle) * each)
     codes = codes - _aligned(node.inputs[point] if point < len(node.inputs) else None, array, axis)
-    return codes if scale is None else codes * _spread(scale, array, axis)
+    return codes if scale is None else codes * spread(scale, array, axis)
 
 
 def _codes(packed: Array, bits: int) -> Array:
@@ -255,10 +255,10 @@ def _aligned(point: ir.Value | None, array: Array, axis: int) -> Array:
     """A zero point spread over an array of which it scales one axis, or the leading and the last one."""
     if point is None or point.const_value is None:
         return np.zeros_like(array)
-    return _spread(np.asarray(point.const_value.numpy()), array, axis)
+    return spread(np.asarray(point.const_value.numpy()), array, axis)
 
 
-def _spread(found: Array, array: Array, axis: int) -> Array:
+def spread(found: Array, array: Array, axis: int) -> Array:
     """One number, one for each position of an axis or of the leading and the last, or one for each block of an axis."""
     if found.ndim == array.ndim > 1 and found.shape != (1,) * array.ndim:
         for k, (size, whole) in enumerate(zip(found.shape, array.shape, strict=True)):

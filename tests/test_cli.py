@@ -200,7 +200,9 @@ def test_measure_gives_ratios(mlp: Path) -> None:
     assert found[1]["cpu_ms"] > 0
 
 
-@pytest.mark.parametrize("what", ["criteria", "allocators", "reconstructors", "passes", "backends", "ops"])
+@pytest.mark.parametrize(
+    "what", ["criteria", "allocators", "reconstructors", "sparsifiers", "passes", "backends", "ops"]
+)
 def test_list(what: str) -> None:
     result = run("list", what, "--json")
     assert result.exit_code == 0

@@ -30,11 +30,12 @@ LAYERS = (
     ("worker", "runtime", "runtime.*", "measure"),
     ("masked", "bounds", "fold"),
     ("verify",),
-    ("analysis", "prove", "recipe", "calibrate", "sites", "widths", "flow", "precision"),
+    ("analysis", "prove", "recipe", "calibrate", "sites", "widths", "flow", "nm", "precision"),
     ("evidence", "bases", "reconstruct"),
     ("allocate",),
     ("recovery",),
-    ("pipeline", "batch", "export", "engines", "realize", "verbs", "audit"),
+    ("sparse",),
+    ("pipeline", "batch", "export", "engines", "realize", "sparsify", "verbs", "audit"),
     ("cli", "__init__", "__main__"),
 )
 
@@ -84,6 +85,7 @@ OUTSIDE = {
         "bases",
         "reconstruct",
         "precision",
+        "nm",
     ),
     "onnxruntime": ("runtime.ort",),
     "openvino": ("runtime.openvino",),
