@@ -131,7 +131,7 @@ def test_dead_columns_are_no_trouble(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(plugin.available("reconstructors")))
+@pytest.mark.parametrize("name", sorted({*plugin.available("reconstructors")} - {"slicegpt"}))  # which needs subspaces
 def test_every_reconstructor_brings_a_network_nearer_to_the_dense_one(name: str) -> None:
     models = Path(__file__).resolve().parents[1] / "models"
 
