@@ -6,8 +6,11 @@ which its operators stay the same. Between pieces only what later ones read is k
 
 from __future__ import annotations
 
+import math
+import mmap
+import tempfile
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -16,30 +19,38 @@ from onnxprune.infer import bodies, walk
 from onnxprune.runtime import ort
 from onnxprune.sites import Slot, stored
 from onnxprune.types import Array
+from onnxprune.weights import Part
 
 LOADED = 1024  # pieces that stay loaded
 FED = frozenset(("float32", "float16", "float64"))  # types of initializers that are inputs of a piece
 
 
+ROOM = 1 << 30  # bytes of values that a flow keeps in memory; the rest goes to unnamed files
+
+
 class Sessions:
     """Loaded pieces by what they are; the oldest go first."""
 
-    def __init__(self, threads: int = 1) -> None:
-        self.threads = threads
+    def __init__(self, threads: int = 1, loaded: int = LOADED) -> None:
+        self.threads, self.loaded = threads, loaded
         self._made: OrderedDict[bytes, ort.OrtSession] = OrderedDict()
 
     def session(self, model: bytes) -> ort.OrtSession:
         """The piece as ONNX Runtime loads it, as written."""
         if model not in self._made:
             self._made[model] = ort.BACKENDS["cpu"].session(model, threads=self.threads, optimise=False, arena=False)
-            if len(self._made) > LOADED:
+            if len(self._made) > self.loaded:
                 self._made.popitem(last=False)
         self._made.move_to_end(model)
         return self._made[model]
 
 
 class Flow:
-    """What a model computes from a list of feeds, as far as it was asked for."""
+    """What a model computes from a list of feeds, as far as it was asked for.
+
+    No piece reads more than `most` bytes of weights, but for those of a single node; values take up to `room` bytes of
+    memory.
+    """
 
     def __init__(
         self,
@@ -47,8 +58,12 @@ class Flow:
         feeds: Sequence[Mapping[str, Array]],
         sessions: Sessions,
         pinned: Collection[str] = (),
+        *,
+        most: float = math.inf,
+        room: int = ROOM,
     ) -> None:
         self.model, self.sessions = model, sessions
+        self.most, self.room = most, room
         self.nodes = list(model.graph)
         self.functions = [ir.serde.serialize_function(function) for function in model.functions.values()]
         self.stored = {str(value.name): value for value in model.graph.initializers.values()}
@@ -60,6 +75,7 @@ class Flow:
         given = {str(value.name) for value in model.graph.inputs} - set(self.stored)
         self.live: dict[str, list[Array]] = {name: [np.asarray(feed[name]) for feed in feeds] for name in given}
         self.count = len(feeds)
+        self._held: Counter[str] = Counter()  # bytes in memory
         self._changed: dict[Slot, Array] = {}
         self._arrays: dict[str, Array] = {}
         self._slots: dict[Slot, str] = {
@@ -82,15 +98,49 @@ class Flow:
         """For each name its arrays, one for each feed."""
         wanted = [name for name in names if name not in self.live and name not in self.stored]
         if wanted:
-            self._run(self._ancestors(wanted), set(wanted))
+            for part in self._parts(self._ancestors(wanted)):
+                self._run(part, set(wanted))
         return [self.live[n] if n in self.live else [self._stored(n)] * self.count for n in names]
 
     def _stored(self, name: str) -> Array:
         if name not in self._arrays:
             tensor = self.stored[name].const_value
             assert tensor is not None
+            if isinstance(tensor, Part):
+                return tensor.numpy()
             self._arrays[name] = np.asarray(tensor.numpy())
         return self._arrays[name]
+
+    def _parts(self, todo: Sequence[int]) -> Iterator[list[int]]:
+        """These nodes in runs that read `most` bytes of weights."""
+        part: list[int] = []
+        seen: set[str] = set()
+        size = 0
+        for k in todo:
+            fresh = [name for name in self.reads[k] if name in self.stored and name not in seen]
+            more = sum(value.const_value.nbytes for n in fresh if (value := self.stored[n]).const_value is not None)
+            if part and size + more > self.most:
+                yield part
+                part, seen, size = [], set(), 0
+                fresh = [name for name in self.reads[k] if name in self.stored]
+                more = sum(value.const_value.nbytes for n in fresh if (value := self.stored[n]).const_value is not None)
+            part.append(k)
+            seen.update(fresh)
+            size += more
+        if part:
+            yield part
+
+    def _kept(self, name: str, array: Array) -> Array:
+        """The array, on disk where memory is to be spared."""
+        if self._held.total() + array.nbytes <= self.room or not array.nbytes or array.dtype.hasobject:
+            self._held[name] += array.nbytes
+            return array
+        with tempfile.TemporaryFile() as file:
+            file.truncate(array.nbytes)
+            data = mmap.mmap(file.fileno(), array.nbytes)
+        kept = np.frombuffer(data, array.dtype).reshape(array.shape)
+        kept[...] = array
+        return kept
 
     def _ancestors(self, names: Iterable[str]) -> list[int]:
         """Nodes that must still run for these values, in order."""
@@ -119,13 +169,14 @@ class Flow:
         for k in range(self.count):
             found = session.run({**weights, **{name: self.live[name][k] for name in entering}})
             for name in later:
-                results[name].append(found[name])
+                results[name].append(self._kept(name, found[name]))
         self.live |= results
         self.waiting -= inside
         for k in todo:
             self.done[k] = True
         for name in [n for n in self.live if not self.waiting[n] and n not in wanted and n not in self.outputs]:
             del self.live[name]
+            self._held.pop(name, None)
 
     def knows(self, name: str) -> bool:
         """Whether a value exists here."""

@@ -30,6 +30,7 @@ from onnxprune.precision import judged
 from onnxprune.prove import Prover
 from onnxprune.recipe import KINDS, Methods, Options, check, recorded
 from onnxprune.recovery import Recovery, Repaired
+from onnxprune.running import Runner, memory_of
 from onnxprune.runtime import ort
 from onnxprune.sparse import Sparse, sparsified
 from onnxprune.types import Array, Axis, Frozen, Group, Mask, Plan
@@ -274,7 +275,7 @@ def family(
     with Worker(seconds=first.timeout) as worker:
         if first.measure and not first.dry_run:
             worker.call(runtime.backend, first.backend)  # before hours of work for a latency that cannot be had
-        prover = Prover(analysis, this.calibration, first.seed, first.threads)
+        prover = Prover(analysis, this.calibration, first.seed, first.threads, selection.parse_size(first.memory))
         with clock.stage("run the dense model"):
             check_dense(prover, worker, first)
         for options, path in zip(variants, this.paths, strict=True):
@@ -283,7 +284,7 @@ def family(
             )
     if not first.dry_run:
         with clock.stage("write"):
-            results = write(results, this.paths, beside, analysis, first)
+            results = write(results, this.paths, beside, analysis, first, prover.feeds)
     return results
 
 
@@ -450,20 +451,21 @@ def measured(
     repaired: Repaired,
 ) -> Result:
     """Quality and latency of what was proven and perhaps repaired, and the report; `groups` might have shrunk."""
-    with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-        files = []
-        for name, model in (("dense", analysis.dense), ("pruned", proven.model)):
-            files.append(storage.dump(model, folder, name, external=analysis.source.external))
-        size = sum(f.stat().st_size for f in Path(folder).glob("pruned*"))
-        found: dict[str, Any] = {}
-        rows: list[latency.Latency] = []
-        if prover.feeds:
-            with clock.stage("quality"):
-                found = _quality(files, prover, evaluation, options, worker, analysis)
-            if options.measure and not options.dry_run:
-                with clock.stage("measure"):
-                    feed = prover.typical(worker, _usual_feed(analysis, evaluation[0], prover, options))
-                    rows = latency.measure(files, feed, backend=options.backend, threads=options.threads)
+    name = path.name if path is not None else "pruned.onnx"
+    size = storage.size_of(proven.model, name, external=analysis.source.external)
+    found: dict[str, Any] = {}
+    rows: list[latency.Latency] = []
+    told: list[str] = []
+    if prover.feeds:
+        with clock.stage("quality"):
+            found = _quality(proven.model, prover, evaluation, options, worker, analysis)
+        if options.measure and not options.dry_run:
+            with clock.stage("measure"):
+                if prover.runner(worker).fits(analysis.dense):
+                    rows = _measured(analysis, proven.model, prover, worker, evaluation[0], options)
+                else:
+                    need = memory_of(analysis.dense) / 1e9
+                    told = [f"latency was not measured: loading the model takes {need:.1f} GB; raise --memory"]
     dense, pruned = _models(analysis, path, proven, size, rows)
     touched = [g for g in analysis.groups if not proven.plan.keep.get(g.id, np.ones(1, np.bool_)).all()]
     return Result(
@@ -487,9 +489,27 @@ def measured(
                 unproven=[f"group {k}" for k in proven.unproven],
             ),
             repaired=repaired.names,
-            warnings=[*_warnings(analysis, proven, options, rows), *repaired.warnings, *prover.warnings()],
+            warnings=[*_warnings(analysis, proven, options, rows), *told, *repaired.warnings, *prover.warnings()],
         ),
     )
+
+
+def _measured(
+    analysis: Analysis,
+    pruned: Model,
+    prover: Prover,
+    worker: Worker,
+    evaluation: Sequence[Mapping[str, Array]],
+    options: Options,
+) -> list[latency.Latency]:
+    """Latency of dense and pruned."""
+    with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+        files = [
+            storage.dump(model, folder, name, external=analysis.source.external)
+            for name, model in (("dense", analysis.dense), ("pruned", pruned))
+        ]
+        feed = prover.typical(worker, _usual_feed(analysis, evaluation, prover, options))
+        return latency.measure(files, feed, backend=options.backend, threads=options.threads)
 
 
 def _usual_feed(
@@ -648,9 +668,7 @@ def _selected(
 
 def _size(analysis: Analysis, plan: Plan) -> int:
     """Bytes of the files of a plan's model."""
-    with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-        storage.dump(_rewritten(analysis, plan), folder, "pruned", external=analysis.source.external)
-        return sum(file.stat().st_size for file in Path(folder).iterdir())
+    return storage.size_of(_rewritten(analysis, plan), "pruned.onnx", external=analysis.source.external)
 
 
 def _whole(analysis: Analysis, groups: Sequence[Group], plan: Plan) -> Plan:
@@ -660,7 +678,7 @@ def _whole(analysis: Analysis, groups: Sequence[Group], plan: Plan) -> Plan:
 
 
 def _quality(
-    files: Sequence[Path],
+    pruned_model: Model,
     prover: Prover,
     evaluation: tuple[list[dict[str, Array]], Array | None],
     options: Options,
@@ -671,10 +689,11 @@ def _quality(
     samples, labels = evaluation
     if options.metric and not samples:
         raise InputError("needs --evaluation", object=f"--metric {options.metric}")
-    inputs: Sequence[Mapping[str, Array]] = samples or prover.feeds
-    if not inputs:
-        return {}
-    dense, pruned = (worker.call(ort.run, str(path), list(inputs), threads=options.threads) for path in files)
+    both = analysis.dense, pruned_model
+    if samples:
+        dense, pruned = (prover.runner(worker)(model, samples) for model in both)
+    else:
+        dense, pruned = (prover.outputs(worker, model) for model in both)
     dense = [{name: wanted[name] for name in outputs} for wanted, outputs in zip(dense, pruned, strict=True)]
     found: dict[str, Any] = {"relative-error": quality.relative_error(pruned, dense, None)}
     found["data"] = "evaluation" if samples else "calibration" if options.calibration else "random inputs"
@@ -717,8 +736,12 @@ def write(
     beside: Sequence[Sequence[str | Path]],
     analysis: Analysis,
     options: Options,
+    inputs: plugin.Feeds = (),
 ) -> list[Result]:
-    """Write models and reports; where one of them cannot be written, none that is new stays."""
+    """Write models and reports; where one of them cannot be written, none that is new stays.
+
+    What is too large to be loaded as a whole is run on the first of `inputs`.
+    """
     folders = {Path(path).parent for path in (*paths, *chain(*beside)) if path is not None}
     before = {file for folder in folders for file in folder.iterdir()}
     done: list[Path] = []
@@ -726,7 +749,7 @@ def write(
     try:
         for result, path, names in zip(results, paths, beside, strict=True):
             if path is not None:
-                result, files = _written(result, path, analysis, options)
+                result, files = _written(result, path, analysis, options, inputs[:1])
                 done += files
             for name in map(Path, names):
                 storage.write_text(name, reports.rendered(result.report, name.suffix), force=options.force)
@@ -740,18 +763,24 @@ def write(
     return found
 
 
-def _written(result: Result, path: Path, analysis: Analysis, options: Options) -> tuple[Result, tuple[Path, ...]]:
+def _written(
+    result: Result, path: Path, analysis: Analysis, options: Options, inputs: plugin.Feeds
+) -> tuple[Result, tuple[Path, ...]]:
     """The result with its model in the file, checked there before it gets its name, and the files."""
 
     def loads(candidate: Path) -> None:
         with Worker(seconds=options.timeout) as worker:
+            run = Runner(worker, options.threads, selection.parse_size(options.memory))
             try:
-                found = worker.call(ort.interface, str(candidate))
+                if run.fits(result.model):
+                    found = [port.name for port in worker.call(ort.interface, str(candidate)).outputs]
+                else:
+                    found = [name for outputs in run(storage.read_model(candidate)[0], inputs) for name in outputs]
             except InputError as error:
                 raise InternalError(f"the written model does not load: {error.message}", file=path.name) from None
         lost = result.report.interface.outputs
         names = [str(value.name) for value in analysis.dense.graph.outputs if value.name not in lost]
-        if [o.name for o in found.outputs] != names:
+        if found != names:
             raise InternalError("the written model has other outputs than the dense one", file=path.name)
 
     def checked(candidate: Path) -> None:

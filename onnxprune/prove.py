@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from onnxprune import feeds, storage, verify
+from onnxprune import feeds, verify
 from onnxprune.analysis import Analysis, cost_shapes
 from onnxprune.errors import ImpossibleError, InputError, MachineError, PruneError
 from onnxprune.infer import control, walk
 from onnxprune.infer import seed as seed_facts
 from onnxprune.model import Model, normalise
 from onnxprune.probes import alternatives, single_lengths
-from onnxprune.runtime import ort
+from onnxprune.running import Runner
 from onnxprune.types import Array, Mask, Shape
 from onnxprune.worker import Worker
 
 RANDOM = 2  # random feeds that a proof runs on, of those that the dense model accepts
+Run = Callable[[Sequence[Mapping[str, Array]]], list[dict[str, Array]]]
+MEMORY = 1 << 32  # bytes of weights above which a model is not loaded as a whole
 SAMPLES = 2  # feeds of the user's own data that it runs on as well
 
 
 class Prover:
-    """Runs reference and candidate in one child process, on the same feeds."""
+    """Runs reference and candidate in a child process, on the same feeds."""
 
     def __init__(
-        self, analysis: Analysis, samples: Sequence[Mapping[str, Array]], seed: int = 0, threads: int = 1
+        self,
+        analysis: Analysis,
+        samples: Sequence[Mapping[str, Array]],
+        seed: int = 0,
+        threads: int = 1,
+        memory: int = MEMORY,
     ) -> None:
-        self.analysis, self.threads = analysis, threads
+        self.analysis, self.threads, self.memory = analysis, threads, memory
+        self._outputs: list[tuple[Model, list[dict[str, Array]]]] = []
         graph = analysis.dense.graph
         self.samples = list(samples[:SAMPLES])
         self.feeds: list[Mapping[str, Array]] = []
@@ -55,21 +62,28 @@ class Prover:
 
     def compare(self, worker: Worker, reference: Model, candidate: Model) -> list[verify.Difference]:
         """Differences between two models on the feeds that the dense one accepts."""
+        wanted = self.runner(worker)(reference, self.feeds)
+        return verify.compare(wanted, self.outputs(worker, candidate), verify.tolerance_of(reference))
 
-        def run(path: str, samples: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
-            found: list[dict[str, Array]] = worker.call(ort.run, path, list(samples), threads=self.threads)
-            return found
+    def runner(self, worker: Worker) -> Runner:
+        """What runs models in this child."""
+        return Runner(worker, self.threads, self.memory)
 
-        return verify.compare(reference, candidate, self.feeds, run)
+    def outputs(self, worker: Worker, model: Model) -> list[dict[str, Array]]:
+        """What the dense model or the latest candidate computes from each feed."""
+        for known, found in self._outputs:
+            if known is model:
+                return found
+        found = self.runner(worker)(model, self.feeds)
+        self._outputs = [*(row for row in self._outputs if row[0] is self.analysis.dense), (model, found)]
+        return found
 
     def typical(self, worker: Worker, usual: Mapping[str, Array]) -> Mapping[str, Array]:
         """A feed of the usual sizes if the dense model accepts it, else one of those that the proof runs on."""
-        with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-            path = str(storage.dump(self.analysis.dense, folder, "dense"))
-            try:
-                worker.call(ort.run, path, [usual], threads=self.threads)
-            except InputError:
-                return self.feeds[0]
+        try:
+            self.runner(worker)(self.analysis.dense, [usual])
+        except InputError:
+            return self.feeds[0]
         return usual
 
     def warnings(self) -> list[str]:
@@ -84,47 +98,67 @@ class Prover:
         """Keep the feeds that the dense model accepts. Raises InputError or ImpossibleError if there are none."""
         if self.feeds:
             return  # asked before, for another target
-        with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-            path = str(storage.dump(self.analysis.dense, folder, "dense"))
-            for sample in self.samples:
-                worker.call(ort.run, path, [sample], threads=self.threads)
-            accepted: list[Mapping[str, Array]] = []
-            graph = self.analysis.dense.graph
-            combinations = feeds.combinations(graph) if self.sizes else 0
-            for choice in range(combinations):  # each at sizes that suit it
-                found = self._accepted(worker, path, choice, max(1, RANDOM // combinations))
-                row = feeds.combination(graph, choice)
-                if row and not found and not any(_takes(sample, row) for sample in self.samples):
-                    self.unseen.append(row)
-                accepted += found
-            if not accepted and not self.samples and self.sizes:
-                plain = self.analysis.dense.clone()
+        dense = self.analysis.dense
+        with self.runner(worker).ready(dense) as run:
+            found = [*zip(self.samples, run(self.samples) if self.samples else [], strict=True), *self._random(run)]
+            if not found and self.sizes:
+                plain = dense.clone()
                 normalise(plain)
                 sizes = alternatives(plain, self.analysis.given)
-                self.sizes = [seed_facts(graph, chosen).shapes for chosen in sizes]
-                accepted = self._accepted(worker, path, 0, RANDOM)
-        self.feeds = [*self.samples, *accepted]
+                self.sizes = [seed_facts(dense.graph, chosen).shapes for chosen in sizes]
+                found = self._accepted(run, 0, RANDOM)
+        self.feeds = [feed for feed, _ in found]
+        self._outputs = [(dense, [outputs for _, outputs in found])]
         if not self.feeds:
             problem = self.problem or InputError("it accepts no input")
             raise type(problem)(problem.message, file=self.analysis.source.path, object=problem.object)
 
-    def _accepted(self, worker: Worker, path: str, choice: int, most: int) -> list[Mapping[str, Array]]:
-        """Up to `most` random feeds that the dense model runs with."""
-        found: list[Mapping[str, Array]] = []
-        for k, shapes in enumerate(self.sizes):
-            if len(found) == most:
-                break
-            try:
-                feed = feeds.random_feed(self.analysis.dense.graph, shapes, self.seed + k, choice)
-                outputs = worker.call(ort.run, path, [feed], threads=self.threads)
-            except (InputError, MachineError) as error:  # what is too large at one size may fit at another
-                self.problem = error
-                continue
-            if _says_something(outputs[0]):
-                found.append(feed)
-            else:
-                self.problem = InputError("no output is finite on random inputs; pass --calibration")
+    def _random(self, run: Run) -> list[Ran]:
+        """Random feeds that the dense model accepts, for every combination of choices."""
+        graph = self.analysis.dense.graph
+        found: list[Ran] = []
+        combinations = feeds.combinations(graph) if self.sizes else 0
+        for choice in range(combinations):  # each at sizes that suit it
+            fresh = self._accepted(run, choice, max(1, RANDOM // combinations))
+            row = feeds.combination(graph, choice)
+            if row and not fresh and not any(_takes(sample, row) for sample in self.samples):
+                self.unseen.append(row)
+            found += fresh
         return found
+
+    def _accepted(self, run: Run, choice: int, most: int) -> list[Ran]:
+        """Up to `most` random feeds that the dense model runs with, and what it makes of them.
+
+        As many as are wanted are run at once: loading takes longer than running.
+        """
+        found: list[Ran] = []
+        sizes = list(enumerate(self.sizes))
+        while sizes and len(found) < most:
+            some, sizes = sizes[: most - len(found)], sizes[most - len(found) :]
+            made = [feed for k, shapes in some if (feed := self._drawn(shapes, k, choice)) is not None]
+            for part in (made, *([feed] for feed in made)) if len(made) > 1 else (made,) if made else ():
+                try:
+                    ran = run(part)
+                except (InputError, MachineError) as error:  # what is too large at one size may fit at another
+                    self.problem = error
+                    continue
+                said = [_says_something(outputs) for outputs in ran]
+                found += [row for row, says in zip(zip(part, ran, strict=True), said, strict=True) if says]
+                if not all(said):
+                    self.problem = InputError("no output is finite on random inputs; pass --calibration")
+                if part is made:
+                    break
+        return found
+
+    def _drawn(self, shapes: Mapping[str, Shape], k: int, choice: int) -> Mapping[str, Array] | None:
+        try:
+            return feeds.random_feed(self.analysis.dense.graph, shapes, self.seed + k, choice)
+        except MachineError as error:
+            self.problem = error
+            return None
+
+
+Ran = tuple[Mapping[str, Array], dict[str, Array]]  # a feed and what came of it
 
 
 def _takes(sample: Mapping[str, Array], row: Mapping[str, int]) -> bool:

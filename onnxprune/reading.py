@@ -13,18 +13,20 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path, PurePosixPath
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from onnxprune.errors import InputError, MachineError, shown, shown_path
-from onnxprune.types import Array
+from onnxprune.weights import Mapped, Place, attach
+from onnxprune.wire import without_weights
 
 LIMIT = 2**31 - 1  # bytes that protobuf can parse
+WHOLE = 1 << 24  # bytes up to which a model file is parsed with the weights in it
 RANK = 64  # axes that NumPy can have
 NESTING = 100  # subgraphs inside subgraphs
 FORMATS = (
@@ -45,13 +47,32 @@ COMPLEX = (TensorType.COMPLEX64, TensorType.COMPLEX128)
 
 @dataclass(frozen=True)
 class Source:
-    """What was read: `bytes` counts the model file and its external data, `sha256` runs over both."""
+    """What was read: `bytes` counts the model file and its external data."""
 
     path: Path
-    sha256: str
     bytes: int
     external: bool
     files: tuple[Path, ...]
+    states: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash over the model file and those of its data, when it is asked for. Raises MachineError if one changed."""
+        hashes = []
+        for path, state in zip(self.files, self.states, strict=True):
+            with os.fdopen(open_regular(path), "rb") as file:
+                hashes.append(hashlib.file_digest(file, "sha256"))
+                if _state(file.fileno()) != state:
+                    raise MachineError("changed since it was read", file=path)
+        for one in hashes[1:]:
+            hashes[0].update(one.digest())
+        return hashes[0].hexdigest()
+
+
+def _state(descriptor: int) -> tuple[int, ...]:
+    """What changes with the content of a file."""
+    info = os.fstat(descriptor)
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
 
 
 def open_regular(path: str | Path, *, follow: bool = False) -> int:
@@ -88,24 +109,23 @@ def read_bytes(path: str | Path, limit: int = LIMIT) -> bytes:
 def read_model(path: str | Path) -> tuple[ir.Model, Source]:
     """A checked model, weights outside the file memory-mapped. Raises InputError with the culprit, MachineError."""
     path = Path(path)
-    proto, digest, size = _parse(path)
+    proto, weights, state = _parse(path)
     try:
         _check_opsets(proto)
         _check_functions(proto.functions)
         _check_graph(proto.graph)
-        mapped, files = _map_external(proto, path)
+        mapped, states = _map_external(proto, path)
         model = deserialized(proto)
     except InputError as error:
         raise InputError(error.message, file=path, object=error.object) from None
     except (ValueError, TypeError, KeyError, NotImplementedError, ir.serde.SerdeError) as error:
         text = str(error.__cause__ or error)
         raise InputError(f"inconsistent model: {(text.splitlines() or ['?'])[0][:200]}", file=path) from None
-    _attach(model, mapped)
+    attach(model, weights | mapped)
     model.graph.sort()
-    for file in files:
-        digest.update(_hash_file(file))
-        size += file.stat().st_size
-    return model, Source(path, digest.hexdigest(), size, bool(files), (path, *files))
+    states = {path: state} | states
+    size = sum(state[2] for state in states.values())
+    return model, Source(path, size, len(states) > 1, tuple(states), tuple(states.values()))
 
 
 def deserialized(proto: onnx.ModelProto) -> ir.Model:
@@ -145,32 +165,57 @@ def _graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
         yield from _subgraphs(node)
 
 
-def _parse(path: Path) -> tuple[onnx.ModelProto, hashlib._Hash, int]:
-    """The message, the hash of the file so far, its size."""
+def _parse(path: Path) -> tuple[onnx.ModelProto, dict[str, Mapped], tuple[int, ...]]:
+    """The message, its large initializers where the file is large, mapped, and the state of the file."""
     with os.fdopen(open_regular(path), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+        state = _state(file.fileno())
+        size = state[2]
         if not size:
             raise InputError("empty file", file=path)
         if size > LIMIT:
             raise InputError(
                 "larger than 2 GB, which protobuf cannot read; store its weights as external data", file=path
             )
-        data = file.read()
+        data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size > WHOLE else file.read()
     for start, what in FORMATS:
-        if data.startswith(start):
+        if data[: len(start)] == start:
             raise InputError(f"not an ONNX model: this looks like {what}", file=path)
+    message, places = without_weights(data) if size > WHOLE else (data[:], {})
     try:
-        proto = onnx.ModelProto.FromString(data)
+        proto = onnx.ModelProto.FromString(message)
     except (DecodeError, RecursionError):
         raise InputError("not an ONNX model, or cut short", file=path) from None
     if not proto.HasField("graph") or not proto.graph.output or not proto.ir_version:
         raise InputError("not an ONNX model: it has no graph with outputs", file=path)
-    return proto, hashlib.sha256(data), size
+    weights: dict[str, Mapped] = {}
+    for k, (offset, length) in places.items():
+        tensor = proto.graph.initializer[k]
+        if _is_plain(tensor, length) and tensor.name not in weights:
+            place = Place(os.path.abspath(path), state[0], state[1], offset, length)
+            kind, shape = ir.DataType(tensor.data_type), tuple(tensor.dims)
+            weights[tensor.name] = Mapped.of(data, offset, place, kind, shape, tensor.name)
+            _empty(tensor)
+        else:
+            tensor.raw_data = data[offset : offset + length]
+    return proto, weights, state
 
 
-def _hash_file(path: Path) -> bytes:
-    with os.fdopen(open_regular(path), "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+def _is_plain(tensor: onnx.TensorProto, length: int) -> bool:
+    """Whether so many bytes are all the data of a tensor, as they should be, and none of them is packed."""
+    if not isinstance(tensor.name, str) or tensor.data_type in (*PACKED, TensorType.STRING):
+        return False
+    if tensor.data_location == onnx.TensorProto.EXTERNAL or any(len(getattr(tensor, field)) for field in FIELDS):
+        return False
+    try:
+        return needed_bytes(tensor) == length
+    except InputError:
+        return False
+
+
+def _empty(tensor: onnx.TensorProto) -> None:
+    """Make it a stand-in of no elements until a mapped tensor takes its place."""
+    tensor.raw_data = b""
+    tensor.dims[:] = [0]
 
 
 # Structure ---------------------------------------------------------------------------------------------------------
@@ -371,10 +416,11 @@ def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
                     yield from (sparse.values, sparse.indices)
 
 
-def _map_external(proto: onnx.ModelProto, path: Path) -> tuple[dict[str, Array], tuple[Path, ...]]:
-    """{initializer: mapped array}; tensors elsewhere are read into the message. Raises InputError."""
+def _map_external(proto: onnx.ModelProto, path: Path) -> tuple[dict[str, Mapped], dict[Path, tuple[int, ...]]]:
+    """{initializer: mapped tensor}, {file: state}; tensors elsewhere go into the message. Raises InputError."""
     descriptors: dict[str, int] = {}
-    mapped: dict[str, Array] = {}
+    mapped: dict[str, Mapped] = {}
+    folder = os.path.abspath(path.parent)
 
     def resolve(tensor: onnx.TensorProto, keep_mapped: bool) -> None:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
@@ -384,16 +430,17 @@ def _map_external(proto: onnx.ModelProto, path: Path) -> tuple[dict[str, Array],
         if location not in descriptors:
             descriptors[location] = _open_inside(path.parent, location, title)
         file = descriptors[location]
-        size = os.fstat(file).st_size
-        if offset + length > size:
-            text = f"bytes {offset} to {offset + length} of {shown(location)}, which has {size}"
+        info = os.fstat(file)
+        if offset + length > info.st_size:
+            text = f"bytes {offset} to {offset + length} of {shown(location)}, which has {info.st_size}"
             raise InputError(text, object=title)
         tensor.ClearField("external_data")
         tensor.ClearField("data_location")
         if keep_mapped and tensor.data_type not in PACKED:
-            mapped[tensor.name] = _mapped(file, offset, length, tensor)
-            tensor.raw_data = b""
-            tensor.dims[:] = [0]  # a stand-in of no elements until the mapped array takes its place
+            place = Place(os.path.join(folder, location), info.st_dev, info.st_ino, offset, length)
+            kind, shape = ir.DataType(tensor.data_type), tuple(tensor.dims)
+            mapped[tensor.name] = Mapped.at(file, place, kind, shape, tensor.name)
+            _empty(tensor)
         else:
             tensor.raw_data = os.pread(file, length, offset)
 
@@ -402,10 +449,11 @@ def _map_external(proto: onnx.ModelProto, path: Path) -> tuple[dict[str, Array],
             resolve(tensor, True)
         for tensor in _tensors(proto):
             resolve(tensor, False)
+        states = {path.parent / location: _state(descriptors[location]) for location in sorted(descriptors)}
     finally:
         for file in descriptors.values():
             os.close(file)
-    return mapped, tuple(path.parent / location for location in sorted(descriptors))
+    return mapped, states
 
 
 def _external(tensor: onnx.TensorProto, title: str) -> tuple[str, int, int]:
@@ -460,22 +508,3 @@ def _open_inside(folder: Path, location: str, title: str) -> int:
         os.close(here)
         raise
     return here
-
-
-def _mapped(file: int, offset: int, length: int, tensor: onnx.TensorProto) -> Array:
-    """The declared range of an open file as a read-only array."""
-    kind = ir.DataType(tensor.data_type).numpy()
-    if not length:
-        return np.zeros(tuple(tensor.dims), kind)
-    start = offset - offset % mmap.ALLOCATIONGRANULARITY
-    view = mmap.mmap(file, length + offset - start, access=mmap.ACCESS_READ, offset=start)
-    return np.frombuffer(view, np.uint8, length, offset - start).view(kind).reshape(tuple(tensor.dims))
-
-
-def _attach(model: ir.Model, mapped: dict[str, Array]) -> None:
-    """Put mapped arrays in the place of their stand-ins."""
-    for name, array in mapped.items():
-        value = model.graph.initializers[name]
-        assert value.const_value is not None
-        value.const_value = ir.Tensor(array, dtype=value.const_value.dtype, name=name)
-        value.shape = ir.Shape(array.shape)

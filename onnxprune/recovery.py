@@ -104,14 +104,14 @@ class Recovery:
             requests,
             padding=self.samples.padding,
             seed=self.options.seed,
-            budget=parse_size(self.options.memory),
+            budget=parse_size(self.options.memory) // SHARE,
             threads=self.options.threads,
             progress=lambda done, total: self.progress(f"statistics ({done} of {total})"),
         )
 
     def evidence(self, groups: Sequence[Group]) -> plugin.Evidence:
         """What criteria may look at."""
-        gather, budget = self.gather if self.given else None, parse_size(self.options.memory)
+        gather, budget = self.gather if self.given else None, parse_size(self.options.memory) // SHARE
         run = Runs(self.worker, self.given, self.options.threads)
         return evidence(self.analysis, groups, self.options.seed, gather, budget, run)
 
@@ -198,6 +198,7 @@ class Recovery:
 
 
 WORK = {"default": 1e13, "thorough": 1e14}  # MACs that trials may take together
+SHARE = 4  # of the memory, one part for statistics
 RANDOM = 64  # inputs for a repair without data
 
 

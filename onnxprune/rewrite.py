@@ -20,6 +20,7 @@ from onnxprune.errors import InternalError
 from onnxprune.infer import Facts, bodies, enter, home, initializers, note_initializer, op_node, seed, step, walk
 from onnxprune.model import Prepared, add_initializer, dismantle, free_name, register
 from onnxprune.types import Array, Axis, Mask, OpNode, Positions, Shape, View
+from onnxprune.weights import taken
 
 Keep = Callable[[Axis], Mask]
 
@@ -63,8 +64,8 @@ def _slice_initializers(graph: ir.Graph, view: View, wanted: Mapping[str, Shape]
     values = initializers(graph)
     variants: dict[str, dict[tuple[bytes, ...], list[str]]] = defaultdict(lambda: defaultdict(list))
     for name, stored in view.stored.items():
-        masks = tuple(keep(Axis(name, k)).tobytes() for k in range(len(stored.shape)))
-        variants[stored.initializer][masks].append(name)
+        kept = tuple(keep(Axis(name, k)).tobytes() for k in range(len(stored.shape)))
+        variants[stored.initializer][kept].append(name)
     for initializer, by_mask in variants.items():
         value = values[initializer]
         others = sum(1 for _ in value.uses()) - sum(len(view.stored[n].uses) for ns in by_mask.values() for n in ns)
@@ -72,23 +73,17 @@ def _slice_initializers(graph: ir.Graph, view: View, wanted: Mapping[str, Shape]
             stored = view.stored[aliases[0]]
             if wanted[aliases[0]] == stored.shape:
                 continue
-            array = value.const_value.numpy() if value.const_value is not None else np.zeros(0)
-            for axis in range(len(stored.shape)):
-                mask = keep(Axis(aliases[0], axis))
-                if not mask.all():
-                    array = np.take(array, np.flatnonzero(mask), axis)
-            dtype = value.const_value.dtype if value.const_value is not None else None
-            if len(by_mask) == 1 and not others:
-                tensor = ir.Tensor(array, dtype=dtype, name=initializer)
-                value.const_value, value.shape = tensor, ir.Shape(array.shape)
+            assert value.const_value is not None
+            masks = {axis: keep(Axis(aliases[0], axis)) for axis in range(len(stored.shape))}
+            left = {axis: np.flatnonzero(mask) for axis, mask in masks.items() if not mask.all()}
+            alone = len(by_mask) == 1 and not others
+            name = initializer if alone else free_name(graph, initializer)
+            tensor = taken(value.const_value, left, name)
+            shape = ir.Shape(wanted[aliases[0]])
+            if alone:
+                value.const_value, value.shape = tensor, shape
                 continue
-            fresh_name = free_name(graph, initializer)
-            fresh = ir.Value(
-                name=fresh_name,
-                shape=ir.Shape(array.shape),
-                type=value.type,
-                const_value=ir.Tensor(array, dtype=dtype, name=fresh_name),
-            )
+            fresh = ir.Value(name=name, shape=shape, type=value.type, const_value=tensor)
             add_initializer(graph, fresh)
             for alias in aliases:
                 for reader, k in view.stored[alias].uses:

@@ -19,6 +19,7 @@ import onnx_ir as ir
 from onnxprune.errors import InputError, MachineError, shown
 from onnxprune.reading import Source, open_regular, read_bytes, read_model, serialized
 from onnxprune.types import Array
+from onnxprune.weights import contents, lifted, standing
 
 __all__ = [
     "Source",
@@ -28,6 +29,7 @@ __all__ = [
     "read_arrays",
     "read_bytes",
     "read_model",
+    "size_of",
     "write_model",
     "write_text",
 ]
@@ -36,6 +38,7 @@ INLINE = 1_900_000_000  # bytes of weights above which they go to a file of thei
 SMALL = 1024  # bytes up to which a tensor stays in the model file all the same
 ALIGN = 4096
 ENGINES = (".engine", ".plan")
+DIGITS = 12  # of the content's hash in the name of a data file
 DATA_LIMIT = 16 * 2**30  # bytes of arrays that a data file may hold
 
 
@@ -104,25 +107,30 @@ def _temporary(path: Path, durable: bool = True) -> Iterator[tuple[Path, IO[byte
         raise
 
 
-def _commit(temporary: Path, path: Path, force: bool) -> None:
-    """Give a finished file its name in one step; without force somebody else's file wins."""
+def _commit(temporary: Path, path: Path, force: bool, durable: bool = True) -> None:
+    """Give a finished file its name in one step; without force somebody else's file wins. What fails leaves nothing."""
+    fresh, named = not os.path.lexists(path), False
     try:
         if force:
             os.replace(temporary, path)
+            named = True
         else:
             try:
                 os.link(temporary, path)
             except FileExistsError:
                 raise InputError("exists; use --force to replace it", file=path) from None
+            named = True
             temporary.unlink()
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        if durable:
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
+        for name in (temporary, *([path] if fresh and named else [])):
+            with suppress(OSError):
+                name.unlink()
         raise
 
 
@@ -179,12 +187,11 @@ def write_model(
     With `external`, or above 1.9 GB, weights go to `NAME.HASH.data` beside it, which is complete before the model
     file, the single point of commitment, is renamed. Returns the files. Raises InputError, MachineError.
     """
-    total = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     data: Path | None = None
     fresh = False
     with _disk(path):
         try:
-            if external or total > INLINE:
+            if external or _weight(model) > INLINE:
                 proto, data, fresh = _with_data(model, path, durable)
             else:
                 proto = _message(model)
@@ -197,7 +204,7 @@ def write_model(
                 except BaseException:
                     temporary.unlink()
                     raise
-            _commit(temporary, path, force)
+            _commit(temporary, path, force, durable)
         except BaseException:
             if data is not None and fresh:
                 with suppress(OSError):
@@ -216,41 +223,47 @@ def _message(model: ir.Model) -> onnx.ModelProto:
     return proto
 
 
+def _apart(model: ir.Model) -> tuple[ir.Model, dict[str, ir.TensorProtocol], dict[str, int]]:
+    """A copy without its large initializers, these, and where each starts in the data file; "" is that file's end."""
+    skeleton, tensors = lifted(model, SMALL)
+    starts: dict[str, int] = {}
+    offset = 0
+    for name, tensor in tensors.items():
+        starts[name] = offset + -offset % ALIGN
+        offset = starts[name] + tensor.nbytes
+    return skeleton, tensors, starts | {"": offset}
+
+
 def _with_data(model: ir.Model, path: Path, durable: bool) -> tuple[onnx.ModelProto, Path, bool]:
     """Stream large initializers to a data file named by its content: (the model that refers to it, the file, new?)."""
-    places: dict[str, tuple[int, int]] = {}
+    skeleton, tensors, starts = _apart(model)
     content = hashlib.sha256()
     with _temporary(path, durable) as (temporary, file):
-        offset = 0
-        for name, value in model.graph.initializers.items():
-            tensor = value.const_value
-            if tensor is None or tensor.nbytes <= SMALL or tensor.dtype == ir.DataType.STRING:
-                continue
-            padding = b"\0" * (-offset % ALIGN)
-            data = tensor.tobytes()
-            for part in (padding, data):
+        for name, tensor in tensors.items():
+            for part in (b"\0" * (starts[name] - file.tell()), *contents(tensor)):
                 file.write(part)
                 content.update(part)
-            offset += len(padding)
-            places[name] = (offset, len(data))
-            offset += len(data)
-    final = path.with_name(f"{path.name}.{content.hexdigest()[:12]}.data")
+    final = path.with_name(f"{path.name}.{content.hexdigest()[:DIGITS]}.data")
     fresh = not final.exists()
-    _commit(temporary, final, force=True)
-    skeleton = model.clone()
-    for name in places:
-        value = skeleton.graph.initializers[name]
-        assert value.const_value is not None
-        start, length = places[name]
-        value.const_value = ir.ExternalTensor(
-            final.name,
-            start,
-            length,
-            value.const_value.dtype,
-            shape=ir.Shape(value.const_value.numpy().shape),
-            name=name,
-        )
+    _commit(temporary, final, True, durable)
+    for name, tensor in tensors.items():
+        skeleton.graph.initializers[name].const_value = standing(tensor, name, final.name, starts[name])
     return _message(skeleton), final, fresh
+
+
+def size_of(model: ir.Model, name: str, *, external: bool) -> int:
+    """Bytes of the files that `write_model` would write under this name."""
+    if not external and _weight(model) <= INLINE:
+        return _message(model).ByteSize()
+    skeleton, tensors, starts = _apart(model)
+    file = f"{name}.{'0' * DIGITS}.data"
+    for key, tensor in tensors.items():
+        skeleton.graph.initializers[key].const_value = standing(tensor, key, file, starts[key])
+    return _message(skeleton).ByteSize() + starts[""]
+
+
+def _weight(model: ir.Model) -> int:
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
 # Data files ------------------------------------------------------------------------------------------------------

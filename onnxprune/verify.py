@@ -6,7 +6,6 @@ was read. That holds exactly where units are only combined linearly or passed th
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -20,8 +19,8 @@ from onnxprune.errors import InternalError
 from onnxprune.infer import home, initializers, walk
 from onnxprune.masked import Narrowed, narrow
 from onnxprune.model import free_name, normalise, write_down
-from onnxprune.storage import dump
 from onnxprune.types import Array, Group, Member, Plan
+from onnxprune.weights import LEAST, Mapped, Part
 
 ZEROED = frozenset({"weight", "bias", "norm"})
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -116,30 +115,48 @@ def reference(
     for (name, uses), entries in by_place.items():
         value = values[name]
         assert value.const_value is not None
-        array = np.array(value.const_value.numpy(), copy=True)
+        whole = value.const_value
+        if isinstance(whole, Mapped) and whole.nbytes > LEAST and whole.dtype.is_floating_point():
+            _put(graph, value, Part(whole, name, zeroed=_by_axis(entries)), uses, nodes)
+            continue
+        array = np.array(whole.numpy(), copy=True)
         for removal in entries:
             at = (slice(None),) * removal.axis + (np.array(removal.removed, np.int64),)
             array[at] = zero_of(value, array)[at] if array.dtype.kind in "iu" else 0
-        tensor = ir.Tensor(array, dtype=value.const_value.dtype, name=name)
-        if uses is None:
-            value.const_value = tensor
-            continue
-        for reader, k in uses:
-            own = free_name(graph, f"{name}_zeroed")
-            copy = ir.Value(
-                name=own,
-                shape=ir.Shape(array.shape),
-                type=value.type,
-                const_value=ir.Tensor(array, dtype=value.const_value.dtype, name=own),
-            )
-            graph.register_initializer(copy)
-            nodes[reader].replace_input_with(k, copy)
+        _put(graph, value, ir.Tensor(array, dtype=whole.dtype, name=name), uses, nodes)
     for reader, k, kind in dropped.zeroed:
         _add_nothing(model, nodes[reader], k, ir.DataType(kind))
     for output in [value for value in graph.outputs if value.name in dropped.outputs]:
         graph.outputs.remove(output)
     narrow(model, mixed, types or {})
     return model
+
+
+def _by_axis(entries: Iterable[Removal]) -> dict[int, Array]:
+    """Everything that goes from each axis."""
+    found: dict[int, list[int]] = {}
+    for removal in entries:
+        assert removal.removed != "all"
+        found.setdefault(removal.axis, []).extend(removal.removed)
+    return {axis: np.unique(np.array(positions, np.int64)) for axis, positions in found.items()}
+
+
+def _put(
+    graph: ir.Graph,
+    value: ir.Value,
+    tensor: ir.TensorProtocol,
+    uses: Iterable[tuple[str, int]] | None,
+    nodes: Mapping[str, ir.Node],
+) -> None:
+    """Change what an initializer holds, for these readers alone where there are some."""
+    if uses is None:
+        value.const_value = tensor
+        return
+    for reader, k in uses:
+        own = free_name(graph, f"{value.name}_zeroed")
+        copy = ir.Value(name=own, shape=value.shape, type=value.type, const_value=tensor)
+        graph.register_initializer(copy)
+        nodes[reader].replace_input_with(k, copy)
 
 
 def _add_nothing(model: ir.Model, node: ir.Node, k: int, dtype: ir.DataType) -> None:
@@ -336,18 +353,13 @@ def differ(wanted: Mapping[str, Array], found: Mapping[str, Array], tolerance: f
     return rows
 
 
-Run = Callable[[str, Sequence[Mapping[str, Array]]], list[dict[str, Array]]]
+Outputs = Sequence[Mapping[str, Array]]  # of a model, for each feed
 
 
-def compare(dense: ir.Model, pruned: ir.Model, feeds: Sequence[Mapping[str, Array]], run: Run) -> list[Difference]:
-    """Run both on the same feeds; the largest difference of each output."""
-    with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-        results = []
-        for name, model in (("reference", dense), ("pruned", pruned)):
-            results.append(run(str(dump(model, folder, name)), feeds))
-    tolerance = tolerance_of(dense)
+def compare(reference: Outputs, pruned: Outputs, tolerance: float) -> list[Difference]:
+    """The largest difference of each output over all feeds."""
     worst: dict[str, Difference] = {}
-    for wanted, found in zip(*results, strict=True):
+    for wanted, found in zip(reference, pruned, strict=True):
         for row in differ(wanted, found, tolerance):
             if row.output not in worst or not row.relative <= worst[row.output].relative:
                 worst[row.output] = row

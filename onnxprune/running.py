@@ -1,0 +1,79 @@
+"""Models run in a child process: whole, or piece by piece where the whole would take more memory than it may."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import onnx
+import onnx_ir as ir
+
+from onnxprune.errors import InputError
+from onnxprune.flow import Flow, Sessions
+from onnxprune.reading import deserialized, serialized
+from onnxprune.runtime import ort
+from onnxprune.storage import dump
+from onnxprune.types import Array
+from onnxprune.weights import attach, lifted
+from onnxprune.worker import Worker
+
+Feeds = Sequence[Mapping[str, Array]]
+HALVES = ("FLOAT16", "BFLOAT16")  # of which ONNX Runtime makes single precision on a CPU
+PIECE = 1 << 29  # bytes of weights in a piece, at most a quarter of the memory: one is cast while it is used
+SMALL = 1024  # bytes up to which a weight travels with the graph
+
+
+def memory_of(model: ir.Model) -> int:
+    """Bytes that weights take in ONNX Runtime when the model runs as a whole: it packs most of them once more."""
+    held = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    return sum(2 * t.nbytes * (2 if t.dtype.name in HALVES else 1) for t in held if t.dtype != ir.DataType.STRING)
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs models in one child, within so many bytes as far as weights are concerned."""
+
+    worker: Worker
+    threads: int
+    memory: int
+
+    def fits(self, model: ir.Model) -> bool:
+        """Whether a model may be loaded as a whole."""
+        return memory_of(model) <= self.memory
+
+    def __call__(self, model: ir.Model, feeds: Feeds) -> list[dict[str, Array]]:
+        """Outputs for each feed. Raises what Worker.call raises."""
+        with self.ready(model) as run:
+            return run(feeds)
+
+    @contextmanager
+    def ready(self, model: ir.Model) -> Iterator[Callable[[Feeds], list[dict[str, Array]]]]:
+        """What computes a model's outputs for each feed, any number of times."""
+        if self.fits(model):
+            with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+                path = str(dump(model, folder, "model"))
+                yield lambda feeds: self.worker.call(ort.run, path, list(feeds), threads=self.threads)
+            return
+        skeleton, tensors = lifted(model, SMALL)
+        message = serialized(skeleton).SerializeToString()
+        yield lambda feeds: self.worker.call(in_pieces, message, tensors, list(feeds), self.threads, self.memory)
+
+
+def in_pieces(
+    message: bytes,
+    tensors: Mapping[str, ir.TensorProtocol],
+    feeds: Feeds,
+    threads: int,
+    memory: int,
+) -> list[dict[str, Array]]:
+    """In the child: outputs for each feed, with the weights of a few nodes at a time."""
+    model = deserialized(onnx.ModelProto.FromString(message))
+    attach(model, tensors)
+    names = [str(value.name) for value in model.graph.outputs]
+    inputs = [str(value.name) for value in model.graph.inputs if value.name not in model.graph.initializers]
+    if missing := [name for feed in feeds for name in inputs if name not in feed]:
+        raise InputError("there is no value for this input", object=missing[0])
+    flow = Flow(model, feeds, Sessions(threads, 1), names, most=min(PIECE, memory // 4), room=memory // 4)
+    return [dict(zip(names, row, strict=True)) for row in zip(*flow.values(names), strict=True)]

@@ -1,0 +1,164 @@
+"""Weights that stay in their file: mapped, and sliced or zeroed block by block when somebody looks at them.
+
+They travel to a child process as what they are: a range of a file, which is opened and checked there once more.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxprune.errors import InputError
+from onnxprune.types import Array
+
+BLOCK = 1 << 26  # bytes that are copied at a time
+LEAST = 1 << 16  # bytes below which a slice is made at once
+
+
+@dataclass(frozen=True)
+class Place:
+    """A range of a file that was opened and checked: by its path, and by what the system knows it as."""
+
+    path: str
+    device: int
+    inode: int
+    offset: int
+    length: int
+
+
+class Mapped(ir.Tensor[Any]):
+    """A tensor in a file; `place` says where."""
+
+    def __init__(self, array: Array, dtype: ir.DataType, name: str, place: Place) -> None:
+        super().__init__(array, dtype=dtype, name=name)
+        self.place = place
+
+    @classmethod
+    def of(cls, data: Any, offset: int, place: Place, dtype: ir.DataType, shape: tuple[int, ...], name: str) -> Mapped:
+        """What lies from `offset` on in mapped memory."""
+        raw = np.frombuffer(data, np.uint8, place.length, offset)
+        return cls(raw.view(dtype.numpy()).reshape(shape), dtype, name, place)
+
+    @classmethod
+    def at(cls, file: int, place: Place, dtype: ir.DataType, shape: tuple[int, ...], name: str) -> Mapped:
+        """A range of an open file, read only."""
+        if not place.length:
+            return cls(np.zeros(shape, dtype.numpy()), dtype, name, place)
+        start = place.offset - place.offset % mmap.ALLOCATIONGRANULARITY
+        data = mmap.mmap(file, place.length + place.offset - start, access=mmap.ACCESS_READ, offset=start)
+        return cls.of(data, place.offset - start, place, dtype, shape, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (self.place, int(self.dtype), tuple(self.numpy().shape), self.name)
+
+
+def _again(place: Place, dtype: int, shape: tuple[int, ...], name: str) -> Mapped:
+    """In another process. Raises InputError if another file has taken the path."""
+    file = os.open(place.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        info = os.fstat(file)
+        if (info.st_dev, info.st_ino) != (place.device, place.inode) or info.st_size < place.offset + place.length:
+            raise InputError("changed while it was read", file=place.path)
+        return Mapped.at(file, place, ir.DataType(dtype), shape, name)
+    finally:
+        os.close(file)
+
+
+class Part(ir.LazyTensor):
+    """What is left of a tensor in a file: these positions of each axis, and zeros at those; made anew each time."""
+
+    def __init__(
+        self,
+        whole: Mapped,
+        name: str,
+        taken: Mapping[int, Array] | None = None,
+        zeroed: Mapping[int, Array] | None = None,
+    ) -> None:
+        self.whole, self.taken, self.zeroed = whole, dict(taken or {}), dict(zeroed or {})
+        sizes = [len(self.taken[k]) if k in self.taken else size for k, size in enumerate(whole.numpy().shape)]
+        super().__init__(self._made, dtype=whole.dtype, shape=ir.Shape(sizes), name=name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Part, (self.whole, self.name, self.taken, self.zeroed)
+
+    def blocks(self) -> Iterator[Array]:
+        """Its rows, as many at a time as lie in some BLOCK bytes of the file."""
+        whole = self.whole.numpy()
+        plain = whole.view(f"u{whole.itemsize}") if whole.itemsize <= 8 else whole  # half floats are slow to take from
+        rows = self.taken.get(0, np.arange(len(whole)))
+        step = max(1, BLOCK // max(1, whole[:1].nbytes))
+        for start in range(0, len(rows), step):
+            chosen = rows[start : start + step]
+            part = np.take(plain, chosen, 0)
+            for axis, gone in self.zeroed.items():
+                part[(slice(None),) * axis + (np.isin(chosen, gone) if axis == 0 else gone,)] = 0
+            for axis, positions in self.taken.items():
+                if axis:
+                    part = np.take(part, positions, axis)
+            yield part.view(whole.dtype)
+
+    def _made(self) -> ir.Tensor[Any]:
+        found = np.empty(self.shape.numpy(), self.dtype.numpy())
+        start = 0
+        for block in self.blocks():
+            found[start : start + len(block)] = block
+            start += len(block)
+        return ir.Tensor(found, dtype=self.dtype, name=self.name)
+
+
+def taken(tensor: ir.TensorProtocol, keep: Mapping[int, Array], name: str) -> ir.TensorProtocol:
+    """These positions of each axis; a view of what lies in a file where that is large."""
+    if isinstance(tensor, Mapped) and tensor.nbytes > LEAST:
+        return Part(tensor, name, taken=keep)
+    array = tensor.numpy()
+    for axis, positions in keep.items():
+        array = np.take(array, positions, axis)
+    return ir.Tensor(array, dtype=tensor.dtype, name=name)
+
+
+def contents(tensor: ir.TensorProtocol) -> Iterator[memoryview | bytes]:
+    """The bytes of a tensor in order, some BLOCK at a time where they lie in a file."""
+    if isinstance(tensor, Part):
+        yield from (np.ascontiguousarray(block).reshape(-1).view(np.uint8).data for block in tensor.blocks())
+    elif isinstance(tensor, Mapped):
+        plain = tensor.numpy().reshape(-1).view(np.uint8)
+        yield from (plain[start : start + BLOCK].data for start in range(0, len(plain), BLOCK))
+    else:
+        yield tensor.tobytes()
+
+
+def lifted(model: ir.Model, least: int) -> tuple[ir.Model, dict[str, ir.TensorProtocol]]:
+    """A copy of a model with stand-ins for initializers of more than `least` bytes, and these by name."""
+    skeleton = model.clone()
+    found: dict[str, ir.TensorProtocol] = {}
+    for name, value in skeleton.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes > least and tensor.dtype != ir.DataType.STRING:
+            found[name] = tensor
+            value.const_value = standing(tensor, name, "", 0)
+    return skeleton, found
+
+
+def standing(tensor: ir.TensorProtocol, name: str, file: str, offset: int) -> ir.ExternalTensor:
+    """What stands in a model for a tensor that lies in a file beside it."""
+    return ir.ExternalTensor(file, offset, tensor.nbytes, tensor.dtype, shape=_shape(tensor), name=name)
+
+
+def attach(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol]) -> None:
+    """Put tensors in the place of their stand-ins."""
+    for name, tensor in tensors.items():
+        value = model.graph.initializers[name]
+        if (old := value.const_value) is not None and isinstance(tensor, Mapped):
+            tensor.doc_string = old.doc_string
+            tensor.metadata_props.update(old.metadata_props)
+        value.const_value, value.shape = tensor, _shape(tensor)
+
+
+def _shape(tensor: ir.TensorProtocol) -> ir.Shape:
+    return ir.Shape([int(size) for size in tensor.shape])  # type: ignore[arg-type]
