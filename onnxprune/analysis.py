@@ -24,6 +24,7 @@ from onnxprune.model import Graph, Model, Prepared, input_sizes, prepare, view
 from onnxprune.probes import cost_facts
 from onnxprune.rewrite import apply
 from onnxprune.types import Array, Frozen, Group, Mask, Plan, Shape, View
+from onnxprune.weights import rows
 
 
 class Analysis:
@@ -74,7 +75,7 @@ class Analysis:
         """The initializers as criteria see them."""
         stored = initializers(self.prepared.model.graph)
 
-        return plugin.Weights(lambda name: verify.meant(stored[name]))
+        return plugin.Weights(lambda name: verify.meant(stored[name]), lambda name: rows(stored[name].const_value))
 
     def frozen(self, groups: Sequence[Group]) -> list[Frozen]:
         """What stays and why, if only these groups may shrink."""

@@ -38,9 +38,10 @@ class Sessions:
     def session(self, model: bytes) -> ort.OrtSession:
         """The piece as ONNX Runtime loads it, as written."""
         if model not in self._made:
-            self._made[model] = ort.BACKENDS["cpu"].session(model, threads=self.threads, optimise=False, arena=False)
-            if len(self._made) > self.loaded:
+            if len(self._made) == self.loaded:
                 self._made.popitem(last=False)
+            made = ort.BACKENDS["cpu"].session(model, threads=self.threads, optimise=False, arena=False)
+            self._made[model] = made
         self._made.move_to_end(model)
         return self._made[model]
 

@@ -270,6 +270,7 @@ def family(
     with clock.stage("read and analyse"):
         this = opened(model, outputs, beside, first)
     analysis, results = this.analysis, []
+    analysis.source.hash_ahead()
     variants = [replace(options, remove=this.remove) for options in variants]
     first = variants[0]
     with Worker(seconds=first.timeout) as worker:

@@ -8,7 +8,7 @@ the defaults.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from importlib.metadata import entry_points
@@ -39,23 +39,39 @@ def trait(one: object, name: str) -> Any:
 
 
 class Weights:
-    """Initializers as float64, quantised ones by the values they stand for; each is read when first asked for."""
+    """Initializers as float64, quantised ones by the values they stand for; each is read when first asked for.
 
-    def __init__(self, read: Callable[[str], Array]) -> None:
-        self._read = lru_cache(maxsize=8)(read)
+    `blocks` has what is better not held in memory as a whole, a few rows at a time.
+    """
+
+    def __init__(
+        self, read: Callable[[str], Array], blocks: Callable[[str], Iterator[Array] | None] = lambda name: None
+    ) -> None:
+        self._read, self._blocks = lru_cache(maxsize=8)(read), blocks
+        self._large = read
 
     def array(self, initializer: str) -> Array:
         """The whole initializer, float64."""
-        return self._read(initializer)
+        return self._read(initializer) if self._blocks(initializer) is None else self._large(initializer)
 
     def power(self, member: Member, order: int) -> Array:
         """float64[positions of the member]: sum of |w| to the power `order` over each position's slice."""
+        if (blocks := self._blocks(member.initializer)) is not None:
+            rows = [_sums(block, member.axis, order) for block in blocks]
+            return (np.sum(rows, axis=0) if member.axis else np.concatenate(rows))[member.positions]
         slices = np.moveaxis(self.array(member.initializer), member.axis, 0)[member.positions]
         return np.asarray((np.abs(slices.reshape(len(slices), -1)) ** order).sum(axis=1))
 
     def per_unit(self, member: Member, order: int, units: int) -> Array:
         """float64[units]: the same, summed over all positions of a unit."""
         return np.bincount(member.units, self.power(member, order), units)
+
+
+def _sums(block: Array, axis: int, order: int) -> Array:
+    """float64[positions of an axis]: sum of |w| to a power, in a type that holds the powers of half floats exactly."""
+    wide = block.astype(np.float32 if block.dtype.itemsize <= 2 else np.float64)
+    powers = np.abs(wide, out=wide) if order == 1 else np.power(wide, order, out=wide)
+    return np.asarray(powers.sum(axis=tuple(k for k in range(block.ndim) if k != axis), dtype=np.float64))
 
 
 class Columns(Protocol):

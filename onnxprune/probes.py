@@ -190,6 +190,14 @@ def single_lengths(model: ir.Model, given: Mapping[str, int]) -> list[Sizes]:
     return [ones | {name: row[0]} | dict(given) for name in long for scale in SCALES for row in scale["length"]]
 
 
+def short_batches(model: ir.Model, sizes: Sequence[Mapping[str, int]], given: Mapping[str, int]) -> list[Sizes]:
+    """The same sizes with batches of one, two and so on, for what takes long to run."""
+    named = [name for name, (kind, _) in _dimensions(Inference(model), {})[1].items() if kind == "batch"]
+    return [
+        {**one, **{name: k for name in named if name in one and name not in given}} for k, one in enumerate(sizes, 1)
+    ]
+
+
 def _dimensions(inference: Inference, given: Mapping[str, int]) -> tuple[Sizes, dict[str, Kind]]:
     """Dynamic dimensions of which an operator asks for one size only, and what the others are."""
     graph, places = inference.model.graph, inference.symbols

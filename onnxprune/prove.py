@@ -12,8 +12,8 @@ from onnxprune.errors import ImpossibleError, InputError, MachineError, PruneErr
 from onnxprune.infer import control, walk
 from onnxprune.infer import seed as seed_facts
 from onnxprune.model import Model, normalise
-from onnxprune.probes import alternatives, single_lengths
-from onnxprune.running import Runner
+from onnxprune.probes import alternatives, short_batches, single_lengths
+from onnxprune.running import Runner, memory_of
 from onnxprune.types import Array, Mask, Shape
 from onnxprune.worker import Worker
 
@@ -50,6 +50,10 @@ class Prover:
                 feeds.random_feed(graph, shapes, seed + k)
             if any(control(node) == "If" for node in walk(graph)):
                 sizes += [seed_facts(graph, s).shapes for s in single_lengths(analysis.dense, analysis.given)]
+            if memory_of(analysis.dense) > memory:
+                prepared = analysis.prepared
+                few = short_batches(analysis.dense, (prepared.sizes, prepared.other_sizes), analysis.given)
+                sizes = [*(seed_facts(graph, one).shapes for one in few), *sizes]
             self.sizes = sizes
         except ImpossibleError as error:
             self.problem = error

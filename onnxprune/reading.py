@@ -11,7 +11,9 @@ import hashlib
 import mmap
 import os
 import stat
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -58,6 +60,24 @@ class Source:
     @cached_property
     def sha256(self) -> str:
         """Hash over the model file and those of its data, when it is asked for. Raises MachineError if one changed."""
+        ahead: Future[str] | None = self.__dict__.get("ahead")
+        return self._hashed() if ahead is None else ahead.result()
+
+    def hash_ahead(self) -> None:
+        """Begin with the hash of large files beside whatever else is done; that reads them into the cache as well."""
+        if self.bytes <= WHOLE or "ahead" in self.__dict__:
+            return
+        ahead = self.__dict__["ahead"] = Future[str]()
+
+        def hashed() -> None:
+            try:
+                ahead.set_result(self._hashed())
+            except BaseException as error:
+                ahead.set_exception(error)
+
+        threading.Thread(target=hashed, daemon=True).start()
+
+    def _hashed(self) -> str:
         hashes = []
         for path, state in zip(self.files, self.states, strict=True):
             with os.fdopen(open_regular(path), "rb") as file:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import onnx
@@ -22,6 +24,7 @@ from onnxprune.worker import Worker
 Feeds = Sequence[Mapping[str, Array]]
 HALVES = ("FLOAT16", "BFLOAT16")  # of which ONNX Runtime makes single precision on a CPU
 PIECE = 1 << 29  # bytes of weights in a piece, at most a quarter of the memory: one is cast while it is used
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 SMALL = 1024  # bytes up to which a weight travels with the graph
 
 
@@ -33,7 +36,10 @@ def memory_of(model: ir.Model) -> int:
 
 @dataclass(frozen=True)
 class Runner:
-    """Runs models in one child, within so many bytes as far as weights are concerned."""
+    """Runs models in one child, within so many bytes as far as weights are concerned.
+
+    Nothing is timed here, and reading weights takes longest: what goes piece by piece takes all cores.
+    """
 
     worker: Worker
     threads: int
@@ -58,7 +64,8 @@ class Runner:
             return
         skeleton, tensors = lifted(model, SMALL)
         message = serialized(skeleton).SerializeToString()
-        yield lambda feeds: self.worker.call(in_pieces, message, tensors, list(feeds), self.threads, self.memory)
+        threads = max(self.threads, len(os.sched_getaffinity(0)))
+        yield lambda feeds: self.worker.call(in_pieces, message, tensors, list(feeds), threads, self.memory)
 
 
 def in_pieces(
@@ -69,6 +76,7 @@ def in_pieces(
     memory: int,
 ) -> list[dict[str, Array]]:
     """In the child: outputs for each feed, with the weights of a few nodes at a time."""
+    _reuse()
     model = deserialized(onnx.ModelProto.FromString(message))
     attach(model, tensors)
     names = [str(value.name) for value in model.graph.outputs]
@@ -77,3 +85,11 @@ def in_pieces(
         raise InputError("there is no value for this input", object=missing[0])
     flow = Flow(model, feeds, Sessions(threads, 1), names, most=min(PIECE, memory // 4), room=memory // 4)
     return [dict(zip(names, row, strict=True)) for row in zip(*flow.values(names), strict=True)]
+
+
+def _reuse() -> None:
+    """Let the C library keep what is freed: casts of weights take it anew all the time, and every page costs."""
+    with suppress(AttributeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)

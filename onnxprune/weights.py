@@ -122,6 +122,18 @@ def taken(tensor: ir.TensorProtocol, keep: Mapping[int, Array], name: str) -> ir
     return ir.Tensor(array, dtype=tensor.dtype, name=name)
 
 
+SHOWN = 1 << 22  # bytes of a tensor that are looked at at a time
+
+
+def rows(tensor: ir.TensorProtocol | None) -> Iterator[Array] | None:
+    """Its rows, a few at a time, where it is a large one of floats in a file."""
+    if not isinstance(tensor, Mapped) or tensor.nbytes <= SHOWN or not tensor.dtype.is_floating_point():
+        return None
+    array = tensor.numpy()
+    step = max(1, SHOWN // max(1, array[:1].nbytes))
+    return (array[start : start + step] for start in range(0, len(array), step))
+
+
 def contents(tensor: ir.TensorProtocol) -> Iterator[memoryview | bytes]:
     """The bytes of a tensor in order, some BLOCK at a time where they lie in a file."""
     if isinstance(tensor, Part):

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -140,12 +141,12 @@ def forget() -> bool:
 def watched(command: list[str]) -> tuple[float, int, str]:
     """(seconds, most bytes of anonymous memory, output) of a command."""
     start, most = time.perf_counter(), 0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with tempfile.TemporaryFile("w+") as out, subprocess.Popen(command, stdout=out) as process:
         while process.poll() is None:
             most = max(most, anonymous(process.pid))
             time.sleep(0.05)
-        assert process.stdout is not None
-        said = process.stdout.read()
+        out.seek(0)
+        said = out.read()
     if process.returncode:
         raise SystemExit(f"exit code {process.returncode}: {' '.join(command)}")
     return time.perf_counter() - start, most, said
