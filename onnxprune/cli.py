@@ -253,7 +253,7 @@ PRUNING = (
         "--effort", default="default", metavar="quick|default|thorough", show_default=True, help="Time for quality."
     ),
     click.option("--no-new-bias", is_flag=True, help="Repair adds no bias where the layer had none."),
-    click.option("--memory", default="4GB", show_default=True, metavar="SIZE", help="For weights of models that run."),
+    click.option("--memory", default="3GB", show_default=True, metavar="SIZE", help="For weights of models that run."),
     click.option("--calibration", metavar="PATH", help=".npz, .npy or a folder: unlabelled inputs."),
     click.option("--evaluation", metavar="PATH", help=".npz with held-out inputs, and labels."),
     click.option("--metric", help="accuracy, agreement, cosine or relative-error."),

@@ -22,7 +22,7 @@ from onnxprune.types import Array
 from onnxprune.weights import Part
 
 LOADED = 1024  # pieces that stay loaded
-FED = frozenset(("float32", "float16", "float64"))  # types of initializers that are inputs of a piece
+FED = frozenset(("FLOAT", "FLOAT16", "DOUBLE"))  # types of initializers that are inputs of a piece
 
 
 ROOM = 1 << 30  # bytes of values that a flow keeps in memory; the rest goes to unnamed files
@@ -76,7 +76,7 @@ class Flow:
         given = {str(value.name) for value in model.graph.inputs} - set(self.stored)
         self.live: dict[str, list[Array]] = {name: [np.asarray(feed[name]) for feed in feeds] for name in given}
         self.count = len(feeds)
-        self._held: Counter[str] = Counter()  # bytes in memory
+        self.held: Counter[str] = Counter()  # bytes in memory
         self._changed: dict[Slot, Array] = {}
         self._arrays: dict[str, Array] = {}
         self._slots: dict[Slot, str] = {
@@ -133,8 +133,8 @@ class Flow:
 
     def _kept(self, name: str, array: Array) -> Array:
         """The array, on disk where memory is to be spared."""
-        if self._held.total() + array.nbytes <= self.room or not array.nbytes or array.dtype.hasobject:
-            self._held[name] += array.nbytes
+        if self.held.total() + array.nbytes <= self.room or not array.nbytes or array.dtype.hasobject:
+            self.held[name] += array.nbytes
             return array
         with tempfile.TemporaryFile() as file:
             file.truncate(array.nbytes)
@@ -177,7 +177,7 @@ class Flow:
             self.done[k] = True
         for name in [n for n in self.live if not self.waiting[n] and n not in wanted and n not in self.outputs]:
             del self.live[name]
-            self._held.pop(name, None)
+            self.held.pop(name, None)
 
     def knows(self, name: str) -> bool:
         """Whether a value exists here."""
@@ -213,7 +213,8 @@ class Flow:
             for name in self.reads[k]:
                 if name in self.stored and name not in self.live:
                     value = self.stored[name]
-                    if value.const_value is not None and value.const_value.size > 1 and _kind(value) in FED:
+                    tensor = value.const_value
+                    if tensor is not None and tensor.size > 1 and tensor.dtype.name in FED:
                         weights.setdefault(name, self._stored(name))
                     else:
                         constants[name] = value
@@ -236,10 +237,6 @@ class Flow:
         version = min(self.model.ir_version or 8, 10)
         model = onnx.ModelProto(ir_version=version, opset_import=opsets, graph=graph, functions=self.functions)
         return model.SerializeToString(deterministic=True), weights
-
-
-def _kind(value: ir.Value) -> str:
-    return str(value.const_value.numpy().dtype) if value.const_value is not None else ""
 
 
 def _element(array: Array) -> int:

@@ -19,7 +19,7 @@ from onnxprune.worker import Worker
 
 RANDOM = 2  # random feeds that a proof runs on, of those that the dense model accepts
 Run = Callable[[Sequence[Mapping[str, Array]]], list[dict[str, Array]]]
-MEMORY = 1 << 32  # bytes of weights above which a model is not loaded as a whole
+MEMORY = 3 * 10**9  # bytes of weights above which a model is not loaded as a whole
 SAMPLES = 2  # feeds of the user's own data that it runs on as well
 
 
@@ -71,7 +71,7 @@ class Prover:
 
     def runner(self, worker: Worker) -> Runner:
         """What runs models in this child."""
-        return Runner(worker, self.threads, self.memory)
+        return Runner(worker, self.threads, self.memory, memory_of(self.analysis.dense) > self.memory)
 
     def outputs(self, worker: Worker, model: Model) -> list[dict[str, Array]]:
         """What the dense model or the latest candidate computes from each feed."""

@@ -42,7 +42,7 @@ class Options:
     reconstruct: str | None = None
     effort: str = "default"
     no_new_bias: bool = False
-    memory: str = "4GB"
+    memory: str = "3GB"
     calibration: str | None = None
     evaluation: str | None = None
     metric: str | None = None

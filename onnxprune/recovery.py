@@ -198,7 +198,7 @@ class Recovery:
 
 
 WORK = {"default": 1e13, "thorough": 1e14}  # MACs that trials may take together
-SHARE = 4  # of the memory, one part for statistics
+SHARE = 3  # of the memory, one part for statistics
 RANDOM = 64  # inputs for a repair without data
 
 

@@ -23,8 +23,9 @@ from onnxprune.worker import Worker
 
 Feeds = Sequence[Mapping[str, Array]]
 HALVES = ("FLOAT16", "BFLOAT16")  # of which ONNX Runtime makes single precision on a CPU
-PIECE = 1 << 29  # bytes of weights in a piece, at most a quarter of the memory: one is cast while it is used
+PIECE = 1 << 28  # bytes of weights in a piece, at most a quarter of the memory: one is cast while it is used
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+BESIDE = 1 << 28  # bytes from which weights are streamed to a file beside the model
 SMALL = 1024  # bytes up to which a weight travels with the graph
 
 
@@ -44,10 +45,11 @@ class Runner:
     worker: Worker
     threads: int
     memory: int
+    pieces: bool = False  # whatever the model's size
 
     def fits(self, model: ir.Model) -> bool:
         """Whether a model may be loaded as a whole."""
-        return memory_of(model) <= self.memory
+        return not self.pieces and memory_of(model) <= self.memory
 
     def __call__(self, model: ir.Model, feeds: Feeds) -> list[dict[str, Array]]:
         """Outputs for each feed. Raises what Worker.call raises."""
@@ -59,7 +61,7 @@ class Runner:
         """What computes a model's outputs for each feed, any number of times."""
         if self.fits(model):
             with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-                path = str(dump(model, folder, "model"))
+                path = str(dump(model, folder, "model", external=memory_of(model) > BESIDE))
                 yield lambda feeds: self.worker.call(ort.run, path, list(feeds), threads=self.threads)
             return
         skeleton, tensors = lifted(model, SMALL)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -115,17 +116,17 @@ def decoder(path: Path, size: float) -> Path:
     return path
 
 
-def anonymous(process: int) -> int:
-    """Bytes of anonymous memory of a process and all below it."""
-    total, pending = 0, [process]
+def anonymous(process: int) -> list[int]:
+    """Bytes of anonymous memory of a process and of each below it."""
+    found, pending = [], [process]
     while pending:
-        one = pending.pop()
+        one = pending.pop(0)
         with suppress(OSError):
             lines = Path(f"/proc/{one}/status").read_text().splitlines()
-            total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+            found.append(sum(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon")))
             for task in Path(f"/proc/{one}/task").iterdir():
                 pending += map(int, (task / "children").read_text().split())
-    return total
+    return found
 
 
 def forget() -> bool:
@@ -138,12 +139,12 @@ def forget() -> bool:
     return True
 
 
-def watched(command: list[str]) -> tuple[float, int, str]:
-    """(seconds, most bytes of anonymous memory, output) of a command."""
-    start, most = time.perf_counter(), 0
+def watched(command: list[str]) -> tuple[float, list[int], str]:
+    """(seconds, anonymous memory of each process when it was most, output) of a command."""
+    start, most = time.perf_counter(), [0]
     with tempfile.TemporaryFile("w+") as out, subprocess.Popen(command, stdout=out) as process:
         while process.poll() is None:
-            most = max(most, anonymous(process.pid))
+            most = max(most, anonymous(process.pid), key=sum)
             time.sleep(0.05)
         out.seek(0)
         said = out.read()
@@ -182,12 +183,15 @@ def main() -> None:
         forget()
         prune = [sys.executable, "-m", "onnxprune", "prune", str(model), "-o", str(given.folder / "pruned.onnx"),
                  "--no-measure", "--json", *given.options]  # fmt: skip
+        before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
         seconds, most, said = watched(prune)
         report = json.loads(said)
         row = {
             "bytes": sum(file.stat().st_size for file in files),
             "pruned bytes": sum(file.stat().st_size for file in given.folder.glob("pruned.onnx*")),
-            "anonymous bytes": most,
+            "anonymous bytes": sum(most),
+            "of which in each process": most,
+            "CPU seconds": round(sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before, 1),
             "seconds": round(seconds, 1),
             "cp and sync, seconds": round(copied, 1),
             "cold": cold,

@@ -1,0 +1,240 @@
+"""Models larger than memory: what stays in its file, what runs piece by piece, and that neither changes the result."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import numpy_helper
+from test_reading import mlp
+from zoo import ZOO
+
+from onnxprune import feeds, plugin, prune, reading, storage, weights, wire
+from onnxprune.analysis import Analysis
+from onnxprune.errors import MachineError
+from onnxprune.flow import Flow, Sessions
+from onnxprune.model import normalise, prepare
+from onnxprune.running import Runner, in_pieces, memory_of
+from onnxprune.types import Member
+from onnxprune.worker import Worker, call
+
+ROOT = Path(__file__).resolve().parents[1]
+onnxruntime.set_default_logger_severity(4)
+
+
+def wide(tmp_path: Path, kind: type[np.generic] = np.float16, inner: int = 1023) -> Path:
+    """Two layers with weights beside the model, each larger than what is sliced at once."""
+    rng = np.random.default_rng(1)
+    body = onnx.parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["" : 18]>
+        m ({"float16" if kind is np.float16 else "float"}[n, 67] x) => (float16[n, 61] y) {{
+            a = MatMul (x, w)
+            b = Relu (a)
+            y = MatMul (b, v)
+        }}"""
+    )
+    body.graph.output[0].type.tensor_type.elem_type = body.graph.input[0].type.tensor_type.elem_type
+    for name, shape in (("w", (67, inner)), ("v", (inner, 61))):
+        array = (rng.standard_normal(shape) / 8).astype(kind)
+        body.graph.initializer.append(numpy_helper.from_array(array, name))
+    path = tmp_path / "wide.onnx"
+    onnx.save(body, path, save_as_external_data=True, location="wide.data", size_threshold=0)
+    return path
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> weights.Mapped:
+    found = reading.read_model(wide(tmp_path))[0].graph.initializers["w"].const_value
+    assert isinstance(found, weights.Mapped)
+    return found
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_a_part_is_what_is_taken_and_zeroed(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=4)))
+    kind = np.dtype(data.draw(st.sampled_from(["float16", "float32", "float64", "int8", "complex128", "bool"])))
+    whole = np.random.default_rng(0).integers(0, 2 if kind.kind == "b" else 99, shape).astype(kind)
+    path = tmp_path_factory.mktemp("part") / "w"
+    path.write_bytes(b"head" + whole.tobytes())
+    info = path.stat()
+    place = weights.Place(str(path), info.st_dev, info.st_ino, 4, whole.nbytes)
+    axes = data.draw(st.lists(st.integers(0, len(shape) - 1), unique=True))
+    some = {k: np.flatnonzero(np.random.default_rng(k).random(shape[k]) < 0.6) for k in axes}
+    with path.open("rb") as file:
+        mapped = weights.Mapped.at(file.fileno(), place, ir.DataType.from_numpy(kind), shape, "w")
+    taken, zeroed = whole, whole.copy()
+    for axis, positions in some.items():
+        taken = np.take(taken, positions, axis)
+        zeroed[(slice(None),) * axis + (positions,)] = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "BLOCK", data.draw(st.sampled_from([1, 40, 1 << 20])))
+        for part, wanted in (
+            (weights.Part(mapped, "w", taken=some), taken),
+            (weights.Part(mapped, "w", zeroed=some), zeroed),
+        ):
+            assert np.array_equal(part.numpy(), wanted)
+            assert part.nbytes == wanted.nbytes
+            assert b"".join(weights.contents(part)) == wanted.tobytes()
+            assert np.array_equal(sent(part).numpy(), wanted)
+
+
+def sent(tensor: Any) -> Any:
+    """As another process gets it."""
+    return pickle.loads(pickle.dumps(tensor))  # noqa: S301
+
+
+def test_another_file_at_the_path_is_noticed(stored: weights.Mapped) -> None:
+    path = Path(stored.place.path)
+    other = path.with_suffix(".other")
+    other.write_bytes(path.read_bytes())
+    other.replace(path)
+    with pytest.raises(Exception, match="changed while it was read"):
+        sent(stored)
+
+
+def test_a_file_that_changes_has_no_hash(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(mlp().SerializeToString())
+    _, source = reading.read_model(path)
+    assert reading.read_model(path)[1].sha256 == storage.digest([path])
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(MachineError, match="changed since it was read"):
+        source.sha256  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_weights_left_out_of_the_message_are_found_again(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(ZOO[name]().SerializeToString())
+    plain, _ = reading.read_model(path)
+    monkeypatch.setattr(reading, "WHOLE", 0)
+    monkeypatch.setattr(wire, "LEAST", 8)
+    found, source = reading.read_model(path)
+    assert reading.serialized(found) == reading.serialized(plain)
+    source.hash_ahead()
+    assert source.sha256 == storage.digest([path])
+
+
+@pytest.mark.parametrize("cut", range(1, 400, 7))
+def test_a_message_cut_short_is_refused_in_the_same_words(
+    cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = mlp().SerializeToString()
+    path = tmp_path / "m.onnx"
+    path.write_bytes(content[: -cut if cut < len(content) else 1])
+    said = []
+    for whole in (1 << 20, 0):
+        monkeypatch.setattr(reading, "WHOLE", whole)
+        monkeypatch.setattr(wire, "LEAST", 8)
+        with pytest.raises(Exception) as error:  # noqa: PT011
+            reading.read_model(path)
+        said.append((type(error.value), str(error.value)))
+    assert said[0] == said[1]
+
+
+def pieces(model: ir.Model, feed: dict[str, np.ndarray], memory: int) -> dict[str, np.ndarray]:
+    skeleton, tensors = weights.lifted(model, 8)
+    return in_pieces(reading.serialized(skeleton).SerializeToString(), tensors, [feed], 1, memory)[0]
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if name.startswith(("mlp", "head", "conv", "resid", "lstm"))])
+def test_pieces_compute_what_the_whole_does(name: str, tmp_path: Path) -> None:
+    proto = ZOO[name]()
+    model = reading.deserialized(proto)
+    prepared = prepare(model.clone())
+    feed = feeds.random_feed(model.graph, prepared.facts.shapes, 0)
+    wanted = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, feed)
+    normalise(model)
+    for found, right in zip(pieces(model, feed, 64).values(), wanted, strict=True):
+        np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-4)
+
+
+def test_values_beyond_the_room_lie_on_disk(tmp_path: Path) -> None:
+    model = reading.read_model(wide(tmp_path, np.float32))[0]
+    feed = {"x": np.random.default_rng(2).standard_normal((5, 67)).astype(np.float32)}
+    results = []
+    for room in (0, 1 << 20):
+        flow = Flow(model, [feed, feed], Sessions(), room=room)
+        flow.values(["a"])
+        assert flow.held["a"] == (2 * flow.live["a"][0].nbytes if room else 0)
+        results.append(flow.values(["y"]))
+    assert all(np.array_equal(a, b) for a, b in zip(*(rows[0] for rows in results), strict=True))
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_little_memory_gives_the_same_model(kind: type[np.generic], tmp_path: Path) -> None:
+    path = wide(tmp_path, kind, 4093)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    written = []
+    for memory in ("1MB", "1GB"):
+        folder = tmp_path / memory
+        folder.mkdir()
+        report = prune(path, folder / "o.onnx", ratio=0.5, memory=memory).report
+        assert report.verification.proven
+        assert (report.pruned.latency is None) == (memory == "1MB")
+        assert any("raise --memory" in warning for warning in report.warnings) == (memory == "1MB")
+        assert report.pruned.bytes == sum(file.stat().st_size for file in folder.iterdir())
+        written.append({file.name: file.read_bytes() for file in folder.iterdir()})
+    assert written[0] == written[1]
+    assert before == {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+
+
+def test_size_is_known_before_it_is_written(tmp_path: Path) -> None:
+    for external in (False, True):
+        model = Analysis(wide(tmp_path)).dense
+        files = storage.write_model(model, tmp_path / "o.onnx", force=True, external=external)
+        assert storage.size_of(model, "o.onnx", external=external) == sum(file.stat().st_size for file in files)
+
+
+def test_a_runner_takes_pieces_where_the_whole_is_too_large(tmp_path: Path) -> None:
+    model = reading.read_model(wide(tmp_path))[0]
+    assert memory_of(model) == 2 * 2 * 2 * 1023 * (67 + 61)
+    feed = {"x": np.ones((2, 67), np.float16)}
+    with Worker() as worker:
+        whole, parts = (Runner(worker, 1, memory)(model, [feed])[0]["y"] for memory in (1 << 30, 1000))
+        assert not Runner(worker, 1, 1000).fits(model)
+    np.testing.assert_allclose(parts, whole, atol=2e-2)
+
+
+def test_magnitudes_of_blocks_are_those_of_the_whole(stored: weights.Mapped, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "SHOWN", 1 << 12)
+    seen = plugin.Weights(lambda name: stored.numpy().astype(np.float64), lambda name: weights.rows(stored))
+    plain = plugin.Weights(lambda name: stored.numpy().astype(np.float64))
+    for axis in (0, 1):
+        at = np.arange(stored.numpy().shape[axis])[::-3]
+        member = Member("w", "w", (), False, axis, at, np.arange(len(at)), "weight", "")
+        for order in (1, 2):
+            np.testing.assert_allclose(seen.power(member, order), plain.power(member, order), rtol=1e-12)
+
+
+def test_a_child_reads_weights_where_they_lie(stored: weights.Mapped) -> None:
+    part = weights.Part(stored, "w", taken={1: np.arange(3)})
+    assert np.array_equal(call(_made, part), stored.numpy()[:, :3])
+
+
+def _made(part: weights.Part) -> np.ndarray:
+    return part.numpy()
+
+
+@pytest.mark.big
+def test_three_gigabytes_in_less_than_that_of_memory(tmp_path: Path) -> None:
+    script = ROOT / "tools" / "benchmark_memory.py"
+    done = subprocess.run([sys.executable, script, tmp_path / "m", "--size", "3GB"], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    row = json.loads(done.stdout)
+    assert row["proven"]
+    assert row["anonymous bytes"] < 3e9
