@@ -231,8 +231,8 @@ class Flow:
             graph.output.append(onnx.ValueInfoProto(name=name))
         for name, value in constants.items():
             assert value.const_value is not None
-            tensor = ir.serde.serialize_tensor(ir.tensor(value.const_value.numpy(), dtype=value.dtype, name=name))
-            graph.initializer.append(tensor)
+            small = ir.tensor(value.const_value.numpy(), dtype=value.dtype, name=name)
+            graph.initializer.append(ir.serde.serialize_tensor(small))
         opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in self.model.opset_imports.items()]
         version = min(self.model.ir_version or 8, 10)
         model = onnx.ModelProto(ir_version=version, opset_import=opsets, graph=graph, functions=self.functions)

@@ -12,12 +12,13 @@ import mmap
 import os
 import stat
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import onnx
 import onnx_ir as ir
@@ -41,6 +42,7 @@ FORMATS = (
     (b"ORTM", "in ORT format; use the .onnx it was made from"),
 )
 TensorType = onnx.TensorProto.DataType
+AttributeType = onnx.AttributeProto.AttributeType
 FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 PACKED = frozenset((TensorType.INT4, TensorType.UINT4, TensorType.FLOAT4E2M1))  # two elements in a byte
 MAPS = "maps"  # where a graph keeps the types that are not in memory
@@ -133,7 +135,7 @@ def read_model(path: str | Path) -> tuple[ir.Model, Source]:
     try:
         _check_opsets(proto)
         _check_functions(proto.functions)
-        _check_graph(proto.graph)
+        _check_graph(proto.graph, {o.domain: o.version for o in proto.opset_import})
         mapped, states = _map_external(proto, path)
         model = deserialized(proto)
     except InputError as error:
@@ -266,8 +268,11 @@ def _check_functions(functions: Sequence[onnx.FunctionProto]) -> None:
         raise InputError("calls itself", object=f"function '{shown(next(iter(calls))[1])}'")
 
 
-def _check_graph(graph: onnx.GraphProto) -> None:
-    """Names defined once and before use (in some order), no cycles, tensors whose parts agree; all subgraphs too."""
+def _check_graph(graph: onnx.GraphProto, opsets: Mapping[str, int]) -> None:
+    """Names defined once and before use (in some order), no cycles, tensors whose parts agree; all subgraphs too.
+
+    Nodes read and make as many values as their operators, if these are known, and attributes have their types.
+    """
     pending: list[tuple[onnx.GraphProto, frozenset[str], int]] = [(graph, frozenset(), 0)]
     while pending:
         current, outer, depth = pending.pop()
@@ -282,6 +287,7 @@ def _check_graph(graph: onnx.GraphProto) -> None:
             for name in node.input:
                 if name and name not in scope:
                     raise InputError(f"reads '{shown(name)}', which nothing defines", object=_title(node))
+            _check_node(node, opsets)
             for attribute in node.attribute:
                 for tensor in (*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors):
                     check_tensor(tensor, f"attribute '{shown(attribute.name)}' of {_title(node)}")
@@ -290,6 +296,45 @@ def _check_graph(graph: onnx.GraphProto) -> None:
             if output.name not in scope:
                 raise InputError("graph output that nothing defines", object=output.name)
         _check_acyclic(current)
+
+
+def _check_node(node: onnx.NodeProto, opsets: Mapping[str, int]) -> None:
+    """What ONNX Runtime refuses as well, but not in one line."""
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    known = _signature(domain, node.op_type, opsets.get(domain, 0))
+    for what, names, (least, most) in zip(("reads", "makes"), (node.input, node.output), known.arity, strict=True):
+        if not least <= len(names) <= most:
+            wanted = str(least) if least == most else f"{least} to {most}" if most < MANY else f"{least} and more"
+            raise InputError(f"{what} {len(names)} values, {wanted} for {shown(node.op_type)}", object=_title(node))
+    for attribute in node.attribute:
+        if attribute.ref_attr_name:
+            continue
+        kind = known.attributes.get(attribute.name, attribute.type)
+        if attribute.type == AttributeType.UNDEFINED or attribute.type != kind:
+            found, wanted = (AttributeType.Name(k) for k in (attribute.type, kind))
+            text = f"has type {found}" + (f", not {wanted}" if wanted != found else "")
+            raise InputError(text, object=f"attribute '{shown(attribute.name)}' of {_title(node)}")
+
+
+class Signature(NamedTuple):
+    """(least, most) inputs and outputs of an operator, and the types of its attributes, as far as they are known."""
+
+    arity: tuple[tuple[int, int], tuple[int, int]]
+    attributes: Mapping[str, int]
+
+
+MANY = 1 << 30
+UNKNOWN = Signature(((0, MANY), (0, MANY)), {})
+
+
+@lru_cache(maxsize=1024)
+def _signature(domain: str, op_type: str, opset: int) -> Signature:
+    try:
+        schema = onnx.defs.get_schema(op_type, opset, domain)
+    except (onnx.defs.SchemaError, TypeError):
+        return UNKNOWN
+    arity = (schema.min_input, schema.max_input), (schema.min_output, schema.max_output)
+    return Signature(arity, {name: one.type.value for name, one in schema.attributes.items()})  # type: ignore[attr-defined]
 
 
 def _title(node: onnx.NodeProto) -> str:

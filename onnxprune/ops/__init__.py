@@ -43,6 +43,7 @@ ResizeFunction = Callable[[Resizing], Edit | None]
 ShapeFunction = Callable[[OpNode], Sequence[Shape]]
 WantsFunction = Callable[[OpNode], Mapping[int, Sequence[int]]]
 
+ODD = (IndexError, TypeError, ValueError, ZeroDivisionError)  # of rules, for inputs that no such operator has
 FAMILIES = ("elementwise", "linear", "movement", "index", "mixing", "recurrent", "fused", "quant", "control")
 RULES: dict[tuple[str, str], RuleFunction] = {}
 RESIZES: dict[tuple[str, str], ResizeFunction] = {}
@@ -148,6 +149,8 @@ def relations(node: OpNode) -> list[Relation] | str:
         return list(function(node))
     except KeyError as missing:
         return f"{node.op_type}: the shape or value of '{str(missing.args[0]).split(chr(0))[0]}' is not known"
+    except ODD:
+        return f"{node.op_type}: what it reads does not fit the operator"
 
 
 def shapes_of(node: OpNode) -> tuple[Sequence[Shape], int]:
@@ -156,7 +159,7 @@ def shapes_of(node: OpNode) -> tuple[Sequence[Shape], int]:
     function, like = SHAPES.get((_normal(node.domain), node.op_type), (None, 0))
     try:
         return (function(node) if function is not None else ()), like
-    except KeyError:  # the shape of an input is not known
+    except (KeyError, *ODD):  # the shape of an input is not known, or has another rank
         return (), like
 
 
