@@ -154,6 +154,9 @@ def deserialized(proto: onnx.ModelProto) -> ir.Model:
     """The model in memory, where maps have no type: those of graph outputs are kept aside for `serialized`."""
     maps: dict[str, bytes] = {}
     for graph in _graphs(proto):
+        if nameless := [k for k, tensor in enumerate(graph.initializer) if not tensor.name]:  # nothing can read these
+            for k in reversed(nameless):
+                del graph.initializer[k]
         for value in (*graph.value_info, *graph.output):
             if _holds_map(value.type):
                 maps[value.name] = value.type.SerializeToString()

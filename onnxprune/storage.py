@@ -6,6 +6,7 @@ import hashlib
 import os
 import secrets
 import stat
+import tokenize
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -300,7 +301,10 @@ def _array(stream: IO[bytes], path: Path, name: str, size: int) -> Array:
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
     if read is None:
         raise InputError("a version of the .npy format that is not supported", file=path, object=name)
-    shape, fortran, dtype = read(stream)
+    try:
+        shape, fortran, dtype = read(stream)
+    except (tokenize.TokenError, SyntaxError, TypeError, RecursionError, MemoryError):  # of Python's own parser
+        raise InputError("its header is damaged", file=path, object=name) from None
     if dtype.hasobject or dtype.names is not None:
         raise InputError("holds Python objects, which are never unpickled", file=path, object=name)
     count = 1

@@ -115,6 +115,16 @@ BAD: dict[str, tuple[bytes, str]] = {
     "shapes contradict": (changed(lambda m: m.graph.node[2].input.__setitem__(1, "w1")), "ONNX Runtime cannot"),
     "unknown operator": (changed(lambda m: node(m, op_type="Foo")), "Foo"),
     "custom operator": (changed(lambda m: node(m, op_type="Foo", domain="their")), "--unproven"),
+    "too few inputs": (changed(lambda m: m.graph.node[0].input.__delitem__(slice(1, 9))), "'first': reads 1 values, 2"),
+    "too many outputs": (changed(lambda m: m.graph.node[0].output.append("o")), "'first': makes 2 values, 1 for"),
+    "attribute of another type": (
+        changed(lambda m: add(m, "Softmax", ["x"], "z", TensorProto.FLOAT, axis=[1])),
+        "has type INTS, not INT",
+    ),
+    "attribute without a type": (
+        changed(lambda m: m.graph.node[1].attribute.add(name="alpha", f=1.0)),
+        "has type UNDEFINED",
+    ),
     "group 0": (changed(lambda m: add(m, "Conv", ["x", "w1"], "z", TensorProto.FLOAT, group=0)), "ONNX Runtime"),
     "NaN": (changed(lambda m: setattr(weight(m), "raw_data", b"\xff" * 320)), "no output is finite"),
 }
@@ -204,6 +214,11 @@ def unused(model: Model) -> None:
     add(model, "Relu", ["h"], "nobody")
 
 
+def nameless(model: Model) -> None:
+    model.graph.initializer.insert(0, weight(model))
+    model.graph.initializer[0].name = ""
+
+
 def nothing(model: Model) -> None:
     pass
 
@@ -226,6 +241,7 @@ ODD: dict[str, bytes] = {
     "int4": changed(lambda m: quantised(m, TensorProto.INT4), opset=21, ir=10),
     "float8": changed(lambda m: quantised(m, TensorProto.FLOAT8E4M3FN), opset=21, ir=10),
     "odd types unused": changed(unused, opset=21, ir=11),
+    "an initializer without a name": changed(nameless),
     "training info": changed(training),
     "sequence output": changed(sequence),
     "map output": changed(names_by_class),
@@ -347,3 +363,30 @@ def test_hostile_external_data_is_refused(changes: dict[str, str | None], words:
     assert result.stderr.count("\n") == 1
     assert "MARKER" not in result.output
     assert sorted(folder.rglob("*")) == before
+
+
+# name: bytes of a .npy, of a header that Python's own parser chokes on, or of one that says too much
+DAMAGED: dict[str, bytes] = {
+    "nothing": b"",
+    "no header": b"\x93NUMPY\x01\x00\xff\xff",
+    "open brace": b"\x93NUMPY\x01\x00\x10\x00{'descr': '<f4'\n" + bytes(9),
+    "open text": b"\x93NUMPY\x01\x00\x08\x00{'descr\n",
+    "indent": b"\x93NUMPY\x01\x00\x09\x00  a\n b\n  ",
+    "deep": b"\x93NUMPY\x01\x00\x00\x20" + b"(" * 0x2000,
+    "huge": b"\x93NUMPY\x01\x00\x40\x00" + b"{'descr':'<f4','fortran_order':False,'shape':(9999999999999,)}".ljust(64),
+    "negative": b"\x93NUMPY\x01\x00\x40\x00" + b"{'descr':'<f4','fortran_order':False,'shape':(-4,)}".ljust(64),
+    "objects": b"\x93NUMPY\x01\x00\x40\x00" + b"{'descr':'|O','fortran_order':False,'shape':(1,)}".ljust(64) + bytes(8),
+    "version": b"\x93NUMPY\x09\x00\x02\x00{}",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_calibration_is_one_line_and_exit_2(name: str, tmp_path: Path) -> None:
+    path, data = tmp_path / "m.onnx", tmp_path / "c.npy"
+    path.write_bytes(mlp().SerializeToString())
+    data.write_bytes(DAMAGED[name])
+    result = prune(path, "--calibration", data)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("onnxprune: error: ") and result.stderr.count("\n") == 1
+    assert "c.npy" in result.stderr
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["c.npy", "m.onnx"]
