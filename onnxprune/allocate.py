@@ -10,6 +10,7 @@ import numpy as np
 from onnxprune import reconstruct
 from onnxprune.analysis import Analysis
 from onnxprune.bases import Bases, Start
+from onnxprune.cache import Kept
 from onnxprune.dims import keep_of
 from onnxprune.errors import InternalError
 from onnxprune.feeds import noisy
@@ -100,6 +101,8 @@ class Trials:
     affordable: float = float("inf")
     ridges: dict[str, float] = field(default_factory=dict)
     found: dict[tuple[int, ...], float] = field(default_factory=dict)
+    kept: Kept = field(default_factory=Kept)
+    asked: Sequence[object] = ()
 
     def __post_init__(self) -> None:
         self.knobs: list[Knob] = []
@@ -143,6 +146,12 @@ class Trials:
         except InternalError:
             return float("inf")
         start = started(self.analysis, plan, pruned, self.bases, self.stays)
+        keep = {id: np.flatnonzero(~mask).tolist() for id, mask in sorted(plan.keep.items()) if not mask.all()}
+        asked = [*self.asked, keep, self.ridges, list(self.stays), self.bases is not None]
+        if (before := self.kept.get("trials", *asked)) is not None:
+            fresh = dict(zip(before["sites"].tolist(), before["ridges"].tolist(), strict=True))
+            self.ridges = {**fresh, **self.ridges}
+            return float(before["divergence"])
         assert self.worker is not None
         found = reconstruct.repair(
             self.worker,
@@ -155,7 +164,10 @@ class Trials:
             ridges=self.ridges,
         )
         self.ridges = {**found.ridges, **self.ridges}
-        return found.divergence if np.isfinite(found.divergence) else float("inf")
+        divergence = found.divergence if np.isfinite(found.divergence) else float("inf")
+        sites, ridges = np.array(list(found.ridges), np.str_), np.array(list(found.ridges.values()), np.float64)
+        self.kept.put("trials", {"divergence": np.array(divergence), "sites": sites, "ridges": ridges}, *asked)
+        return divergence
 
     def search(self, searcher: Searcher) -> Plan:
         """The plan that an allocator finds by measuring."""

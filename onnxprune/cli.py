@@ -254,6 +254,8 @@ PRUNING = (
     ),
     click.option("--no-new-bias", is_flag=True, help="Repair adds no bias where the layer had none."),
     click.option("--memory", default="3GB", show_default=True, metavar="SIZE", help="For weights of models that run."),
+    click.option("--cache", metavar="DIR", help="Where measurements are kept.  [default: the user's cache folder]"),
+    click.option("--no-cache", is_flag=True, help="Keep nothing, and look nothing up."),
     click.option("--calibration", metavar="PATH", help=".npz, .npy or a folder: unlabelled inputs."),
     click.option("--evaluation", metavar="PATH", help=".npz with held-out inputs, and labels."),
     click.option("--metric", help="accuracy, agreement, cosine or relative-error."),

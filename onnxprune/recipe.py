@@ -43,6 +43,8 @@ class Options:
     effort: str = "default"
     no_new_bias: bool = False
     memory: str = "3GB"
+    cache: str | None = None
+    no_cache: bool = False
     calibration: str | None = None
     evaluation: str | None = None
     metric: str | None = None
@@ -104,6 +106,8 @@ def check(options: Options) -> None:
         raise InputError("--ratio implies --allocate uniform; use --target", object=f"--allocate {options.allocate}")
     for metric, value in options.target.items():
         select.parse_target(metric, value)
+    if options.cache is not None and options.no_cache:
+        raise InputError("give one of --cache and --no-cache", object="prune")
     if unknown := set(options.remove) - {*KINDS, "all"}:
         kind = sorted(unknown)[0]
         raise InputError(f"unknown kind; there are {', '.join(KINDS)}, all", object=f"--remove '{kind}'")

@@ -16,6 +16,7 @@ from onnxprune import plugin, reconstruct
 from onnxprune.allocate import TRIAL_ROWS, Samples, Trials, started
 from onnxprune.analysis import Analysis, cost_shapes
 from onnxprune.bases import Bases
+from onnxprune.cache import Kept, digest, key_of, opened, versions
 from onnxprune.calibrate import Answers, Request, collect
 from onnxprune.errors import InputError
 from onnxprune.evidence import Runs, evidence
@@ -95,6 +96,17 @@ class Recovery:
             return None
         return Bases(self.analysis, self.gather)
 
+    @cached_property
+    def kept(self) -> Kept:
+        """What earlier runs found out about this model with these samples."""
+        cache = opened(self.options.cache, self.options.no_cache)
+        if cache.folder is None:
+            return Kept()
+        packages = versions("onnxprune", "numpy", "scipy", "onnxruntime", "onnxruntime-gpu")
+        analysed = [self.analysis.given, self.options.remove, self.options.allow_interface_change]
+        about = [self.analysis.source.sha256, analysed, digest(self.samples.feeds), packages]
+        return Kept(cache, key_of(*about))
+
     def gather(self, requests: Sequence[Request[Any]]) -> Answers:
         """Statistics of the dense model over all samples."""
         return collect(
@@ -106,6 +118,7 @@ class Recovery:
             seed=self.options.seed,
             budget=parse_size(self.options.memory) // SHARE,
             threads=self.options.threads,
+            kept=self.kept,
             progress=lambda done, total: self.progress(f"statistics ({done} of {total})"),
         )
 
@@ -126,6 +139,7 @@ class Recovery:
         """What an allocator needs that measures plans."""
         knobs = sum(len(group.units) if group.kind == "layers" else 1 for group in groups)
         samples, affordable = self._afforded(knobs)
+        asked = [samples.padding, samples.seed, digest(samples.feeds), repr(self.reconstructor), self.options.threads]
         self._begin(samples.fitted, samples.judged, TRIAL_ROWS)
         return Trials(
             self.analysis,
@@ -140,6 +154,8 @@ class Recovery:
             self.bases,
             lambda done: self.progress(f"measure plans ({done})"),
             affordable,
+            kept=self.kept,
+            asked=asked,
         )
 
     def _afforded(self, knobs: int) -> tuple[Samples, float]:

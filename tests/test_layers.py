@@ -22,7 +22,7 @@ PACKAGE = "onnxprune"
 LAYERS = (
     ("errors", "types"),
     ("ops", "ops.*", "plugin", "lsq", "budget", "greedy", "passes", "passes.*"),
-    ("indexing", "outcome"),
+    ("indexing", "outcome", "cache"),
     ("relate",),
     ("dims", "groups", "branches", "select", "cost", "infer", "quality"),
     ("probes",),

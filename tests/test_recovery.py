@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from onnx import numpy_helper, parser
 
-from onnxprune import pipeline
+from onnxprune import pipeline, reconstruct
 from onnxprune.cli import main
 from onnxprune.feeds import noisy, padding_of, trimmed
 from onnxprune.recipe import Options
@@ -285,3 +285,50 @@ def test_a_length_that_only_looks_dynamic_is_left_alone(tmp_path: Path) -> None:
     result, report = prune(model, arrays(tmp_path, ids=rng.integers(0, 20, (64, 6)), mask=mask))
     assert result.exit_code == 0, result.output
     assert report["repaired"]
+
+
+def test_a_run_goes_on_where_it_was_killed(mlp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes without a cache, with an empty one, with a full one, and after a run that ended in the middle."""
+    data = arrays(tmp_path, x=np.random.default_rng(5).standard_normal((96, 7)).astype(np.float32))
+    cache, measured, real = tmp_path / "cache", [], reconstruct.repair
+    limit = 10**9
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        measured.append(bool(kwargs.get("keep")))
+        if sum(measured) > limit:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(reconstruct, "repair", counted)
+
+    def once(*more: object) -> tuple[int, int, bytes]:
+        """(exit code, trials, what was written) of one run."""
+        measured.clear()
+        (mlp.parent / "s.onnx").unlink(missing_ok=True)
+        result, _ = prune(mlp, data, "--effort", "default", *more)
+        written = mlp.parent / "s.onnx"
+        return result.exit_code, sum(measured), written.read_bytes() if written.exists() else b""
+
+    without = once("--no-cache")
+    assert without[:1] == (0,) and without[1] > 4
+    limit = 3
+    assert once("--cache", cache)[::2] == (130, b"")
+    limit = 10**9
+    code, trials, found = once("--cache", cache)
+    assert (code, found) == (0, without[2])
+    assert trials == without[1] - 3
+    assert once("--cache", cache) == (0, 0, without[2])
+    for entry in [file for file in cache.rglob("*") if file.is_file()][::2]:
+        entry.write_bytes(entry.read_bytes()[:-1] + b"?")
+    code, trials, found = once("--cache", cache)
+    assert (code, found) == (0, without[2]) and 0 < trials < without[1]
+
+
+def test_a_cache_that_cannot_be_written_costs_no_more_than_its_help(mlp: Path, tmp_path: Path) -> None:
+    data = arrays(tmp_path, x=np.random.default_rng(5).standard_normal((32, 7)).astype(np.float32))
+    (tmp_path / "file").write_bytes(b"")
+    result, _ = prune(mlp, data, "--cache", tmp_path / "file" / "inside")
+    assert result.exit_code == 4
+    result, _ = prune(mlp, data, "--cache", tmp_path, "--no-cache")
+    assert result.exit_code == 2
+    assert "--no-cache" in result.stderr
