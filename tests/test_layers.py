@@ -91,6 +91,7 @@ OUTSIDE = {
         "nm",
     ),
     "onnxruntime": ("runtime.ort",),
+    "platformdirs": ("cache",),
     "openvino": ("runtime.openvino",),
     "tensorrt": ("runtime.tensorrt",),
     "tensorrt_rtx": ("runtime.tensorrt",),
