@@ -376,6 +376,10 @@ DAMAGED: dict[str, bytes] = {
     "huge": b"\x93NUMPY\x01\x00\x40\x00" + b"{'descr':'<f4','fortran_order':False,'shape':(9999999999999,)}".ljust(64),
     "negative": b"\x93NUMPY\x01\x00\x40\x00" + b"{'descr':'<f4','fortran_order':False,'shape':(-4,)}".ljust(64),
     "objects": b"\x93NUMPY\x01\x00\x40\x00" + b"{'descr':'|O','fortran_order':False,'shape':(1,)}".ljust(64) + bytes(8),
+    "pickle": b"\x80\x04cos\nsystem\n(S'touch canary'\ntR.",
+    "pickle inside": b"\x93NUMPY\x01\x00\x40\x00"
+    + b"{'descr':'|O','fortran_order':False,'shape':(1,)}".ljust(64)
+    + b"cos\nsystem\n(S'touch canary'\ntR.",
     "version": b"\x93NUMPY\x09\x00\x02\x00{}",
 }
 
@@ -389,4 +393,5 @@ def test_damaged_calibration_is_one_line_and_exit_2(name: str, tmp_path: Path) -
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith("onnxprune: error: ") and result.stderr.count("\n") == 1
     assert "c.npy" in result.stderr
+    assert not Path("canary").exists()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["c.npy", "m.onnx"]

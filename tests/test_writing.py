@@ -138,6 +138,49 @@ def test_an_interrupt_ends_it_soon_and_without_a_trace(
 
 
 @pytest.mark.slow
+def test_a_killed_run_leaves_no_half_model_and_can_be_run_again(tmp_path: Path) -> None:
+    """Killed at each step of writing: what bears the output's name is complete, and the same command works."""
+    path, out = external(tmp_path), tmp_path / "o.onnx"
+    before = files(tmp_path)
+    args = ("prune", str(path), "-o", str(out), "--ratio", "0.5", "--no-measure", "--force")
+    ends = []
+    for nth in range(1, 12):
+        script = KILL.format(nth=nth, args=args)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
+        ends.append(done.returncode)
+        left = files(tmp_path)
+        assert {name: left[name] for name in before} == before
+        if "o.onnx" in left:
+            assert len(storage.read_model(out)[0].graph.outputs) == 1
+            Analysis(out)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    assert ends[0] == -signal.SIGKILL
+    assert ends[-1] == 0, "the last run went through, past all temporary files of the others"
+
+
+KILL = """
+import os, signal
+from onnxprune import storage
+from onnxprune.cli import main
+storage.SMALL = 0
+count = 0
+def at(name):
+    real = getattr(os, name)
+    def step(*args, **kwargs):
+        global count
+        count += 1
+        if count == {nth}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    setattr(os, name, step)
+at("fsync"), at("replace")
+main({args})
+"""
+
+
+@pytest.mark.slow
 def test_many_at_once_have_one_complete_winner(model: Path, tmp_path: Path) -> None:
     args = ("prune", model, "-o", tmp_path / "o.onnx", "--ratio", 0.5, "--no-measure", "-q")
     runs = [start(*args, PYTHONHASHSEED=str(k)) for k in range(4)]
