@@ -135,7 +135,7 @@ def named(path: str | Path, call: Callable[[], Any]) -> Any:
     except PruneError as error:
         if error.file:
             raise
-        raise type(error)(error.message, file=Path(path).name, object=error.object) from None
+        raise error.about(Path(path).name) from None
 
 
 def cost_shapes(

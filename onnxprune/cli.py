@@ -238,7 +238,10 @@ def table(title: str, columns: list[str], rows: list[tuple[object, ...]]) -> Non
 PRUNING = (
     click.option("--ratio", type=float, help="Share of the units of every group that goes, 0 <= R < 1."),
     click.option(
-        "--target", multiple=True, metavar="METRIC=VALUE", help="macs, params or size: share that stays, or 40MB."
+        "--target",
+        multiple=True,
+        metavar="METRIC=VALUE",
+        help="macs, params, size or latency: share that stays, or 40MB, 8ms.",
     ),
     click.option(
         "--remove", default="channels,heads", show_default=True, help="Kinds of unit, comma separated, or all."

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Protocol
 
 import numpy as np
 
 from onnxprune.branches import Branches, living
 from onnxprune.dims import DimGraph
-from onnxprune.types import Array, Axis, Group, Mask, OpNode, Shape, Stored, View
+from onnxprune.types import Array, Axis, Group, Mask, OpNode, Positions, Shape, Stored, View
 
 BITS = {"FLOAT": 32, "DOUBLE": 64, "FLOAT16": 16, "BFLOAT16": 16, "INT8": 8, "UINT8": 8, "INT16": 16, "UINT16": 16,
         "INT32": 32, "UINT32": 32, "INT64": 64, "UINT64": 64, "BOOL": 8, "INT4": 4, "UINT4": 4}  # fmt: skip
@@ -97,49 +98,71 @@ class Cost:
     macs: int
 
 
+class Timed(Protocol):
+    """Latency as a sum over nodes, each a function of the shares of classes that survive."""
+
+    @property
+    def fixed(self) -> float:
+        """ms that no node takes."""
+        ...
+
+    @property
+    def nodes(self) -> Positions:
+        """int64[terms]: the node of the view that each term belongs to."""
+        ...
+
+    def values(self, shares: Array) -> Array:
+        """float64[terms]: ms of each term."""
+        ...
+
+
 class Costs:
-    """Cost as a function of which labels, and after them branches, are alive; MACs are counted at `shapes`."""
+    """Cost as a function of which labels, and after them branches, are alive; MACs are counted at `shapes`.
+
+    There is a cost in `latency` once `timed` says what that is.
+    """
 
     def __init__(
         self, dims: DimGraph, view: View, shapes: Mapping[str, Shape], branches: Branches | None = None
     ) -> None:
         self.dims, self.branches = dims, branches
         self.labels = len(dims.frozen)
+        self.timed: Timed | None = None
         macs: list[tuple[float, list[int]]] = []
-        self.macs_nodes: list[int] = []
-        homes: list[str] = []
+        macs_nodes: list[int] = []
         self.parts = [(node.within, node.op_type == "If", *_parts(node, shapes)) for node in view.nodes if node.bodies]
-        before = np.cumsum([0, *(not node.within for node in view.nodes)])  # nodes of the main graph
+        self.before = np.cumsum([0, *(not node.within for node in view.nodes)])  # nodes of the main graph
+        self.bodies = {"": 0} | {name: k + 1 for k, name in enumerate(n for _, _, ns, _ in self.parts for n in ns)}
+        self.homes = np.array([self.bodies[node.within] for node in view.nodes], np.int64)
         for i, node in enumerate(view.nodes):
             if any(name and name not in node.shapes for name in (*node.inputs, *node.outputs)):
                 continue
             for axes in mac_terms(node):
                 sizes = [_length(a, shapes, view.shapes) for a in axes]
-                macs.append((float(prod(sizes)), self._moving(axes)))
-                self.macs_nodes.append(int(before[i]))
-                homes.append(node.within)
-        self.bodies = {"": 0} | {name: k + 1 for k, name in enumerate(n for _, _, ns, _ in self.parts for n in ns)}
-        self.homes = np.array([self.bodies[home] for home in homes], np.int64)
-        self.macs_terms = self._pack(macs)
+                macs.append((float(prod(sizes)), self.moving(axes)))
+                macs_nodes.append(i)
+        self.macs_nodes = np.array(macs_nodes, np.int64)
+        self.macs_terms = self.pack(macs)
         stored: list[tuple[Stored, list[int]]] = []
         seen: set[str] = set()
         for name, item in view.stored.items():
             if item.initializer not in seen:  # copies made on write are as small as their originals
                 seen.add(item.initializer)
-                stored.append((item, self._moving([Axis(name, k) for k in range(len(item.shape))])))
+                stored.append((item, self.moving([Axis(name, k) for k in range(len(item.shape))])))
         counted = [(float(prod(s.shape)) if s.role != "index" else 0.0, axes) for s, axes in stored]
-        self.params_terms = self._pack(counted)
+        self.params_terms = self.pack(counted)
         sized = [(prod(s.shape) * BITS.get(s.dtype, 32) / 8, axes) for s, axes in stored]
-        self.bytes_terms = self._pack(sized)
+        self.bytes_terms = self.pack(sized)
         place = {item.initializer: k for k, (item, _) in enumerate(stored)}
         self.stored_names = [(name, place[item.initializer]) for name, item in view.stored.items()]
 
-    def _moving(self, axes: list[Axis]) -> list[int]:
+    def moving(self, axes: list[Axis]) -> list[int]:
+        """The classes of axes that can lose positions."""
         numbers = self.dims.relations.number
         return [int(self.dims.classes[numbers[a]]) for a in axes if a in numbers]
 
     @staticmethod
-    def _pack(terms: list[tuple[float, list[int]]]) -> tuple[Array, Array, Array]:
+    def pack(terms: list[tuple[float, list[int]]]) -> tuple[Array, Array, Array]:
         """(factor of each term, classes of all terms in a row, which term each belongs to)."""
         factors = np.array([factor for factor, _ in terms], np.float64)
         classes = np.array([c for _, axes in terms for c in axes], np.int64)
@@ -154,38 +177,43 @@ class Costs:
         return np.asarray((counts[offsets[1:]] - counts[offsets[:-1]]) / sizes)
 
     @staticmethod
-    def _values(terms: tuple[Array, Array, Array], shares: Array, lives: Array) -> Array:
+    def values(terms: tuple[Array, Array, Array], shares: Array, lives: Array | float = 1.0) -> Array:
+        """float64[terms]: each factor times the shares of its classes."""
         factors, classes, owners = terms
         values = factors * lives
         np.multiply.at(values, owners, shares[classes])
         return np.asarray(values)
 
-    def _macs(self, shares: Array, lives: Array) -> float:
-        """Of an If the larger branch, of a loop's body as many as it has rounds."""
-        totals = np.bincount(self.homes, self._values(self.macs_terms, shares, lives), len(self.bodies))
+    def _total(self, values: Array, nodes: Positions, alive: Mask | None) -> float:
+        """The sum over nodes that are left: of an If the larger branch, of a loop's body as many as it has rounds."""
+        lives = values if alive is None else values * alive[self.before[nodes]]
+        totals = np.bincount(self.homes[nodes], lives, len(self.bodies))
         for home, either, names, rounds in self.parts:  # inner bodies come first
             inner = totals[[self.bodies[name] for name in names]]
             totals[self.bodies[home]] += (inner.max() if either else inner.sum()) * rounds
         return float(totals[0])
 
     def of(self, alive: Mask) -> dict[str, float]:
-        """{macs, params, size} for these survivors; size is the weights' bytes alone."""
+        """{macs, params, size} for these survivors; size is the weights' bytes alone. `latency` where it is timed."""
         shares = self.shares(alive)
         nodes, stored = self._lives(alive)
-        return {
-            "macs": self._macs(shares, nodes),
-            "params": float(self._values(self.params_terms, shares, stored).sum()),
-            "size": float(self._values(self.bytes_terms, shares, stored).sum()),
+        found = {
+            "macs": self._total(self.values(self.macs_terms, shares), self.macs_nodes, nodes),
+            "params": float(self.values(self.params_terms, shares, stored).sum()),
+            "size": float(self.values(self.bytes_terms, shares, stored).sum()),
         }
+        if self.timed is not None:
+            found["latency"] = self.timed.fixed + self._total(self.timed.values(shares), self.timed.nodes, nodes)
+        return found
 
-    def _lives(self, alive: Mask) -> tuple[Array, Array]:
-        """(float64[MACs terms], float64[initializers]): one for what is left without branches that go, else zero."""
+    def _lives(self, alive: Mask) -> tuple[Mask | None, Array]:
+        """(nodes of the main graph that are left, None for all; float64[initializers]: one where it is left)."""
         if self.branches is None or not (goes := self.branches.gone(alive)).any():
-            return np.ones(len(self.macs_terms[0])), np.ones(len(self.params_terms[0]))
+            return None, np.ones(len(self.params_terms[0]))
         nodes, needed = living(self.branches, goes)
         stored = np.zeros(len(self.params_terms[0]))
         stored[[k for name, k in self.stored_names if name in needed]] = 1
-        return nodes[self.macs_nodes].astype(np.float64), stored
+        return nodes, stored
 
     def of_units(self, groups: tuple[Group, ...], metric: str) -> list[Array]:
         """float64[units] for each group: the share of the model that goes when this unit goes.

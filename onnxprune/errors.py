@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 NAME_LIMIT = 80
 LINE_LIMIT = 500  # characters of a message
 
@@ -35,6 +37,12 @@ class PruneError(Exception):
         self.file = shown_path(file) if file else ""
         self.object = object
         super().__init__(self.line())
+
+    def about(self, file: object) -> Self:
+        """The same error, of what is in a file."""
+        self.file = shown_path(file)
+        self.args = (self.line(),)
+        return self
 
     def line(self) -> str:
         """`<file>: <object>: <message>`, safe to print."""

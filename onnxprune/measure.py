@@ -71,6 +71,14 @@ def measure(
     return rows
 
 
+def told(paths: Sequence[str | Path], feeds: Mapping[str, Array], *, backend: str, threads: int) -> list[Latency]:
+    """Latency of a dense and a pruned model: longer where the first rounds cannot tell which of them is faster."""
+    rows = measure(paths, feeds, backend=backend, threads=threads)
+    if faster(*rows) is None:
+        rows = measure(paths, feeds, backend=backend, threads=threads, rounds=100, seconds=30.0)
+    return rows
+
+
 def sample(
     paths: Sequence[str], feeds: Mapping[str, Array], backend: str, threads: int, rounds: int, seconds: float
 ) -> list[Latency]:
@@ -91,6 +99,17 @@ def sample(
         longest = max(longest, time.perf_counter() - start)
     gc.enable()
     return [_latency(rows, backend, threads) for rows in samples]
+
+
+def quickest(path: str, feeds: Mapping[str, Array], backend: str, threads: int, seconds: float) -> float:
+    """ms of the fastest sample of a model, of the clock that counts: other work only ever adds. Runs in the child."""
+    step = runtime.backend(backend).session(path, threads=threads).bound(feeds)
+    end = time.perf_counter() + seconds
+    count = math.ceil(SAMPLE / _warm(step, seconds / 10))
+    samples = [_sample(step, count)]
+    while len(samples) < ENOUGH or time.perf_counter() < end:
+        samples.append(_sample(step, count))
+    return min(row[0 if _by_cpu(backend, threads) else 1] for row in samples)
 
 
 def _warm(step: Callable[[], object], seconds: float) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune import feeds, plugin, quality, runtime, storage, verify
+from onnxprune import cache, feeds, pace, plugin, quality, runtime, storage, verify
 from onnxprune import measure as latency
 from onnxprune import report as reports
 from onnxprune import select as selection
@@ -117,6 +117,15 @@ def score(
     return tuple(scored), importance
 
 
+def _rounding(options: Options, liked: int | None = None) -> selection.Rounding:
+    """What widths are rounded to: `liked` is the multiple that was found by measuring; a pattern needs whole runs."""
+    runs = 1 if options.pattern is None else NM.parse(options.pattern).m
+    multiple = None if options.round_to == "auto" else int(options.round_to)
+    if liked is None:
+        return selection.Rounding(multiple, options.min_keep, runs, undo=options.ratio is None)
+    return selection.Rounding(multiple, options.min_keep, runs, liked, firm=True)
+
+
 def select(
     analysis: Analysis,
     groups: Sequence[Group],
@@ -125,22 +134,29 @@ def select(
     limits: Mapping[str, float],
     overhead: float = 0.0,
     trials: Callable[..., Trials] | None = None,
+    liked: int | None = None,
+    along: Plan | None = None,
 ) -> Plan:
     """Keep masks for the ratio, or for targets in absolute numbers; `overhead` is a file's bytes beyond its weights.
 
-    `trials` makes what an allocator that measures needs.
+    `trials` makes what an allocator that measures needs; `liked` is the multiple of positions that was found to be
+    worth having. A plan `along` which to go takes the allocator's place: all groups go as far towards it, or beyond.
     """
-    rounding = _rounding(options)
+    rounding = _rounding(options, liked)
     if options.ratio is not None:
         return selection.by_ratio(groups, importance, options.ratio, rounding)
     allocator = plugin.build("allocators", Methods.of(options).allocate)
     main = next(iter(limits))
     cost = analysis.costs.of_units(tuple(groups), main)
-    searches = isinstance(allocator, plugin.Searcher)
+    searches = isinstance(allocator, plugin.Searcher) and along is None
     measures = searches and plugin.trait(allocator, "measures")
     if measures and trials is None:
         raise InputError(f"{options.allocate} measures: it needs --calibration and a repair", object="--allocate")
-    priority = importance if searches else allocator.priority(importance, cost)
+    priority: Sequence[Array]
+    if along is not None:
+        priority = _towards(analysis.alive(along), groups, importance)
+    else:
+        priority = importance if searches else allocator.priority(importance, cost)
 
     def of(alive: Mask) -> Mapping[str, float]:
         found = analysis.costs.of(alive)
@@ -166,20 +182,30 @@ def select(
     return plan
 
 
-def _rounding(options: Options) -> selection.Rounding:
-    """What widths are rounded to; a pattern needs whole runs."""
-    runs = 1 if options.pattern is None else NM.parse(options.pattern).m
-    return selection.Rounding(None if options.round_to == "auto" else int(options.round_to), options.min_keep, runs)
+def _towards(alive: Mask, groups: Sequence[Group], importance: Sequence[Array]) -> list[Array]:
+    """float64[units] for each group: up to one for units that a plan removes, above for the rest."""
+    found = []
+    for group, scores in zip(groups, importance, strict=True):
+        stays = alive[group.units]
+        order = np.lexsort((scores, stays))
+        goes = int((~stays).sum())
+        priority = np.zeros(len(order))
+        priority[order[:goes]] = np.arange(1, goes + 1) / max(goes, 1)
+        priority[order[goes:]] = 1 + np.arange(1, len(order) - goes + 1) / max(len(order) - goes, 1)
+        found.append(priority)
+    return found
 
 
-def _limits(analysis: Analysis, options: Options) -> dict[str, float]:
-    """Targets in absolute numbers."""
+def _limits(analysis: Analysis, options: Options, factor: float = 1.0) -> dict[str, float]:
+    """Targets in absolute numbers; latency takes `factor` times what the table says."""
     dense = analysis.costs.of(np.ones(analysis.labels, np.bool_))
     limits = {}
     for metric, value in options.target.items():
         number, share = selection.parse_target(metric, value)
-        whole = float(analysis.source.bytes) if metric == "size" else dense[metric]
+        whole = float(analysis.source.bytes) if metric == "size" else dense[metric] if share else 0.0
         limits[metric] = number * whole if share else number
+        if metric == "latency":
+            limits[metric] /= factor
     return limits
 
 
@@ -279,14 +305,29 @@ def family(
         prover = Prover(analysis, this.calibration, first.seed, first.threads, selection.parse_size(first.memory))
         with clock.stage("run the dense model"):
             check_dense(prover, worker, first)
+        watch = None
+        if any("latency" in options.target for options in variants):
+            with clock.stage("measure operators"):
+                watch = _stopwatch(analysis, prover, worker, this.evaluation, first, clock.progress)
         for options, path in zip(variants, this.paths, strict=True):
             results.append(
-                _one(analysis, options, path, prover, worker, this.calibration, this.evaluation, clock, command)
+                _one(analysis, options, path, prover, worker, this.calibration, this.evaluation, clock, command, watch)
             )
     if not first.dry_run:
         with clock.stage("write"):
             results = write(results, this.paths, beside, analysis, first, prover.feeds)
     return results
+
+
+def _stopwatch(
+    analysis: Analysis, prover: Prover, worker: Worker, evaluation: Samples, options: Options, progress: Progress
+) -> pace.Stopwatch:
+    """What latency targets are judged by; from here on the analysis counts latency among its costs."""
+    if not prover.feeds:
+        raise ImpossibleError("a model that does not run has no latency", file=analysis.source.path)
+    feed = prover.typical(worker, _usual_feed(analysis, evaluation[0], prover, options))
+    kept = cache.opened(options.cache, options.no_cache)
+    return pace.Stopwatch(analysis, choose_groups(analysis, options), feed, options, kept, progress)
 
 
 Samples = tuple[list[dict[str, Array]], Array | None]
@@ -378,23 +419,34 @@ def _one(
     evaluation: tuple[list[dict[str, Array]], Array | None],
     clock: Clock,
     command: Sequence[str],
+    watch: pace.Stopwatch | None = None,
 ) -> Result:
     """Score, select, rewrite, prove, repair, measure one target."""
+    watch = watch if "latency" in options.target else None
     recovery = Recovery(analysis, samples, options, worker, clock.progress)
     with clock.stage("score"):
         groups = choose_groups(analysis, options)
         groups, importance = score(analysis, groups, options, recovery.evidence(groups))
-    with clock.stage("select, rewrite and prove"):
-        proven = _proven(analysis, groups, importance, options, prover, worker, recovery)
-    with clock.stage("repair"):
-        repaired = recovery.repair(proven.plan, proven.model)
-    repaired, sparse = thinned(analysis, proven.plan, repaired, options, recovery, prover, worker, clock)
-    proven = replace(proven, model=repaired.model)
-    if options.precision != "fp32":
-        with clock.stage("cast"):
-            proven = _cast(analysis, proven, options, prover, worker)
-    found = measured(analysis, options, path, proven, prover, worker, evaluation, clock, command, groups, repaired)
-    return with_pattern(found, sparse)
+    for _ in range(AGAIN):
+        with clock.stage("select, rewrite and prove"):
+            proven = _proven(analysis, groups, importance, options, prover, worker, recovery, watch)
+        selected = proven.model
+        with clock.stage("repair"):
+            repaired = recovery.repair(proven.plan, proven.model)
+        repaired, sparse = thinned(analysis, proven.plan, repaired, options, recovery, prover, worker, clock)
+        proven = replace(proven, model=repaired.model)
+        if options.precision != "fp32":
+            with clock.stage("cast"):
+                proven = _cast(analysis, proven, options, prover, worker)
+        found = measured(analysis, options, path, proven, prover, worker, evaluation, clock, command, groups, repaired)
+        if watch is None or watch.holds(options, found.report, selected):
+            return with_pattern(found, sparse)
+    assert watch is not None
+    raise watch.unsettled(analysis.source.path)
+
+
+ROUGH = 3  # plans of an equal share that are measured before a search
+AGAIN = 3  # times that a latency target may be missed in the end
 
 
 def thinned(
@@ -417,7 +469,7 @@ def thinned(
         model = analysis.rewrite(plan) if copied else repaired.model
         sparse = sparsified(analysis, plan, model, options, recovery, prover, worker)
     names = sorted({*repaired.names, *sparse.names})
-    return Repaired(sparse.model, names, repaired.warnings + sparse.warnings), sparse
+    return Repaired(sparse.model, names, repaired.warnings + sparse.warnings, repaired.rewrites), sparse
 
 
 def with_pattern(result: Result, sparse: Sparse | None) -> Result:
@@ -510,7 +562,7 @@ def _measured(
             for name, model in (("dense", analysis.dense), ("pruned", pruned))
         ]
         feed = prover.typical(worker, _usual_feed(analysis, evaluation, prover, options))
-        return latency.measure(files, feed, backend=options.backend, threads=options.threads)
+        return latency.told(files, feed, backend=options.backend, threads=options.threads)
 
 
 def _usual_feed(
@@ -600,6 +652,7 @@ def _proven(
     prover: Prover,
     worker: Worker,
     recovery: Recovery,
+    watch: pace.Stopwatch | None = None,
 ) -> Proven:
     """A plan that is proven, after leaving alone the groups that are not."""
     unproven: list[int] = []
@@ -608,7 +661,7 @@ def _proven(
         if groups and not left:
             raise InternalError("no group could be proven", file=analysis.source.path.name)
         try:
-            plan = _selected(analysis, [g for g, _ in left], [s for _, s in left], options, recovery)
+            plan = _selected(analysis, [g for g, _ in left], [s for _, s in left], options, recovery, watch)
         except ImpossibleError as error:
             if not unproven:
                 raise
@@ -646,12 +699,70 @@ def _selected(
     importance: Sequence[Array],
     options: Options,
     recovery: Recovery | None = None,
+    watch: pace.Stopwatch | None = None,
+) -> Plan:
+    """Select; where latency is a target, until what is measured meets it."""
+    if watch is None:
+        plan = _fitted(analysis, groups, importance, options, recovery)
+    else:
+        plan = _paced(analysis, groups, importance, options, recovery, watch)
+    if all(keep.all() for keep in plan.keep.values()) and not _met(analysis, options):
+        raise _nothing(analysis, groups, importance, options)
+    return plan
+
+
+def _paced(
+    analysis: Analysis,
+    groups: Sequence[Group],
+    importance: Sequence[Array],
+    options: Options,
+    recovery: Recovery | None,
+    watch: pace.Stopwatch,
+) -> Plan:
+    """The plan that meets a latency target as measured; where choosing measures, that is done once."""
+
+    def judge(plan: Plan) -> pace.Verdict:
+        predicted = analysis.costs.of(analysis.alive(plan))["latency"]
+        return watch.judge(options, _rewritten(analysis, plan), predicted)
+
+    def choose(factor: float, options: Options, along: Plan | None = None) -> Plan:
+        try:
+            return _fitted(analysis, groups, importance, options, recovery, factor, watch.multiple, along)
+        except selection.OutOfReachError as error:
+            least = analysis.settled(_whole(analysis, groups, error.plan))
+            if error.missed - {"latency"}:
+                raise
+            if judge(least).over > 1:
+                raise watch.out_of_reach(analysis.source.path) from None
+            return least
+
+    along, allocator = None, plugin.build("allocators", Methods.of(options).allocate)
+    if isinstance(allocator, plugin.Searcher) and plugin.trait(allocator, "measures"):
+        even = replace(options, allocate="uniform")
+        watch.converge(lambda factor: choose(factor, even), judge, ROUGH)
+        along = choose(watch.factor, options)
+    plan = watch.converge(lambda factor: choose(factor, options, along), judge)
+    if plan is None:
+        raise watch.unsettled(analysis.source.path)
+    return plan
+
+
+def _fitted(
+    analysis: Analysis,
+    groups: Sequence[Group],
+    importance: Sequence[Array],
+    options: Options,
+    recovery: Recovery | None = None,
+    factor: float = 1.0,
+    liked: int | None = None,
+    along: Plan | None = None,
 ) -> Plan:
     """Select; where `size` is a target, once more with the smaller file's real overhead."""
     overhead = analysis.source.bytes - analysis.costs.of(np.ones(analysis.labels, np.bool_))["size"]
     for _ in range(4):
         trials = recovery.trials if recovery is not None and recovery.reconstructor is not None else None
-        chosen = select(analysis, groups, importance, options, _limits(analysis, options), overhead, trials)
+        limits = _limits(analysis, options, factor)
+        chosen = select(analysis, groups, importance, options, limits, overhead, trials, liked, along)
         plan = analysis.settled(_whole(analysis, groups, chosen))
         if "size" not in options.target:
             break
@@ -662,8 +773,6 @@ def _selected(
         if real <= overhead:
             break
         overhead = real
-    if all(keep.all() for keep in plan.keep.values()) and not _met(analysis, options):
-        raise _nothing(analysis, groups, importance, options)
     return plan
 
 

@@ -106,6 +106,8 @@ def check(options: Options) -> None:
         raise InputError("--ratio implies --allocate uniform; use --target", object=f"--allocate {options.allocate}")
     for metric, value in options.target.items():
         select.parse_target(metric, value)
+    if "latency" in options.target and not options.measure:
+        raise InputError("a latency target needs measuring; leave --no-measure out", object="--target latency")
     if options.cache is not None and options.no_cache:
         raise InputError("give one of --cache and --no-cache", object="prune")
     if unknown := set(options.remove) - {*KINDS, "all"}:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd, lcm
 
@@ -14,16 +14,26 @@ from onnxprune.types import Array, Group, Mask, Plan, Positions
 METRICS = ("macs", "params", "size", "latency")
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9,
          "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}  # fmt: skip
+MILLISECONDS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+FEW = 4  # times that a multiple must fit into a group to be kept
 SLACK = 1.1  # `auto` takes a coarser multiple only while it keeps at most this many times what was asked
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """Kept positions become multiples of `multiple`; None: 8, less where that would undo the pruning, yet of `runs`."""
+    """Kept positions become multiples of `multiple` (None: of `liked`, less where that keeps too many, yet of `runs`).
+
+    `undo` lets a group keep everything for it; without, what is to shrink shrinks, to odd sizes if need be. A `firm`
+    liking is kept however much that keeps, but for a multiple that fits into a group FEW times, and below it by powers
+    of two.
+    """
 
     multiple: int | None
     min_keep: int = 1
     runs: int = 1
+    liked: int = 8
+    undo: bool = False
+    firm: bool = False
 
     def table(self, group: Group, floor: float) -> Positions:
         """int64[units + 1]: how many units really go when r are to go; rises with r and never exceeds it."""
@@ -31,22 +41,49 @@ class Rounding:
         least = min(count, max(self.min_keep, group.least, int(np.ceil(floor * count))))
         kept = np.maximum(count - np.arange(count + 1), least)
         width = gcd(*group.unit_positions)  # zero for branches, whose number is free
+        if self.multiple is None and self.firm:
+            return _risen(count, self._firm(kept, width, count))
         chosen = np.full(count + 1, count)
-        steps = sorted({lcm(step, self.runs) for step in (8, 4, 2, 1)}, reverse=True)
-        for multiple in steps if self.multiple is None else (self.multiple,):
+        done = np.zeros(count + 1, np.bool_)
+        steps = sorted({lcm(self.liked >> k, self.runs) for k in range(self.liked.bit_length())}, reverse=True)
+        for multiple in steps if self.multiple is None else [self.multiple]:
             step = multiple // gcd(multiple, width)
             rounded = -(-kept // step) * step
-            fits = (chosen == count) & (rounded <= count)
+            fits = ~done & (rounded <= count)
             if self.multiple is None and multiple > self.runs:
                 fits &= rounded <= SLACK * kept
             chosen = np.where(fits, rounded, chosen)
-        return np.asarray(np.maximum.accumulate(count - chosen), np.int64)
+            done |= fits & (self.undo | (rounded < count))
+        return _risen(count, chosen)
+
+    def _firm(self, kept: Positions, width: int, count: int) -> Positions:
+        """int64[units + 1]: how many units stay."""
+        multiple = self.liked
+        while multiple > 1 and multiple * FEW > count * width:
+            multiple //= 2
+        multiple = lcm(multiple, self.runs)
+        step = multiple // gcd(multiple, width)
+        powers = np.exp2(np.ceil(np.log2(np.maximum(kept, 1)))).astype(np.int64)
+        return np.minimum(np.where((kept >= step) | (self.runs > 1), -(-kept // step) * step, powers), count)
+
+
+def _risen(count: int, kept: Positions) -> Positions:
+    """How many of `count` units go if so many stay, never fewer where more were to go."""
+    return np.asarray(np.maximum.accumulate(count - kept), np.int64)
 
 
 def _keep(group: Group, order: Positions, goes: int) -> Mask:
     keep = np.ones(len(group.units), np.bool_)
     keep[order[:goes]] = False
     return keep
+
+
+class OutOfReachError(ImpossibleError):
+    """Some target cannot be met; `plan` is what comes closest, `missed` what it misses."""
+
+    def __init__(self, message: str, plan: Plan, missed: Collection[str]) -> None:
+        super().__init__(message)
+        self.plan, self.missed = plan, frozenset(missed)
 
 
 def by_ratio(groups: Sequence[Group], importance: Sequence[Array], ratio: float, rounding: Rounding) -> Plan:
@@ -70,7 +107,7 @@ def by_target(
 ) -> Plan:
     """The shortest run of units, in order of priority, without which every target is met.
 
-    `targets` and `cost` are in absolute numbers. Raises ImpossibleError, with what can be reached.
+    `targets` and `cost` are in absolute numbers. Raises OutOfReachError, with what can be reached.
     """
     orders = [np.argsort(scores, kind="stable") for scores in priority]
     tables = [rounding.table(group, floor) for group in groups]
@@ -89,7 +126,8 @@ def by_target(
     if short := missed(len(line)):
         dense = cost(np.ones(labels, np.bool_))
         best = ", ".join(f"{metric}={value / dense[metric]:.3f} ({value:.4g})" for metric, value in short.items())
-        raise ImpossibleError(f"the target is out of reach; the least that can be reached is {best}")
+        text = f"the target is out of reach; the least that can be reached is {best}"
+        raise OutOfReachError(text, plan(len(line)), short)
     low, high = -1, len(line)
     while high - low > 1:
         middle = (low + high) // 2
@@ -120,7 +158,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_target(metric: str, value: float | str) -> tuple[float, bool]:
-    """(number, whether it is a share of the dense model). Raises InputError."""
+    """(number, latency in ms; whether it is a share of the dense model). Raises InputError."""
     text = str(value).strip()
     digits = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
     unit = text[len(digits) :].strip().lower()
@@ -130,9 +168,10 @@ def parse_target(metric: str, value: float | str) -> tuple[float, bool]:
         number = float("nan")
     if metric not in METRICS:
         raise InputError(f"unknown target metric; there are {', '.join(METRICS)}", object=metric)
+    units, example = (UNITS, "macs=0.5 or size=40MB")
     if metric == "latency":
-        raise ImpossibleError("latency targets are not built into this version yet; use macs", object="--target")
-    if not np.isfinite(number) or number <= 0 or unit not in UNITS or (not unit and number > 1):
-        raise InputError("a target is a share in (0, 1] or a number with a unit, as in macs=0.5 or size=40MB",
+        units, example = (MILLISECONDS, "latency=0.6 or latency=8ms")
+    if not np.isfinite(number) or number <= 0 or (unit and unit not in units) or (not unit and number > 1):
+        raise InputError(f"a target is a share in (0, 1] or a number with a unit, as in {example}",
                          object=f"{metric}={text}")  # fmt: skip
-    return number * UNITS[unit], not unit
+    return number * (units[unit] if unit else 1.0), not unit

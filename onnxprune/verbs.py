@@ -12,12 +12,12 @@ import numpy as np
 from onnxprune import feeds, ops, plugin, quality, runtime, storage
 from onnxprune import measure as latency
 from onnxprune.analysis import Analysis, cost_shapes, named, samples_of
-from onnxprune.errors import InputError
-from onnxprune.model import input_sizes
+from onnxprune.errors import ImpossibleError, InputError
+from onnxprune.model import Model, input_sizes
 from onnxprune.prove import Prover
 from onnxprune.recipe import KINDS
 from onnxprune.runtime import ort, tensorrt
-from onnxprune.types import Axis, Shape
+from onnxprune.types import Array, Axis, Shape
 from onnxprune.worker import Worker
 
 
@@ -124,7 +124,19 @@ def measure_models(
     if threads < 1 or rounds < 1 or not seconds > 0:
         raise InputError("--threads, --rounds and --seconds are positive", object="measure")
     read = [storage.read_model(path)[0] for path in models if Path(path).suffix.lower() not in storage.ENGINES]
-    given = named(models[0], lambda: input_sizes(read[0], input_shape))
-    shapes = cost_shapes(read[0], given)
-    feed = feeds.random_feed(read[0].graph, shapes, 0)
+    feed = _accepted(models[0], read[0], input_shape, threads)
     return latency.measure(models, feed, backend=backend, threads=threads, rounds=rounds, seconds=seconds)
+
+
+def _accepted(path: str, model: Model, input_shape: Mapping[str, Shape], threads: int) -> Mapping[str, Array]:
+    """Random inputs that a model runs on: of the usual sizes, else of those that are found to be accepted."""
+    given = named(path, lambda: input_sizes(model, input_shape))
+    with Worker() as worker:
+        try:
+            feed = feeds.random_feed(model.graph, cost_shapes(model, given), 0)
+            worker.call(ort.run, path, [feed], threads=threads)
+        except (InputError, ImpossibleError):
+            prover = Prover(Analysis(path, input_shape), [], 0, threads)
+            prover.check_dense(worker)
+            return prover.feeds[0]
+    return feed

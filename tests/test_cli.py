@@ -194,6 +194,25 @@ def test_compare_is_a_gate(mlp: Path, tmp_path: Path) -> None:
     assert json.loads(result.stdout)["relative-error"] > 1e-6
 
 
+def test_measure_finds_sizes_that_run(tmp_path: Path) -> None:
+    """A window of five steps does not fit into what a time axis gets by default."""
+    weight = numpy_helper.from_array(np.ones((4, 3 * 5), np.float32), "w")
+    shape = numpy_helper.from_array(np.array([-1, 15]), "s")
+    nodes = [helper.make_node("Reshape", ["x", "s"], ["r"]), helper.make_node("Gemm", ["r", "w"], ["y"], transB=1)]
+    graph = helper.make_graph(
+        nodes,
+        "windows",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["time", 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])],
+        [weight, shape],
+    )
+    path = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    result = run("measure", path, "--rounds", 3, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["models"][0]["rounds"] == 3
+
+
 def test_measure_gives_ratios(mlp: Path) -> None:
     found = json.loads(run("measure", mlp, mlp, "--rounds", 3, "--json").stdout)["models"]
     assert found[0]["ratio"] == 1.0
@@ -274,6 +293,13 @@ BAD = {
     "report": (["--ratio", "0.5", "--report", "r.txt"], "r.txt"),
     "calibration": (["--ratio", "0.5", "--calibration", "missing.npz"], "missing.npz"),
     "backend": (["--ratio", "0.5", "--backend", "abacus"], "abacus"),
+    "latency without a unit": (["--target", "latency=8"], "latency=8"),
+    "latency below zero": (["--target", "latency=-1ms"], "latency=-1ms"),
+    "latency nan": (["--target", "latency=nan"], "latency=nan"),
+    "latency in bytes": (["--target", "latency=8MB"], "latency=8MB"),
+    "latency unmeasured": (["--target", "latency=0.5", "--no-measure"], "--no-measure"),
+    "latency on no backend": (["--target", "latency=0.5", "--backend", "abacus"], "abacus"),
+    "two caches": (["--ratio", "0.5", "--cache", "c", "--no-cache"], "--no-cache"),
 }
 
 
@@ -295,6 +321,51 @@ def test_an_unreachable_target_is_exit_3_and_says_what_can_be_had(mlp: Path, tmp
     assert result.exit_code == 3
     assert "macs=" in json.loads(result.stdout)["message"]
     assert not (tmp_path / "s.onnx").exists()
+
+
+def test_latency_targets_are_met_as_the_report_says(tmp_path: Path) -> None:
+    out, report, kept = tmp_path / "s.onnx", tmp_path / "r.json", tmp_path / "cache"
+    options = ("--target", "latency=0.6", "--target", "params=0.9", "--cache", kept, "--report", report)
+    result = run("prune", DIGITS, "-o", out, *options)
+    assert result.exit_code in (0, 3), result.output  # the machine may be too busy to say
+    entries = [path for path in kept.rglob("*") if path.is_file()]
+    assert len(entries) > 20
+    if result.exit_code == 3:
+        assert "latency=" in result.stderr
+        assert not out.exists()
+        return
+    data = json.loads(report.read_text())
+    dense, pruned = data["dense"], data["pruned"]
+    assert pruned["latency"]["cpu_ms"] <= 1.03 * 0.6 * dense["latency"]["cpu_ms"]
+    assert pruned["params"] <= 0.9 * dense["params"]
+    assert pruned["faster"] is not False
+
+
+def test_a_latency_that_nothing_reaches_is_exit_3_and_says_what_can_be_had(mlp: Path, tmp_path: Path) -> None:
+    result = run("prune", mlp, "-o", tmp_path / "s.onnx", "--target", "latency=0.001", "--json", "--no-cache")
+    assert result.exit_code == 3
+    assert "latency=" in json.loads(result.stdout)["message"]
+    assert [path.name for path in tmp_path.iterdir()] == ["mlp.onnx"]
+
+
+def test_a_latency_that_the_dense_model_has_leaves_it_alone(mlp: Path, tmp_path: Path) -> None:
+    result = run("prune", mlp, "-o", tmp_path / "s.onnx", "--target", "latency=100s")
+    assert result.exit_code == 0, result.output
+    assert "meets the target already" in result.stderr
+
+
+def test_what_was_measured_is_looked_up(mlp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second run with the same cache measures no operator and chooses the same."""
+    from onnxprune import pace
+
+    options = ("--target", "latency=0.999", "--cache", tmp_path / "cache", "--dry-run", "--json")
+    first = run("prune", mlp, "-o", tmp_path / "s.onnx", *options)
+    monkeypatch.setattr(pace.measure, "measure", None)
+    monkeypatch.setattr(pace.measure, "quickest", None)
+    again = run("prune", mlp, "-o", tmp_path / "s.onnx", *options)
+    assert again.exit_code == first.exit_code
+    if first.exit_code == 0:
+        assert json.loads(first.stdout)["groups"] == json.loads(again.stdout)["groups"]
 
 
 def test_an_existing_output_needs_force(mlp: Path, tmp_path: Path) -> None:

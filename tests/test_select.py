@@ -51,6 +51,24 @@ def test_auto_takes_eights_unless_that_undoes_the_pruning() -> None:
     assert 12 - Rounding(8).table(head, 0.0)[5] == 7
 
 
+@given(st.integers(1, 200), st.integers(1, 64), st.sampled_from([1, 2, 4, 8, 16, 32]))
+def test_a_firm_multiple_is_kept_where_it_fits_often(units: int, width: int, liked: int) -> None:
+    (group,) = groups(units, width=width)
+    table = Rounding(None, liked=liked, firm=True).table(group, 0.0)
+    kept = units - table
+    assert (table <= np.arange(units + 1)).all()
+    assert (np.diff(table) >= 0).all()
+    if liked * 4 <= units * width:
+        step = liked // np.gcd(liked, width)
+        assert all(k == units or k % step == 0 or (k < step and k & (k - 1) == 0) for k in kept)
+
+
+def test_what_is_not_to_be_undone_may_stay_whole() -> None:
+    (wide,) = groups(64)
+    assert 64 - Rounding(None, undo=True).table(wide, 0.0)[1] == 64
+    assert 64 - Rounding(None).table(wide, 0.0)[1] == 63
+
+
 def test_target_is_met_by_the_shortest_run_and_guards_every_group() -> None:
     found = groups(3, 3)
     priority = [np.array([0.1, 0.2, 0.3]), np.array([1.0, 2.0, 3.0])]

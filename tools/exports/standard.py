@@ -180,14 +180,21 @@ def export(name: str, folder: Path, dynamo: bool, half: bool = False) -> Path:
         )
         program.save(str(path), external_data=False)
     else:
-        torch.onnx.export(
-            model,
-            args,
-            str(path),
-            dynamo=False,
-            opset_version=17,
-            input_names=list(names),
-            output_names=["out"],
-            dynamic_axes={n: {0: "batch"} for n in (*names, "out")},
-        )
+        write(model, name, path)
+    return path
+
+
+def write(model: nn.Module, name: str, path: Path) -> Path:
+    """Write a network of an architecture with the TorchScript exporter, batch dynamic."""
+    _, _, args, names = ARCHITECTURES[name]
+    torch.onnx.export(
+        model,
+        args,
+        str(path),
+        dynamo=False,
+        opset_version=17,
+        input_names=list(names),
+        output_names=["out"],
+        dynamic_axes={n: {0: "batch"} for n in (*names, "out")},
+    )
     return path

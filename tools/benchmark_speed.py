@@ -1,0 +1,173 @@
+"""Speed at equal MACs, ours and others': python tools/benchmark_speed.py FOLDER [NAME...] [--shares 0.7,0.5,0.3].
+
+Exports the architectures of exports/standard.py with random weights, brings each to shares of its MACs (counted by
+onnxprune) by us, by Torch-Pruning (as it is, and with round_to=8; exported alike) and by onnxsim, and measures all of
+them in one interleaved run on one thread. Efficiency is the MACs ratio over the latency ratio. Prints Markdown. A peer
+that fails has its reason in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import onnx
+import onnxsim
+import torch
+import torch_pruning as tp
+from exports.standard import ARCHITECTURES, write
+from torch import nn
+
+import onnxprune
+from onnxprune import analysis, feeds, measure, storage
+from onnxprune.errors import PruneError
+
+T = TypeVar("T")
+
+STEPS = 8
+CLOSE = 0.01  # of the wanted MACs
+
+
+def macs_of(path: Path) -> int:
+    """MACs of one sample, as onnxprune counts them."""
+    return analysis.cost_of(storage.read_model(path)[0], {}, 0).macs
+
+
+def bisect(make: Callable[[float], T], count: Callable[[T], float], wanted: float) -> T:
+    """What a peer makes at the ratio that comes nearest to the wanted MACs."""
+    low, high = 0.0, 1.0
+    best: tuple[float, T] | None = None
+    failure: Exception | None = None
+    for _ in range(STEPS):
+        ratio = (low + high) / 2
+        try:
+            made = make(ratio)
+            macs = count(made)
+        except Exception as error:  # whatever a peer raises where it would leave nothing
+            high, failure = ratio, error
+            continue
+        gap = abs(macs / wanted - 1)
+        if best is None or gap < best[0]:
+            best = gap, made
+        if gap < CLOSE:
+            break
+        low, high = (ratio, high) if macs > wanted else (low, ratio)
+    if best is None:
+        raise RuntimeError(f"prunes at no ratio: {failure}") from failure
+    return best[1]
+
+
+def ours(dense: Path, share: float, target: Path) -> Path:
+    """The default without data."""
+    onnxprune.prune(dense, target, target={"macs": share}, measure=False, force=True)
+    return target
+
+
+def by_onnxsim(dense: Path, share: float, target: Path) -> Path:
+    """Structured pruning by the second norm, the same share of every layer."""
+    model = onnx.load(dense)
+
+    def make(ratio: float) -> onnx.ModelProto:
+        return onnxsim.apply_structured_pruning(model, sparsity=ratio, global_sparsity=False)
+
+    def count(pruned: onnx.ModelProto) -> float:
+        onnx.save(pruned, target)
+        return macs_of(target)
+
+    onnx.save(bisect(make, count, share * macs_of(dense)), target)
+    return target
+
+
+def by_torch_pruning(name: str, round_to: int | None) -> Callable[[Path, float, Path], Path]:
+    """Group magnitudes, the same share of every layer but the classifier; heads keep their number.
+
+    Its own count of MACs, which leaves out the attention products, guides the bisection.
+    """
+
+    def arm(dense: Path, share: float, target: Path) -> Path:
+        architecture = ARCHITECTURES[name]
+
+        inputs: Any = dict(zip(architecture.names, architecture.args, strict=True))
+        inputs = inputs if len(inputs) > 1 else architecture.args[0]
+
+        def make(ratio: float) -> nn.Module:
+            torch.manual_seed(0)
+            module = architecture.build(False).eval()
+            attentions = [m for m in module.modules() if hasattr(m, "query") and hasattr(m, "num_attention_heads")]
+            heads = {layer: m.num_attention_heads for m in attentions for layer in (m.query, m.key, m.value)}
+            last = [m for m in module.modules() if isinstance(m, nn.Linear)][-1:]
+            pruner = tp.pruner.BasePruner(
+                module,
+                inputs,
+                tp.importance.GroupMagnitudeImportance(p=2),
+                pruning_ratio=ratio,
+                round_to=round_to,
+                num_heads=heads,
+                ignored_layers=last,
+            )
+            pruner.step()
+            for m in attentions:
+                m.num_attention_heads = pruner.num_heads[m.query]
+                m.all_head_size = m.query.out_features
+                m.attention_head_size = m.query.out_features // m.num_attention_heads
+            return module
+
+        def count(module: nn.Module) -> float:
+            return float(tp.utils.count_ops_and_params(module, inputs)[0])
+
+        whole = count(architecture.build(False).eval())
+        return write(bisect(make, count, share * whole), name, target)
+
+    return arm
+
+
+def rows(name: str, shares: list[float], folder: Path, seconds: float) -> Iterator[str]:
+    """The table of one network."""
+    torch.manual_seed(0)
+    dense = write(ARCHITECTURES[name].build(False).eval(), name, folder / f"{name}.onnx")
+    whole = macs_of(dense)
+    arms = {
+        "onnxprune": ours,
+        "Torch-Pruning": by_torch_pruning(name, None),
+        "Torch-Pruning, round_to=8": by_torch_pruning(name, 8),
+        "onnxsim": by_onnxsim,
+    }
+    for share in shares:
+        made: dict[str, Path] = {}
+        for k, (arm, prune) in enumerate(arms.items()):
+            try:
+                made[arm] = prune(dense, share, folder / f"{name}_{share}_{k}.onnx")
+            except (Exception, PruneError) as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:60]
+                yield f"| {name} | {share:g} | {arm} | {reason} | | | |"
+        model = storage.read_model(dense)[0]
+        feed = feeds.random_feed(model.graph, analysis.cost_shapes(model, {}), 0)
+        found = measure.measure([dense, *made.values()], feed, rounds=60, seconds=seconds)
+        for (arm, path), row in zip(made.items(), found[1:], strict=True):
+            macs, took = macs_of(path) / whole, row.ms / found[0].ms
+            yield (f"| {name} | {share:g} | {arm} | {macs:.3f} | {took:.3f} | {macs / took:.2f} | {row.spread:.1%} |")
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("names", nargs="*", default=["resnet50", "mobilenet_v2", "vit_b", "bert"])
+    parser.add_argument("--shares", default="0.7,0.5,0.3")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each run of a dense model and all pruned ones")
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    shares = [float(share) for share in given.shares.split(",")]
+    print("| network | wanted | by | MACs ratio | latency ratio | efficiency | spread |")
+    print("| --- | ---: | --- | ---: | ---: | ---: | ---: |")
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        for name in given.names:
+            for row in rows(name, shares, Path(folder), given.seconds):
+                print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
