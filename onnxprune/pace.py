@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,7 +17,7 @@ import onnx_ir as ir
 
 from onnxprune import measure, storage, timing
 from onnxprune.analysis import Analysis, cost_shapes
-from onnxprune.cache import Cache, key_of
+from onnxprune.cache import Cache, key_of, versions
 from onnxprune.errors import ImpossibleError, InputError
 from onnxprune.measure import Latency, faster
 from onnxprune.model import Model
@@ -243,10 +242,7 @@ def _sizes(feed: Mapping[str, Array]) -> list[object]:
 
 def machine(backend: str) -> list[str]:
     """What latency depends on beside the model: runtimes by version, processor, graphics card."""
-    found = []
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found.append(f"{package} {version(package)}")
+    found = versions(*PACKAGES)
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
         found += sorted({line for line in lines if line.startswith(("model", "cpu family", "stepping", "flags"))})
