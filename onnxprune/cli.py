@@ -144,6 +144,9 @@ SECONDS = click.FloatRange(0, min_open=True)
 PRECISION = click.option(
     "--precision", default="fp32", show_default=True, metavar="fp32|fp16|bf16|int8", help="What it computes in."
 )
+MEMORY = click.option(
+    "--memory", default="3GB", show_default=True, metavar="SIZE", help="For weights of models that run."
+)
 CALIBRATION = click.option("--calibration", metavar="PATH", help=".npz, .npy or a folder: unlabelled inputs.")
 
 
@@ -256,10 +259,14 @@ PRUNING = (
         "--effort", default="default", metavar="quick|default|thorough", show_default=True, help="Time for quality."
     ),
     click.option("--no-new-bias", is_flag=True, help="Repair adds no bias where the layer had none."),
-    click.option("--memory", default="3GB", show_default=True, metavar="SIZE", help="For weights of models that run."),
-    click.option("--cache", metavar="DIR", help="Where measurements are kept.  [default: the user's cache folder]"),
+    MEMORY,
+    click.option(
+        "--cache",
+        metavar="DIR",
+        help="Where statistics, trials and latencies are kept.  [default: the user's cache folder]",
+    ),
     click.option("--no-cache", is_flag=True, help="Keep nothing, and look nothing up."),
-    click.option("--calibration", metavar="PATH", help=".npz, .npy or a folder: unlabelled inputs."),
+    CALIBRATION,
     click.option("--evaluation", metavar="PATH", help=".npz with held-out inputs, and labels."),
     click.option("--metric", help="accuracy, agreement, cosine or relative-error."),
     click.option("--round-to", default="auto", show_default=True, metavar="N", help="Keep multiples of N positions."),
@@ -440,10 +447,10 @@ def realize(model: str, **given: Any) -> None:
 )
 @click.option("--permute", is_flag=True, help="Bring channels into an order in which N:M costs less.")
 @click.option("--reconstruct", metavar="admm|none", help="Repair of what is kept.  [default: admm, given data]")
-@click.option("--calibration", metavar="PATH", help=".npz, .npy or a folder: unlabelled inputs.")
+@CALIBRATION
 @click.option("--evaluation", metavar="PATH", help=".npz with held-out inputs, and labels.")
 @click.option("--metric", help="accuracy, agreement, cosine or relative-error.")
-@click.option("--memory", default="1GB", show_default=True, metavar="SIZE", help="Budget for statistics.")
+@MEMORY
 @click.option("--ignore", multiple=True, metavar="GLOB", help="Nodes or initializers that stay dense.")
 @shapes_option
 @click.option("--backend", default="cpu", show_default=True, help="Where latency is measured.")
@@ -475,7 +482,7 @@ def sparsify(model: str, **given: Any) -> None:
     if as_json:
         say_json(result.report.data())
         return
-    _print_result(result.report, output, given["dry_run"], verbose)
+    _print_result(result.report, output, given["dry_run"], verbose, layers=True)
 
 
 def _print_sparsity(row: SparsityRow, whole: bool) -> None:
@@ -489,8 +496,8 @@ def _print_sparsity(row: SparsityRow, whole: bool) -> None:
         f"a sparse kernel is to be expected for {row.kernel_macs:.1%}")  # fmt: skip
 
 
-def _print_result(report: Report, output: str, dry_run: bool, verbose: bool) -> None:
-    """Before and after, with -v or in a dry run the groups, and how far the proof's outputs differ."""
+def _print_result(report: Report, output: str, dry_run: bool, verbose: bool, layers: bool = False) -> None:
+    """Before and after, with -v or in a dry run groups and layers, and how far the proof's outputs differ."""
     from onnxprune import report as reports
 
     table(f"{'would write' if dry_run else 'wrote'} {shown(output)}", ["", "dense", "pruned", "ratio"],
@@ -498,9 +505,7 @@ def _print_result(report: Report, output: str, dry_run: bool, verbose: bool) -> 
     if dry_run or verbose:
         _print_groups([(g.id, g.kind, g.before, g.after) for g in report.groups], report.frozen)
     if report.sparsity is not None:
-        _print_sparsity(
-            report.sparsity, dry_run or verbose or ("pattern" in report.recipe and "ratio" not in report.recipe)
-        )
+        _print_sparsity(report.sparsity, dry_run or verbose or layers)
     proof = report.verification
     worst = max((d["relative"] for d in proof.differences), default=0.0)
     say(f"proven on {proof.inputs} inputs: largest relative difference {worst:.1e}" if proof.proven else "UNPROVEN")

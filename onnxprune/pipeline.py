@@ -325,6 +325,8 @@ def _stopwatch(
     """What latency targets are judged by; from here on the analysis counts latency among its costs."""
     if not prover.feeds:
         raise ImpossibleError("a model that does not run has no latency", file=analysis.source.path)
+    if (unmeasured := _unmeasured(analysis, prover, worker)) is not None:
+        raise ImpossibleError(unmeasured, file=analysis.source.path, object="--target latency")
     feed = prover.typical(worker, _usual_feed(analysis, evaluation[0], prover, options))
     kept = cache.opened(options.cache, options.no_cache)
     return pace.Stopwatch(analysis, choose_groups(analysis, options), feed, options, kept, progress)
@@ -514,11 +516,10 @@ def measured(
             found = _quality(proven.model, prover, evaluation, options, worker, analysis)
         if options.measure and not options.dry_run:
             with clock.stage("measure"):
-                if prover.runner(worker).fits(analysis.dense):
+                if (unmeasured := _unmeasured(analysis, prover, worker)) is None:
                     rows = _measured(analysis, proven.model, prover, worker, evaluation[0], options)
                 else:
-                    need = memory_of(analysis.dense) / 1e9
-                    told = [f"latency was not measured: loading the model takes {need:.1f} GB; raise --memory"]
+                    told = [unmeasured]
     dense, pruned = _models(analysis, path, proven, size, rows)
     touched = [g for g in analysis.groups if not proven.plan.keep.get(g.id, np.ones(1, np.bool_)).all()]
     return Result(
@@ -545,6 +546,14 @@ def measured(
             warnings=[*_warnings(analysis, proven, options, rows), *told, *repaired.warnings, *prover.warnings()],
         ),
     )
+
+
+def _unmeasured(analysis: Analysis, prover: Prover, worker: Worker) -> str | None:
+    """Why latency cannot be measured; None where it can."""
+    if prover.runner(worker).fits(analysis.dense):
+        return None
+    need = memory_of(analysis.dense) / 1e6
+    return f"latency was not measured: loading the model takes {need:,.0f} MB; raise --memory"
 
 
 def _measured(
@@ -846,7 +855,7 @@ def write(
     beside: Sequence[Sequence[str | Path]],
     analysis: Analysis,
     options: Options,
-    inputs: plugin.Feeds = (),
+    inputs: plugin.Feeds,
 ) -> list[Result]:
     """Write models and reports; where one of them cannot be written, none that is new stays.
 

@@ -27,7 +27,7 @@ from onnxprune.nm import NM, Layer
 from onnxprune.plugin import Permuter, Protector, Reconstructor, Seat, Sparsifier, trait
 from onnxprune.prove import Prover
 from onnxprune.recipe import Methods, Options
-from onnxprune.recovery import Recovery
+from onnxprune.recovery import SHARE, Recovery
 from onnxprune.rewrite import permute
 from onnxprune.select import parse_size
 from onnxprune.sites import Site, Slot, find_sites
@@ -125,7 +125,7 @@ class _Run:
             requests,
             padding=self.recovery.samples.padding,
             seed=self.options.seed,
-            budget=parse_size(self.options.memory),
+            budget=parse_size(self.options.memory) // SHARE,
             threads=self.options.threads,
         )
 

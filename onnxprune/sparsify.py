@@ -12,6 +12,7 @@ from onnxprune.errors import InputError, InternalError
 from onnxprune.prove import Prover
 from onnxprune.recipe import Options, check, recorded
 from onnxprune.recovery import Recovery, Repaired
+from onnxprune.select import parse_size
 from onnxprune.types import Plan
 from onnxprune.worker import Worker
 
@@ -54,7 +55,7 @@ def sparsify(
         opened = pipeline.opened(model, [output], [beside], chosen)
     analysis, whole = opened.analysis, Plan({})
     with Worker(seconds=chosen.timeout) as worker:
-        prover = Prover(analysis, opened.calibration, chosen.seed, chosen.threads)
+        prover = Prover(analysis, opened.calibration, chosen.seed, chosen.threads, parse_size(chosen.memory))
         with clock.stage("run the dense model"):
             pipeline.check_dense(prover, worker, chosen)
         normal = analysis.rewrite(whole)
@@ -76,4 +77,4 @@ def sparsify(
     if chosen.dry_run:
         return found
     with clock.stage("write"):
-        return pipeline.write([found], opened.paths, [beside], analysis, chosen)[0]
+        return pipeline.write([found], opened.paths, [beside], analysis, chosen, prover.feeds)[0]

@@ -22,10 +22,11 @@ from zoo import ZOO
 
 from onnxprune import feeds, plugin, prune, reading, storage, weights, wire
 from onnxprune.analysis import Analysis
-from onnxprune.errors import MachineError
+from onnxprune.errors import ImpossibleError, MachineError
 from onnxprune.flow import Flow, Sessions
 from onnxprune.model import normalise, prepare
 from onnxprune.running import Runner, in_pieces, memory_of
+from onnxprune.sparsify import sparsify
 from onnxprune.types import Member
 from onnxprune.worker import Worker, call
 
@@ -191,6 +192,25 @@ def test_little_memory_gives_the_same_model(kind: type[np.generic], tmp_path: Pa
         written.append({file.name: file.read_bytes() for file in folder.iterdir()})
     assert written[0] == written[1]
     assert before == {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+
+
+def test_what_does_not_fit_has_no_latency_target(tmp_path: Path) -> None:
+    path = wide(tmp_path, np.float32, 4093)
+    with pytest.raises(ImpossibleError, match=r"latency was not measured.*raise --memory"):
+        prune(path, tmp_path / "o.onnx", target={"latency": 0.8}, memory="1MB", no_cache=True)
+    assert not (tmp_path / "o.onnx").exists()
+
+
+def test_little_memory_is_enough_for_a_pattern(tmp_path: Path) -> None:
+    path = wide(tmp_path, np.float32, 4096)
+    written = []
+    for memory in ("1MB", "1GB"):
+        folder = tmp_path / memory
+        folder.mkdir()
+        report = sparsify(path, folder / "o.onnx", memory=memory).report
+        assert (report.pruned.latency is None) == (memory == "1MB")
+        written.append({file.name: file.read_bytes() for file in folder.iterdir()})
+    assert written[0] == written[1]
 
 
 def test_size_is_known_before_it_is_written(tmp_path: Path) -> None:
