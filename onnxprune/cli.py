@@ -175,6 +175,14 @@ def parse_shapes(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def parse_numbers(text: str, option: str) -> tuple[float, ...]:
+    """Numbers between commas."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError("expected numbers between commas, as in 0.25,0.5", object=f"{option} {text}") from None
+
+
 def parse_profiles(texts: tuple[str, ...]) -> dict[str, Profile]:
     """{input: profile} from NAME:SIZES, or NAME:MIN..OPT..MAX, sizes as `parse_shapes` takes them."""
     from onnxprune.types import Profile
@@ -805,6 +813,52 @@ def build(model: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) -
     say(f"wrote {', '.join(shown(path) for path in found.files)}: {record['engine']['bytes']:,} bytes; "
         f"{found.difference} on {record['difference']['backend']}, {record['difference']['data']}")  # fmt: skip
     _print_kept(tuple(record["kept"]), to, verbose)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--remove", default="channels,heads", show_default=True, help="Kinds of unit, comma separated, or all.")
+@click.option("--approximate", is_flag=True, help="Consent to touch groups whose positions mix.")
+@click.option(
+    "--levels", default="0.25,0.5,0.75", show_default=True, metavar="R,R,...", help="Shares of a group's units that go."
+)
+@click.option("--criterion", metavar="NAME[,key=value]", help="Importance.  [default: the best that the data allows]")
+@click.option("--reconstruct", metavar="NAME", help="Give the error after repair as well, on data it was not fitted to.")
+@CALIBRATION
+@click.option("--backend", metavar="NAME", help="Give gains in latency as well, from operators measured there.")
+@click.option("--csv", metavar="FILE", help="Write the table as CSV.")
+@click.option("--plot", metavar="FILE", help="Draw it: .png, .svg or .html.")
+@click.option("--memory", default="3GB", show_default=True, metavar="SIZE", help="For weights of models that run.")
+@click.option("--cache", metavar="DIR", help="Where measurements are kept.  [default: the user's cache folder]")
+@click.option("--no-cache", is_flag=True, help="Keep nothing, and look nothing up.")
+@click.option("--ignore", multiple=True, metavar="GLOB", help="Nodes or initializers whose units stay.")
+@click.option("--min-keep", type=int, default=1, show_default=True, help="Fewest units left in a group.")
+@shapes_option
+@click.option("--strict", is_flag=True, help="Fail if an operator has no rule.")
+@click.option("--seed", type=SEED, default=0, show_default=True)
+@click.option("--threads", type=THREADS, default=1, show_default=True)
+@click.option("--timeout", type=SECONDS, default=600.0, show_default=True, help="Seconds that one execution may take.")
+@click.option("--force", is_flag=True, help="Replace existing files.")
+@common
+def sensitivity(model: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) -> None:
+    """What removing part of each group by itself costs in output error, and what it gains."""
+    from onnxprune import sensitivity as verb
+
+    given["remove"] = tuple(kind.strip() for kind in given["remove"].split(","))
+    given["levels"] = parse_numbers(given["levels"], "--levels")
+    given["input_shape"] = parse_shapes(given["input_shape"])
+    with stages(quiet) as progress:
+        found = verb.sensitivity(model, progress=progress, **given)
+    if given["calibration"] is None:
+        warn("errors are those on random inputs; pass --calibration")
+    for text in found.warnings:
+        warn(text)
+    if as_json:
+        say_json(found.data_of())
+        return
+    title = f"relative error of the outputs on {found.inputs} feeds of {found.data}"
+    title += " that repair was not fitted to" if found.held_out else ""
+    table(f"{title}; gains as shares of the dense model", *found.table())
 
 
 WHAT = ["criteria", "allocators", "reconstructors", "sparsifiers", "passes", "backends", "ops"]

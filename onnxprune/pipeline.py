@@ -223,7 +223,7 @@ def _nothing(
     rounding = _rounding(options)
     dense = analysis.costs.of(np.ones(analysis.labels, np.bool_))
     least = analysis.costs.of(
-        analysis.alive(_whole(analysis, groups, selection.by_ratio(groups, importance, 1 - 1e-9, rounding)))
+        analysis.alive(over_all_units(analysis, groups, selection.by_ratio(groups, importance, 1 - 1e-9, rounding)))
     )
     told = f"--round-to {options.round_to} and --min-keep {options.min_keep}"
     if least["params"] < dense["params"]:
@@ -308,7 +308,7 @@ def family(
         watch = None
         if any("latency" in options.target for options in variants):
             with clock.stage("measure operators"):
-                watch = _stopwatch(analysis, prover, worker, this.evaluation, first, clock.progress)
+                watch = stopwatch(analysis, prover, worker, this.evaluation, first, clock.progress)
         for options, path in zip(variants, this.paths, strict=True):
             results.append(
                 _one(analysis, options, path, prover, worker, this.calibration, this.evaluation, clock, command, watch)
@@ -319,7 +319,7 @@ def family(
     return results
 
 
-def _stopwatch(
+def stopwatch(
     analysis: Analysis, prover: Prover, worker: Worker, evaluation: Samples, options: Options, progress: Progress
 ) -> pace.Stopwatch:
     """What latency targets are judged by; from here on the analysis counts latency among its costs."""
@@ -738,7 +738,7 @@ def _paced(
         try:
             return _fitted(analysis, groups, importance, options, recovery, factor, watch.multiple, along)
         except selection.OutOfReachError as error:
-            least = analysis.settled(_whole(analysis, groups, error.plan))
+            least = analysis.settled(over_all_units(analysis, groups, error.plan))
             if error.missed - {"latency"}:
                 raise
             if judge(least).over > 1:
@@ -772,7 +772,7 @@ def _fitted(
         trials = recovery.trials if recovery is not None and recovery.reconstructor is not None else None
         limits = _limits(analysis, options, factor)
         chosen = select(analysis, groups, importance, options, limits, overhead, trials, liked, along)
-        plan = analysis.settled(_whole(analysis, groups, chosen))
+        plan = analysis.settled(over_all_units(analysis, groups, chosen))
         if "size" not in options.target:
             break
         try:
@@ -790,7 +790,7 @@ def _size(analysis: Analysis, plan: Plan) -> int:
     return storage.size_of(_rewritten(analysis, plan), "pruned.onnx", external=analysis.source.external)
 
 
-def _whole(analysis: Analysis, groups: Sequence[Group], plan: Plan) -> Plan:
+def over_all_units(analysis: Analysis, groups: Sequence[Group], plan: Plan) -> Plan:
     """The plan over all units of its groups, where some of them were left out for `--ignore`."""
     units = {group.id: group.units for group in analysis.groups}
     return Plan({g.id: ~np.isin(units[g.id], g.units[~plan.keep[g.id]]) for g in groups})

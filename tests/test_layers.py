@@ -35,7 +35,7 @@ LAYERS = (
     ("allocate", "pace"),
     ("recovery",),
     ("sparse",),
-    ("pipeline", "batch", "export", "engines", "realize", "sparsify", "verbs", "audit"),
+    ("pipeline", "batch", "export", "engines", "realize", "sparsify", "sensitivity", "verbs", "audit"),
     ("cli", "__init__", "__main__"),
 )
 
@@ -102,6 +102,7 @@ OUTSIDE = {
     "yaml": ("recipe",),
     "click": ("cli",),
     "rich": ("cli",),
+    "matplotlib": ("sensitivity",),
 }
 
 # May import a name that the source does not spell out: public names, op families, what a child process is to call.
