@@ -856,9 +856,10 @@ def sensitivity(model: str, as_json: bool, verbose: bool, quiet: bool, **given: 
     if as_json:
         say_json(found.data_of())
         return
-    title = f"relative error of the outputs on {found.inputs} feeds of {found.data}"
-    title += " that repair was not fitted to" if found.held_out else ""
-    table(f"{title}; gains as shares of the dense model", *found.table())
+    table("", *found.table())
+    fitted = " that repair was not fitted to" if found.held_out else ""
+    say(f"error: relative error of the outputs on {found.inputs} feeds of {found.data}{fitted}; "
+        "macs, params, latency: the share of the dense model's that goes")  # fmt: skip
 
 
 WHAT = ["criteria", "allocators", "reconstructors", "sparsifiers", "passes", "backends", "ops"]
