@@ -823,7 +823,7 @@ def build(model: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) -
     "--levels", default="0.25,0.5,0.75", show_default=True, metavar="R,R,...", help="Shares of a group's units that go."
 )
 @click.option("--criterion", metavar="NAME[,key=value]", help="Importance.  [default: the best that the data allows]")
-@click.option("--reconstruct", metavar="NAME", help="Give the error after repair as well, on data it was not fitted to.")
+@click.option("--reconstruct", metavar="NAME", help="Give the error after repair as well, on other data than its own.")
 @CALIBRATION
 @click.option("--backend", metavar="NAME", help="Give gains in latency as well, from operators measured there.")
 @click.option("--csv", metavar="FILE", help="Write the table as CSV.")

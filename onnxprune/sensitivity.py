@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from html import escape
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +89,12 @@ class Sensitivity:
     def table(self) -> tuple[list[str], list[tuple[object, ...]]]:
         """(columns, rows) for people."""
         columns = self.columns
-        formats = {name: "{:.3g}" for name in ("error", "repaired")} | {
-            name: "{:.1%}" for name in ("macs", "params", "latency")
-        }
-        rows = []
+        forms = dict.fromkeys(("error", "repaired"), "{:.3g}") | dict.fromkeys(("macs", "params", "latency"), "{:.1%}")
+        rows: list[tuple[object, ...]] = []
         for row in self.rows:
             cells = asdict(row) | {"exact": "exact" if row.exact else "mixing", "nodes": shown(", ".join(row.nodes))}
-            rows.append(tuple(formats.get(name, "{}").format(math.nan if cells[name] is None else cells[name]) for name in columns))
+            found = {name: math.nan if cells[name] is None else cells[name] for name in columns}
+            rows.append(tuple(forms.get(name, "{}").format(cell) for name, cell in found.items()))
         return [*columns], rows
 
     def data_of(self) -> dict[str, Any]:
@@ -284,16 +282,17 @@ def check_plot(path: str | Path) -> None:
     """Refuse a plot of no known format, or without what draws it. Raises InputError, MachineError."""
     if Path(path).suffix not in PLOTS:
         raise InputError(f"a plot ends in {', '.join(PLOTS)}", object=f"--plot {path}")
-    _library("matplotlib.figure")
+    _matplotlib()
 
 
-def _library(name: str) -> Any:
-    """A part of what draws; it takes a while to load."""
+def _matplotlib() -> Any:
+    """What draws; it takes a while to load."""
     try:
-        return import_module(name)
+        import matplotlib.figure
     except ImportError:
         message = "plots need matplotlib; install it with: pip install 'onnxprune[plot]'"
         raise MachineError(message, object="--plot") from None
+    return matplotlib
 
 
 def drawn(found: Sensitivity, suffix: str) -> bytes:
@@ -303,13 +302,11 @@ def drawn(found: Sensitivity, suffix: str) -> bytes:
         title = escape(shown_path(found.source.path.name))
         svg = picture[picture.index("<svg") :]
         return f"<!doctype html><meta charset=utf-8><title>{title}</title>\n{svg}".encode()
-    import matplotlib
-
-    matplotlib_figure = _library("matplotlib.figure")
-    settings = {"svg.hashsalt": "onnxprune", "svg.fonttype": "none", "text.parse_math": False}
+    matplotlib = _matplotlib()
+    settings: Any = {"svg.hashsalt": "onnxprune", "svg.fonttype": "none", "text.parse_math": False}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a name in a script that the font lacks
-        figure = matplotlib_figure.Figure(figsize=(13, 5.5), layout="constrained")
+        figure = matplotlib.figure.Figure(figsize=(13, 5.5), layout="constrained")
         _draw(figure, found)
         out = io.BytesIO()
         metadata = {"Date": None} if suffix == ".svg" else {"Software": None}

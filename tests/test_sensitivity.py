@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def test_what_is_removed_and_gained_rises_with_the_level(tmp_path: Path) -> None
         rows = [row for row in found.rows if row.group == group]
         assert [row.level for row in rows] == [0.25, 0.5, 0.75]
         assert [row.removed for row in rows] == [int(row.level * row.units) for row in rows]
-        assert all(a.macs < b.macs and a.params < b.params for a, b in zip(rows, rows[1:], strict=False))
+        assert all(a.macs < b.macs and a.params < b.params for a, b in pairwise(rows))
     assert all(row.error > 0 and row.repaired is None and row.latency is None for row in found.rows)
 
 
@@ -159,7 +160,11 @@ def test_table_csv_and_json_agree(tmp_path: Path) -> None:
         ("pre-norm blocks", ("--remove", "layers"), {"layers"}),
         ("heads, three projections", (), {"heads"}),
         ("width under LayerNorm and softmax over channels", ("--remove", "all"), {"channels"}),
-        ("width under LayerNorm and softmax over channels", ("--remove", "all", "--approximate"), {"channels", "width"}),
+        (
+            "width under LayerNorm and softmax over channels",
+            ("--remove", "all", "--approximate"),
+            {"channels", "width"},
+        ),
     ],
 )
 def test_kinds(tmp_path: Path, name: str, more: tuple[str, ...], kinds: set[str]) -> None:
@@ -247,7 +252,9 @@ def test_a_plot_without_what_draws_it_is_said_before_any_work(tmp_path: Path, mo
         (("--cache", "d", "--no-cache"), 2),
     ],
 )
-def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...], code: int) -> None:
+def test_bad_input_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...], code: int
+) -> None:
     path = model(tmp_path)
     monkeypatch.chdir(tmp_path)
     before = path.read_bytes()
