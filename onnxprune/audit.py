@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from onnxprune.branches import Dropped
 from onnxprune.errors import ImpossibleError, InputError
 from onnxprune.infer import attributes as attributes_of
 from onnxprune.infer import bodies, initializers, names, walk
+from onnxprune.model import add_initializer
 from onnxprune.nm import NM, broken
 from onnxprune.prove import Prover
 from onnxprune.realize import realize
@@ -72,6 +72,7 @@ def verify(dense: str, pruned: str, plan: str, input_shape: Mapping[str, Shape],
         differences = prover.prove(worker, rebuilt, removals, alive)
     _check(differences, "differs from the dense model without the removed units", Path(pruned).name)
     repaired = frozenset(report.repaired)
+    _part(rebuilt.graph, small.graph, repaired)
     if report.precision is not None:
         types = analysis.prepared.facts.types
         with Worker() as worker:
@@ -181,26 +182,21 @@ def _alive(analysis: Analysis, removals: Iterable[proof.Removal], dead: frozense
 
 
 def _same(rebuilt: ir.Model, pruned: ir.Model, repaired: frozenset[str], file: str) -> None:
-    """Raise ImpossibleError unless nodes, names, shapes and all values but the repaired ones agree.
-
-    What several nodes read may be repaired for one of them: in a copy, alike but for its values.
-    """
+    """Raise ImpossibleError unless nodes, names, shapes and all values but the repaired ones agree."""
     a, b = rebuilt.graph, pruned.graph
     if rebuilt.ir_version != pruned.ir_version or dict(rebuilt.opset_imports) != dict(pruned.opset_imports):
         raise ImpossibleError("its IR version or operator sets are not those of the dense model", file=file)
-    copies = repaired - set(initializers(a))
-    if unknown := copies - set(initializers(b)):
+    if unknown := repaired - set(initializers(b)):
         raise ImpossibleError("is listed as repaired, and is not there", file=file, object=min(unknown))
     pairs = list(zip_longest(walk(a), walk(b)))
-    if any(m is None or t is None or _node(m) != _node(t, _originals(m, t, copies)) for m, t in pairs):
+    if any(m is None or t is None or _node(m) != _node(t) for m, t in pairs):
         raise ImpossibleError("its nodes are not those that the plan gives", file=file)
     for mine, theirs in ((a.inputs, b.inputs), (a.outputs, b.outputs)):
         if [(v.name, str(v.shape), v.dtype) for v in mine] != [(v.name, str(v.shape), v.dtype) for v in theirs]:
             raise ImpossibleError("its inputs and outputs are not those of the dense model", file=file)
     stored, found = initializers(a), initializers(b)
-    if set(stored) != set(found) - copies:
-        odd = sorted(set(stored) ^ (set(found) - copies))[0]
-        raise ImpossibleError("an initializer that the plan does not give, or lacks", file=file, object=odd)
+    if odd := sorted(set(stored) ^ set(found)):
+        raise ImpossibleError("an initializer that the plan does not give, or lacks", file=file, object=odd[0])
     for name, value in stored.items():
         x, y = value.const_value, found[name].const_value
         if x is None or y is None or tuple(x.shape) != tuple(y.shape) or x.dtype != y.dtype:
@@ -209,19 +205,28 @@ def _same(rebuilt: ir.Model, pruned: ir.Model, repaired: frozenset[str], file: s
             raise ImpossibleError("its values changed, and it is not listed as repaired", file=file, object=name)
 
 
-def _originals(mine: ir.Node, theirs: ir.Node, copies: frozenset[str]) -> dict[str, str]:
-    """{copy that their node reads: what my node reads in its place}, where that is stored and of its shape and type."""
-    found = {}
-    for x, y in zip(mine.inputs, theirs.inputs, strict=False):
-        if x is not None and y is not None and y.name in copies and (source := stored_in(x)) is not None:
-            a, b = source.const_value, y.const_value
-            if a is not None and b is not None and tuple(a.shape) == tuple(b.shape) and a.dtype == b.dtype:
-                found[str(y.name)] = str(x.name)
-    return found
+def _part(rebuilt: ir.Graph, pruned: ir.Graph, repaired: frozenset[str]) -> None:
+    """Give every reader of a shared initializer for which the file has a repaired copy one of that name, unrepaired."""
+    copies = repaired - set(initializers(rebuilt))
+    slots = {
+        (str(node.outputs[0].name), k): str(value.name)
+        for node in walk(pruned)
+        for k, value in enumerate(node.inputs)
+        if value is not None and value.name in copies
+    }
+    made: dict[str, ir.Value] = {}
+    for node in list(walk(rebuilt)) if slots else ():
+        for k, value in enumerate(node.inputs):
+            name = slots.get((str(node.outputs[0].name), k))
+            if name is None or value is None or (source := stored_in(value)) is None or source.const_value is None:
+                continue
+            if name not in made:
+                made[name] = ir.Value(name=name, shape=source.shape, type=source.type, const_value=source.const_value)
+                add_initializer(rebuilt, made[name])
+            node.replace_input_with(k, made[name])
 
 
-def _node(node: ir.Node, originals: Mapping[str, str] = MappingProxyType({})) -> tuple[object, ...]:
-    inputs = [originals.get(name, name) for name in names(node.inputs)]
+def _node(node: ir.Node) -> tuple[object, ...]:
     inner = [(key, names(body.inputs), names(body.outputs)) for key, body in bodies(node).items()]
     attributes = sorted((k, str(value)) for k, value in attributes_of(node).items())
-    return (node.domain, node.op_type, inputs, list(names(node.outputs)), attributes, inner)
+    return (node.domain, node.op_type, list(names(node.inputs)), list(names(node.outputs)), attributes, inner)

@@ -180,6 +180,20 @@ def test_every_kind_of_graph_is_valid_in_half(name: str, tmp_path: Path) -> None
     assert difference(wanted, found).holds(0.05)
 
 
+def test_verify_follows_a_repair_of_what_was_shared_and_then_cast(tmp_path: Path) -> None:
+    """A bias that several norms of the network share is repaired, in copies, and cast."""
+    models = Path(__file__).resolve().parents[1] / "models"
+    dense, small, report = models / "digits_cnn.onnx", tmp_path / "s.onnx", tmp_path / "r.json"
+    given = ["--calibration", models / "digits_calibration.npz", "--effort", "quick", "--no-measure", "--no-cache"]
+    code, _, errors = run(
+        "prune", dense, "-o", small, "--target", "macs=0.7", "--precision", "fp16", "--report", report, *given
+    )
+    assert code == 0, errors
+    copies = set(json.loads(report.read_text())["repaired"]) - {t.name for t in onnx.load(dense).graph.initializer}
+    assert copies
+    assert run("verify", dense, small, "--plan", report)[0] == 0
+
+
 def test_prune_casts_last_and_verify_casts_alike(tmp_path: Path) -> None:
     model, small, report = ffn(tmp_path), tmp_path / "s.onnx", tmp_path / "s.json"
     more = ["--ratio", "0.3", "--precision", "fp16", "--no-measure", "--report", report]
