@@ -24,6 +24,7 @@ from onnxprune.errors import ImpossibleError, InputError, InternalError, PruneEr
 
 if TYPE_CHECKING:
     from onnxprune.analysis import Analysis
+    from onnxprune.pipeline import Result
     from onnxprune.recipe import Options
     from onnxprune.report import Report, SparsityRow
     from onnxprune.types import Profile
@@ -132,22 +133,11 @@ def common(command: Command) -> Command:
     return wrapped
 
 
-def shapes_option(command: Command) -> Command:
-    """--input-shape."""
-    return click.option(
-        "--input-shape", multiple=True, metavar="NAME:1x3x224x224", help="Fix a dynamic input for cost and calibration."
-    )(command)
-
-
 SEED, THREADS = click.IntRange(0, 2**63), click.IntRange(1, 1024)
 SECONDS = click.FloatRange(0, min_open=True)
 PRECISION = click.option(
     "--precision", default="fp32", show_default=True, metavar="fp32|fp16|bf16|int8", help="What it computes in."
 )
-MEMORY = click.option(
-    "--memory", default="3GB", show_default=True, metavar="SIZE", help="For weights of models that run."
-)
-CALIBRATION = click.option("--calibration", metavar="PATH", help=".npz, .npy or a folder: unlabelled inputs.")
 
 
 def _check_scales(precision: str, calibration: str | None) -> None:
@@ -246,85 +236,99 @@ def table(title: str, columns: list[str], rows: list[tuple[object, ...]]) -> Non
     Console(width=width, highlight=False).print(drawn)
 
 
-PRUNING = (
-    click.option("--ratio", type=float, help="Share of the units of every group that goes, 0 <= R < 1."),
-    click.option(
-        "--target",
-        multiple=True,
-        metavar="METRIC=VALUE",
-        help="macs, params, size or latency: share that stays, or 40MB, 8ms.",
-    ),
-    click.option(
-        "--remove", default="channels,heads", show_default=True, help="Kinds of unit, comma separated, or all."
-    ),
-    click.option("--approximate", is_flag=True, help="Consent to touch groups whose positions mix."),
-    click.option(
-        "--criterion", metavar="NAME[,key=value]", help="Importance.  [default: the best that the data allows]"
-    ),
-    click.option("--allocate", metavar="NAME[,key=value]", help="How the budget is spread.  [default: likewise]"),
-    click.option("--reconstruct", metavar="NAME|none", help="How what stays is repaired.  [default: likewise]"),
-    click.option(
-        "--effort", default="default", metavar="quick|default|thorough", show_default=True, help="Time for quality."
-    ),
-    click.option("--no-new-bias", is_flag=True, help="Repair adds no bias where the layer had none."),
-    MEMORY,
-    click.option(
-        "--cache",
-        metavar="DIR",
-        help="Where statistics, trials and latencies are kept.  [default: the user's cache folder]",
-    ),
-    click.option("--no-cache", is_flag=True, help="Keep nothing, and look nothing up."),
-    CALIBRATION,
-    click.option("--evaluation", metavar="PATH", help=".npz with held-out inputs, and labels."),
-    click.option("--metric", help="accuracy, agreement, cosine or relative-error."),
-    click.option("--round-to", default="auto", show_default=True, metavar="N", help="Keep multiples of N positions."),
-    click.option(
-        "--pattern", metavar="N:M", help="Then leave N of every M weights along the axis that is summed over."
-    ),
-    click.option(
-        "--sparsifier",
-        metavar="NAME[,key=value]",
-        help="How those are chosen.  [default: the best that the data allows]",
-    ),
-    click.option("--permute", is_flag=True, help="Bring channels into an order in which N:M costs less."),
-    click.option("--ignore", multiple=True, metavar="GLOB", help="Nodes or initializers whose units stay."),
-    click.option("--min-keep", type=int, default=1, show_default=True, help="Fewest units left in a group."),
-    shapes_option,
-    click.option(
-        "--precision", default="fp32", show_default=True, metavar="fp32|fp16", help="What the result computes in."
-    ),
-    click.option("--backend", default="cpu", show_default=True, help="Where latency is measured."),
-    click.option("--no-measure", is_flag=True, help="Do not measure latency."),
-    click.option("--recipe", metavar="FILE", help="These options as YAML; the command line wins."),
-    click.option("--strict", is_flag=True, help="Fail if an operator has no rule."),
-    click.option("--unproven", is_flag=True, help="Write even what ONNX Runtime cannot run."),
-    click.option("--seed", type=int, default=0, show_default=True),
-    click.option("--threads", type=int, default=1, show_default=True),
-    click.option(
-        "--timeout", type=float, default=600.0, show_default=True, help="Seconds that one execution may take."
-    ),
-    click.option("--dry-run", is_flag=True, help="Print the plan, write nothing."),
-    click.option("--force", is_flag=True, help="Replace an existing output."),
-    click.option(
-        "--allow-interface-change",
-        is_flag=True,
-        help="KV-cache inputs and outputs may go with the layer that they serve.",
-    ),
-)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ratio": {"type": float, "help": "Share of the units of every group that goes, 0 <= R < 1."},
+    "target": {
+        "multiple": True,
+        "metavar": "METRIC=VALUE",
+        "help": "macs, params, size or latency: share that stays, or 40MB, 8ms.",
+    },
+    "remove": {
+        "default": "channels,heads",
+        "show_default": True,
+        "help": "Kinds of unit, comma separated, or all.",
+    },
+    "approximate": {"is_flag": True, "help": "Consent to touch groups whose positions mix."},
+    "criterion": {"metavar": "NAME[,key=value]", "help": "Importance.  [default: the best that the data allows]"},
+    "allocate": {"metavar": "NAME[,key=value]", "help": "How the budget is spread.  [default: likewise]"},
+    "reconstruct": {"metavar": "NAME|none", "help": "How what stays is repaired.  [default: likewise]"},
+    "effort": {
+        "default": "default",
+        "metavar": "quick|default|thorough",
+        "show_default": True,
+        "help": "Time for quality.",
+    },
+    "no-new-bias": {"is_flag": True, "help": "Repair adds no bias where the layer had none."},
+    "memory": {"default": "3GB", "show_default": True, "metavar": "SIZE", "help": "For weights of models that run."},
+    "cache": {
+        "metavar": "DIR",
+        "help": "Where statistics, trials and latencies are kept.  [default: the user's cache folder]",
+    },
+    "no-cache": {"is_flag": True, "help": "Keep nothing, and look nothing up."},
+    "calibration": {"metavar": "PATH", "help": ".npz, .npy or a folder: unlabelled inputs."},
+    "evaluation": {"metavar": "PATH", "help": ".npz with held-out inputs, and labels."},
+    "metric": {"help": "accuracy, agreement, cosine or relative-error."},
+    "round-to": {"default": "auto", "show_default": True, "metavar": "N", "help": "Keep multiples of N positions."},
+    "pattern": {"metavar": "N:M", "help": "Then leave N of every M weights along the axis that is summed over."},
+    "sparsifier": {
+        "metavar": "NAME[,key=value]",
+        "help": "How those are chosen.  [default: the best that the data allows]",
+    },
+    "permute": {"is_flag": True, "help": "Bring channels into an order in which N:M costs less."},
+    "ignore": {"multiple": True, "metavar": "GLOB", "help": "Nodes or initializers that stay as they are."},
+    "min-keep": {"type": int, "default": 1, "show_default": True, "help": "Fewest units left in a group."},
+    "input-shape": {
+        "multiple": True,
+        "metavar": "NAME:1x3x224x224",
+        "help": "Fix a dynamic input for cost and calibration.",
+    },
+    "precision": {
+        "default": "fp32",
+        "show_default": True,
+        "metavar": "fp32|fp16",
+        "help": "What the result computes in.",
+    },
+    "backend": {"default": "cpu", "show_default": True, "help": "Where latency is measured."},
+    "no-measure": {"is_flag": True, "help": "Do not measure latency."},
+    "recipe": {"metavar": "FILE", "help": "These options as YAML; the command line wins."},
+    "strict": {"is_flag": True, "help": "Fail if an operator has no rule."},
+    "unproven": {"is_flag": True, "help": "Write even what ONNX Runtime cannot run."},
+    "seed": {"type": int, "default": 0, "show_default": True},
+    "threads": {"type": int, "default": 1, "show_default": True},
+    "timeout": {
+        "type": float,
+        "default": 600.0,
+        "show_default": True,
+        "help": "Seconds that one execution may take.",
+    },
+    "dry-run": {"is_flag": True, "help": "Print the plan, write nothing."},
+    "force": {"is_flag": True, "help": "Replace an existing output."},
+    "allow-interface-change": {
+        "is_flag": True,
+        "help": "KV-cache inputs and outputs may go with the layer that they serve.",
+    },
+    "report": {"multiple": True, "metavar": "PATH", "help": "Report as .json, .md or .html."},
+}  # that several verbs share
+PRUNING = [name for name in OPTIONS if name != "report"]  # fields of recipe.Options
+WRITING = "report strict unproven seed threads timeout dry-run force".split()
 
 
-def pruning(command: Command) -> Command:
-    """What may be said about how a model is pruned; each is a field of recipe.Options."""
-    for option in reversed(PRUNING):
-        command = option(command)
-    return command
+def takes(*names: str) -> Callable[[Command], Command]:
+    """Options of OPTIONS, in this order in the help."""
+
+    def add(command: Command) -> Command:
+        for name in reversed(names):
+            command = click.option(f"--{name}", **OPTIONS[name])(command)
+        return command
+
+    return add
 
 
 @main.command()
 @click.argument("model")
 @click.option("-o", "--output", metavar="PATH", help="Where to write; {target} stands for each target of a family.")
-@pruning
-@click.option("--report", "reports_", multiple=True, metavar="PATH", help="Report as .json, .md or .html.")
+@takes(*PRUNING)
+@takes("report")
 @click.option("--save-recipe", metavar="FILE", help="Write the options of this run as YAML.")
 @common
 def prune(model: str, **given: Any) -> None:
@@ -337,11 +341,11 @@ def prune(model: str, **given: Any) -> None:
     variants = _variants(given)
     names = [recipe.label(variant) for variant in variants]
     if len(variants) > 1:
-        for path in (given["output"], *given["reports_"]):
+        for path in (given["output"], *given["report"]):
             if "{target}" not in path:
                 raise InputError("several targets need {target} in the file's name", object=path)
     outputs = [given["output"].replace("{target}", name) for name in names]
-    beside = [[path.replace("{target}", name) for path in given["reports_"]] for name in names]
+    beside = [[path.replace("{target}", name) for path in given["report"]] for name in names]
     saved = given["save_recipe"]
     if saved is not None:
         if Path(saved).exists() and Path(saved).samefile(model):
@@ -367,7 +371,7 @@ def prune(model: str, **given: Any) -> None:
 @click.option(
     "-o", "--output", metavar="DIR", help="Where models and their reports are written, under their old names."
 )
-@pruning
+@takes(*PRUNING)
 @common
 def batch(models: str, **given: Any) -> None:
     """Prune every model of a folder, or of a text file with a path in each line, by one recipe.
@@ -407,41 +411,33 @@ def batch(models: str, **given: Any) -> None:
     help="What counts as zero: a slice up to this share of the median one of its group.",
 )
 @click.option("--no-new-bias", is_flag=True, help="Units whose constant no bias can take stay.")
-@click.option("--approximate", is_flag=True, help="Consent to touch groups whose positions mix.")
-@click.option("--ignore", multiple=True, metavar="GLOB", help="Nodes or initializers whose units stay.")
-@shapes_option
-@click.option("--backend", default="cpu", show_default=True, help="Where latency is measured.")
-@click.option("--no-measure", is_flag=True, help="Do not measure latency.")
-@click.option("--report", "reports_", multiple=True, metavar="PATH", help="Report as .json, .md or .html.")
-@click.option("--strict", is_flag=True, help="Fail if an operator has no rule.")
-@click.option("--unproven", is_flag=True, help="Write even what ONNX Runtime cannot run.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--threads", type=int, default=1, show_default=True)
-@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds that one execution may take.")
-@click.option("--dry-run", is_flag=True, help="Print what would go, write nothing.")
-@click.option("--force", is_flag=True, help="Replace an existing output.")
+@takes("approximate", "ignore", "input-shape", "backend", "no-measure", *WRITING)
 @common
 def realize(model: str, **given: Any) -> None:
     """Make the smaller network of a model that some training left with zeros, masks or dead units."""
     from onnxprune import realize as verb
 
-    output, quiet, as_json, verbose = (given.pop(key) for key in ("output", "quiet", "as_json", "verbose"))
-    if output is None:
-        raise InputError("say where to write with -o", object="realize")
-    given["measure"] = not given.pop("no_measure")
-    given["input_shape"] = parse_shapes(given["input_shape"])
-    with stages(quiet) as progress:
-        result = verb.realize(
-            model, output, report=given.pop("reports_"), progress=progress, command=sys.argv[1:], **given
-        )
+    result, output = _written("realize", verb.realize, model, given)
+    if result is not None:
+        _print_result(result.report, output, given["dry_run"], given["verbose"])
+        for text in result.report.rewrites if given["verbose"] else ():
+            say(shown(text))
+
+
+def _written(name: str, make: Callable[..., Result], model: str, given: dict[str, Any]) -> tuple[Result | None, str]:
+    """(what a verb that writes one model made, its output); None where it was said as JSON."""
+    kept = {key: value for key, value in given.items() if key not in ("output", "quiet", "as_json", "verbose")}
+    if given["output"] is None:
+        raise InputError("say where to write with -o", object=name)
+    kept["measure"] = not kept.pop("no_measure")
+    kept["input_shape"] = parse_shapes(kept["input_shape"])
+    with stages(given["quiet"]) as progress:
+        result = make(model, given["output"], progress=progress, command=sys.argv[1:], **kept)
     for text in result.report.warnings:
         warn(text)
-    if as_json:
+    if given["as_json"]:
         say_json(result.report.data())
-        return
-    _print_result(result.report, output, given["dry_run"], verbose)
-    for text in result.report.rewrites if verbose else ():
-        say(shown(text))
+    return None if given["as_json"] else result, given["output"]
 
 
 @main.command()
@@ -453,44 +449,17 @@ def realize(model: str, **given: Any) -> None:
     metavar="NAME[,key=value]",
     help="nm-mag, nm-wanda or nm-sparsegpt.  [default: the best that the data allows]",
 )
-@click.option("--permute", is_flag=True, help="Bring channels into an order in which N:M costs less.")
 @click.option("--reconstruct", metavar="admm|none", help="Repair of what is kept.  [default: admm, given data]")
-@CALIBRATION
-@click.option("--evaluation", metavar="PATH", help=".npz with held-out inputs, and labels.")
-@click.option("--metric", help="accuracy, agreement, cosine or relative-error.")
-@MEMORY
-@click.option("--ignore", multiple=True, metavar="GLOB", help="Nodes or initializers that stay dense.")
-@shapes_option
-@click.option("--backend", default="cpu", show_default=True, help="Where latency is measured.")
-@click.option("--no-measure", is_flag=True, help="Do not measure latency.")
-@click.option("--report", "reports_", multiple=True, metavar="PATH", help="Report as .json, .md or .html.")
-@click.option("--strict", is_flag=True, help="Fail if an operator has no rule.")
-@click.option("--unproven", is_flag=True, help="Write even what ONNX Runtime cannot run.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--threads", type=int, default=1, show_default=True)
-@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds that one execution may take.")
-@click.option("--dry-run", is_flag=True, help="Print what would become sparse, write nothing.")
-@click.option("--force", is_flag=True, help="Replace an existing output.")
+@takes("permute", "calibration", "evaluation", "metric", "memory", "ignore", "input-shape", "backend", "no-measure")
+@takes(*WRITING)
 @common
 def sparsify(model: str, **given: Any) -> None:
     """N:M weights, and a table of the layers for which a sparse kernel is to be expected."""
     from onnxprune import sparsify as verb
 
-    output, quiet, as_json, verbose = (given.pop(key) for key in ("output", "quiet", "as_json", "verbose"))
-    if output is None:
-        raise InputError("say where to write with -o", object="sparsify")
-    given["measure"] = not given.pop("no_measure")
-    given["input_shape"] = parse_shapes(given["input_shape"])
-    with stages(quiet) as progress:
-        result = verb.sparsify(
-            model, output, report=given.pop("reports_"), progress=progress, command=sys.argv[1:], **given
-        )
-    for text in result.report.warnings:
-        warn(text)
-    if as_json:
-        say_json(result.report.data())
-        return
-    _print_result(result.report, output, given["dry_run"], verbose, layers=True)
+    result, output = _written("sparsify", verb.sparsify, model, given)
+    if result is not None:
+        _print_result(result.report, output, given["dry_run"], given["verbose"], layers=True)
 
 
 def _print_sparsity(row: SparsityRow, whole: bool) -> None:
@@ -567,7 +536,7 @@ def _variants(given: dict[str, Any]) -> list[Options]:
 @click.argument("model")
 @click.option("--head-dim", is_flag=True, help="Cut axes of heads inside every head, as --remove head-dim does.")
 @click.option("--width", is_flag=True, help="Cut norm groups (GroupNorm) inside every group, as --remove width does.")
-@shapes_option
+@takes("input-shape")
 @common
 def inspect(
     model: str, head_dim: bool, width: bool, input_shape: tuple[str, ...], as_json: bool, verbose: bool, quiet: bool
@@ -643,10 +612,9 @@ def explain(model: str, a: str, b: str, as_json: bool, verbose: bool, quiet: boo
 @main.command()
 @click.argument("dense")
 @click.argument("pruned")
-@click.option("--evaluation", metavar="PATH", help=".npz with inputs, and labels.")
-@click.option("--metric", help="accuracy, agreement, cosine or relative-error.")
+@takes("evaluation", "metric")
 @click.option("--max-relative-error", type=float, metavar="X", help="Fail (exit 3) above this output difference.")
-@shapes_option
+@takes("input-shape")
 @click.option("--seed", type=int, default=0, show_default=True)
 @common
 def compare(dense: str, pruned: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) -> None:
@@ -683,7 +651,7 @@ def compare(dense: str, pruned: str, as_json: bool, verbose: bool, quiet: bool, 
 @click.argument("dense")
 @click.argument("pruned")
 @click.option("--plan", required=True, metavar="REPORT", help="The JSON report of the run that wrote PRUNED.")
-@shapes_option
+@takes("input-shape")
 @click.option("--seed", type=int, default=0, show_default=True)
 @common
 def verify(dense: str, pruned: str, plan: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) -> None:
@@ -705,7 +673,7 @@ def verify(dense: str, pruned: str, plan: str, as_json: bool, verbose: bool, qui
 @click.option("--rounds", type=int, default=30, show_default=True)
 @click.option("--seconds", type=float, default=20.0, show_default=True, help="Most time to spend.")
 @click.option("--trust-engine", is_flag=True, help="Run engines that others built: they are native code.")
-@shapes_option
+@takes("input-shape")
 @common
 def measure(models: tuple[str, ...], as_json: bool, verbose: bool, quiet: bool, **given: Any) -> None:
     """Latency of one or more models, interleaved, with spread; ratios to the first."""
@@ -742,8 +710,8 @@ def measure(models: tuple[str, ...], as_json: bool, verbose: bool, quiet: bool, 
 @click.option("-o", "--output", metavar="PATH", help="Where to write: .ort, .xml (with a .bin beside it) or .onnx.")
 @click.option("--to", metavar="ort|openvino|onnx", help="The format; onnx fixes shapes and sets the precision.")
 @PRECISION
-@CALIBRATION
-@shapes_option
+@takes("calibration")
+@takes("input-shape")
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--threads", type=THREADS, default=1, show_default=True)
 @click.option("--timeout", type=SECONDS, default=600.0, show_default=True, help="Seconds that one execution may take.")
@@ -788,7 +756,7 @@ def export(model: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) 
     metavar="NAME:SIZES",
     help="Sizes of a dynamic input: 1x3x224x224, or the range MIN..OPT..MAX, as in x:1x3..4x3..8x3.",
 )
-@CALIBRATION
+@takes("calibration")
 @click.option("--timing-cache", metavar="FILE", help="Measurements of kernels, read and written back.")
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--threads", type=THREADS, default=1, show_default=True)
@@ -817,28 +785,15 @@ def build(model: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) -
 
 @main.command()
 @click.argument("model")
-@click.option("--remove", default="channels,heads", show_default=True, help="Kinds of unit, comma separated, or all.")
-@click.option("--approximate", is_flag=True, help="Consent to touch groups whose positions mix.")
 @click.option(
     "--levels", default="0.25,0.5,0.75", show_default=True, metavar="R,R,...", help="Shares of a group's units that go."
 )
-@click.option("--criterion", metavar="NAME[,key=value]", help="Importance.  [default: the best that the data allows]")
 @click.option("--reconstruct", metavar="NAME", help="Give the error after repair as well, on other data than its own.")
-@CALIBRATION
 @click.option("--backend", metavar="NAME", help="Give gains in latency as well, from operators measured there.")
 @click.option("--csv", metavar="FILE", help="Write the table as CSV.")
 @click.option("--plot", metavar="FILE", help="Draw it: .png, .svg or .html.")
-@click.option("--memory", default="3GB", show_default=True, metavar="SIZE", help="For weights of models that run.")
-@click.option("--cache", metavar="DIR", help="Where measurements are kept.  [default: the user's cache folder]")
-@click.option("--no-cache", is_flag=True, help="Keep nothing, and look nothing up.")
-@click.option("--ignore", multiple=True, metavar="GLOB", help="Nodes or initializers whose units stay.")
-@click.option("--min-keep", type=int, default=1, show_default=True, help="Fewest units left in a group.")
-@shapes_option
-@click.option("--strict", is_flag=True, help="Fail if an operator has no rule.")
-@click.option("--seed", type=SEED, default=0, show_default=True)
-@click.option("--threads", type=THREADS, default=1, show_default=True)
-@click.option("--timeout", type=SECONDS, default=600.0, show_default=True, help="Seconds that one execution may take.")
-@click.option("--force", is_flag=True, help="Replace existing files.")
+@takes("remove", "approximate", "criterion", "calibration", "memory", "cache", "no-cache", "ignore", "min-keep")
+@takes("input-shape", "strict", "seed", "threads", "timeout", "force")
 @common
 def sensitivity(model: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) -> None:
     """What removing part of each group by itself costs in output error, and what it gains."""

@@ -139,6 +139,33 @@ def fit(
         return None
 
 
+def fitted(
+    problem: Problem, rounds: int, solver: Callable[[int], Solve | None] = lambda group: None
+) -> Solution | None:
+    """`fit` for each group of a problem by itself; `solver` says how one is solved, None for plainly."""
+    groups, _, columns = problem.x.shape
+    outputs = problem.wanted.shape[1] // groups
+    weight, shift = np.zeros((groups, columns, outputs)), np.zeros((groups, outputs))
+    taken = []
+    for g in range(groups):
+        part = slice(g * outputs, (g + 1) * outputs)
+        found = fit(
+            problem.x[g],
+            problem.wanted[:, part],
+            problem.current[:, part],
+            problem.held_out,
+            bounds=problem.bounds,
+            ridge=problem.ridge,
+            rounds=rounds,
+            intercept=problem.intercept,
+            solve=solver(g),
+        )
+        if found is not None:
+            weight[g], shift[g] = found[0].weight, found[0].shift
+            taken.append(found[1])
+    return Solution(weight, shift.reshape(-1), float(np.median(taken))) if taken else None
+
+
 def _fit(
     x: Array,
     wanted: Array,

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
-from onnxprune.lsq import Aim, Fit, Regression, fit
+from onnxprune.lsq import Aim, Fit, Regression, fitted
 from onnxprune.plugin import Problem, Solution
 from onnxprune.types import Array, Mask
 
@@ -35,28 +35,12 @@ class Admm:
 
     def solve(self, problem: Problem) -> Solution | None:
         """The change of one site; conv groups are fitted one by one."""
-        groups, _, columns = problem.x.shape
-        outputs = problem.wanted.shape[1] // groups
-        weight, shift = np.zeros((groups, columns, outputs)), np.zeros((groups, outputs))
-        taken = []
-        for g in range(groups):
-            part = slice(g * outputs, (g + 1) * outputs)
-            keep = None if problem.keep is None else problem.keep[g]
-            found = fit(
-                problem.x[g],
-                problem.wanted[:, part],
-                problem.current[:, part],
-                problem.held_out,
-                bounds=problem.bounds,
-                ridge=problem.ridge,
-                rounds=self.rounds,
-                intercept=problem.intercept,
-                solve=None if keep is None or keep.all() else Masked(keep, self.rho, self.iterations),
-            )
-            if found is not None:
-                weight[g], shift[g] = found[0].weight, found[0].shift
-                taken.append(found[1])
-        return Solution(weight, shift.reshape(-1), float(np.median(taken))) if taken else None
+
+        def masked(group: int) -> Masked | None:
+            keep = None if problem.keep is None else problem.keep[group]
+            return None if keep is None or keep.all() else Masked(keep, self.rho, self.iterations)
+
+        return fitted(problem, self.rounds, masked)
 
 
 @dataclass(frozen=True)

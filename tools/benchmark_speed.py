@@ -12,52 +12,18 @@ import argparse
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import onnx
 import onnxsim
 import torch
 import torch_pruning as tp
 from exports.standard import ARCHITECTURES, write
+from peers import bisect, count_macs
 from torch import nn
 
 import onnxprune
 from onnxprune import analysis, feeds, measure, storage
-from onnxprune.errors import PruneError
-
-T = TypeVar("T")
-
-STEPS = 8
-CLOSE = 0.01  # of the wanted MACs
-
-
-def macs_of(path: Path) -> int:
-    """MACs of one sample, as onnxprune counts them."""
-    return analysis.cost_of(storage.read_model(path)[0], {}, 0).macs
-
-
-def bisect(make: Callable[[float], T], count: Callable[[T], float], wanted: float) -> T:
-    """What a peer makes at the ratio that comes nearest to the wanted MACs."""
-    low, high = 0.0, 1.0
-    best: tuple[float, T] | None = None
-    failure: Exception | None = None
-    for _ in range(STEPS):
-        ratio = (low + high) / 2
-        try:
-            made = make(ratio)
-            macs = count(made)
-        except Exception as error:  # whatever a peer raises where it would leave nothing
-            high, failure = ratio, error
-            continue
-        gap = abs(macs / wanted - 1)
-        if best is None or gap < best[0]:
-            best = gap, made
-        if gap < CLOSE:
-            break
-        low, high = (ratio, high) if macs > wanted else (low, ratio)
-    if best is None:
-        raise RuntimeError(f"prunes at no ratio: {failure}") from failure
-    return best[1]
 
 
 def ours(dense: Path, share: float, target: Path) -> Path:
@@ -75,9 +41,9 @@ def by_onnxsim(dense: Path, share: float, target: Path) -> Path:
 
     def count(pruned: onnx.ModelProto) -> float:
         onnx.save(pruned, target)
-        return macs_of(target)
+        return count_macs(target)
 
-    onnx.save(bisect(make, count, share * macs_of(dense)), target)
+    onnx.save(bisect(make, count, share * count_macs(dense)), target)
     return target
 
 
@@ -128,27 +94,30 @@ def rows(name: str, shares: list[float], folder: Path, seconds: float) -> Iterat
     """The table of one network."""
     torch.manual_seed(0)
     dense = write(ARCHITECTURES[name].build(False).eval(), name, folder / f"{name}.onnx")
-    whole = macs_of(dense)
+    whole = count_macs(dense)
     arms = {
         "onnxprune": ours,
         "Torch-Pruning": by_torch_pruning(name, None),
         "Torch-Pruning, round_to=8": by_torch_pruning(name, 8),
         "onnxsim": by_onnxsim,
     }
+    model = storage.read_model(dense)[0]
+    feed = feeds.random_feed(model.graph, analysis.cost_shapes(model, {}), 0)
     for share in shares:
         made: dict[str, Path] = {}
         for k, (arm, prune) in enumerate(arms.items()):
             try:
-                made[arm] = prune(dense, share, folder / f"{name}_{share}_{k}.onnx")
-            except (Exception, PruneError) as error:
+                path = prune(dense, share, folder / f"{name}_{share}_{k}.onnx")
+                measure.measure([path], feed, rounds=1, seconds=1.0)
+            except Exception as error:  # a peer's own failure, or that of what it wrote, is a result too
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:60]
                 yield f"| {name} | {share:g} | {arm} | {reason} | | | |"
-        model = storage.read_model(dense)[0]
-        feed = feeds.random_feed(model.graph, analysis.cost_shapes(model, {}), 0)
+            else:
+                made[arm] = path
         found = measure.measure([dense, *made.values()], feed, rounds=60, seconds=seconds)
         for (arm, path), row in zip(made.items(), found[1:], strict=True):
-            macs, took = macs_of(path) / whole, row.ms / found[0].ms
-            yield (f"| {name} | {share:g} | {arm} | {macs:.3f} | {took:.3f} | {macs / took:.2f} | {row.spread:.1%} |")
+            macs, took = count_macs(path) / whole, row.ms / found[0].ms
+            yield f"| {name} | {share:g} | {arm} | {macs:.3f} | {took:.3f} | {macs / took:.2f} | {row.spread:.1%} |"
 
 
 def main() -> None:
