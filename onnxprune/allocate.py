@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,20 +27,27 @@ FEW = 2  # feeds to fit to, and as many to judge by, that a trial takes at least
 TRIAL_ROWS = 4_000  # rows of one site while plans are compared
 
 
-def sites_of(analysis: Analysis, plan: Plan, pruned: Model, stays: Sequence[str] = ()) -> list[Site]:
-    """Where the model of a plan can be repaired; initializers in `stays` keep their values."""
+def sites_of(
+    analysis: Analysis, plan: Plan, pruned: Model, stays: Sequence[str] = (), untied: Collection[str] = ()
+) -> list[Site]:
+    """Where the model of a plan can be repaired; initializers in `stays` keep their values.
+
+    Those in `untied` may change for an operator alone, although others read them.
+    """
     alive, shapes = analysis.alive(plan), analysis.view.shapes
 
     def keep(axis: Axis) -> Mask:
         return keep_of(analysis.dims, alive, axis, shapes[axis.value][axis.index])
 
-    return find_sites(pruned, analysis.prepared.model, shapes, keep, stays)
+    return find_sites(pruned, analysis.prepared.model, shapes, keep, stays, untied=untied)
 
 
 def started(analysis: Analysis, plan: Plan, pruned: Model, bases: Bases | None, stays: Sequence[str] = ()) -> Start:
     """Where the model of a plan can be repaired, and what from: subspaces where there are bases, else positions."""
-    sites = sites_of(analysis, plan, pruned, stays)
-    return bases.start(analysis.alive(plan), sites) if bases else Start(sites, {})
+    if not bases:
+        return Start(sites_of(analysis, plan, pruned, stays), {})
+    alive = analysis.alive(plan)
+    return bases.start(alive, sites_of(analysis, plan, pruned, stays, bases.untied(alive)))
 
 
 @dataclass(frozen=True)

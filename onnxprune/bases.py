@@ -56,14 +56,22 @@ class Start:
 
 
 class Bases:
-    """All changes of basis that a model allows, and what they need to know of the data."""
+    """All changes of basis that a model allows, and what they need to know of the data.
 
-    def __init__(self, analysis: Analysis, gather: Gather | None = None) -> None:
+    With `untie` the operator that shares its weight with an embedding may have one of its own.
+    """
+
+    def __init__(self, analysis: Analysis, gather: Gather | None = None, *, untie: bool = True) -> None:
         self.analysis, self._gather = analysis, gather
         self.shapes = analysis.view.shapes
         model = analysis.prepared.model
+        self.tied = _tied(model) if untie else frozenset()
         sites = find_sites(
-            model, model, self.shapes, lambda axis: np.ones(self.shapes[axis.value][axis.index], np.bool_)
+            model,
+            model,
+            self.shapes,
+            lambda axis: np.ones(self.shapes[axis.value][axis.index], np.bool_),
+            untied=self.tied,
         )
         self.sites = {site.value: site for site in sites if all(_plain(operator) for operator in site.operators)}
         self.operators = {o.node: (site, o) for site in self.sites.values() for o in site.operators}
@@ -224,6 +232,22 @@ class Bases:
         ones = np.ones((len(total), 1)) / np.sqrt(len(total))
         return np.asarray(np.linalg.qr(np.concatenate([ones, vectors], axis=1))[0][:, 1 : len(total)])
 
+    def untied(self, alive: Mask) -> dict[str, int]:
+        """{embedding: parameters} that readers of a width which a plan narrows get copies of.
+
+        None where that would leave more than the dense model has.
+        """
+        found = {}
+        for width in self.widths:
+            left = int(alive[width.group.units].sum())
+            for node in width.readers if 1 < left < len(width.group.units) else ():
+                slot = self.operators[node][1].weight
+                if (name := self.stored[slot]) in self.tied:
+                    found[name] = self.array(slot).size * left // len(width.group.units)
+        costs = self.analysis.costs
+        fits = costs.of(alive)["params"] + sum(found.values()) <= costs.of(np.ones_like(alive))["params"]
+        return found if fits else {}
+
     # Starting --------------------------------------------------------------------------------------------------------
 
     def start(self, alive: Mask, sites: Sequence[Site]) -> Start:
@@ -332,39 +356,56 @@ class _Turned:
                 self.output(heads.first_site)[np.ix_(q, _places(queried, q[queried[q]]))] = root @ v
 
     def narrow(self, width: Width) -> None:
-        """A narrower width: the best directions; where norms take the mean off, in the plane that this leaves alone."""
+        """A narrower width: the best directions, less one where what stays is a plane whose mean is zero.
+
+        Norms that take the mean off leave that plane alone. Where a reader has nowhere to put what a norm's shift was to
+        it, the direction across the plane, which the stream never has, carries a one to all readers of that norm.
+        """
         left, size = int(self.alive[width.group.units].sum()), len(width.group.units)
         if not 1 < left < size or not set(width.readers) <= self.operators or not set(width.streams) <= self.present:
             return
-        if any(norm.shift is not None and node not in self.biased for node, norm in width.readers.items()):
-            return
-        if width.centred:
+        bare = {norm for node, norm in width.readers.items() if norm.shift is not None and node not in self.biased}
+        project = self.bases.directions(width)
+        if width.centred or bare:
             helmert = np.linalg.qr(np.column_stack([np.ones(left), np.eye(left)[:, : left - 1]]))[0][:, 1:]
-            project = self.bases.directions(width)[:, : left - 1] @ helmert.T
+            project = project[:, : left - 1] @ helmert.T
         else:
-            project = self.bases.directions(width)[:, :left]
+            project = project[:, :left]
         self.told.append(f"turned the width of group {width.group.id}, {left} of {size} directions are left")
         for value in width.streams:
             self.outputs[value] = project
         for norm in width.norms:
-            for slot, number in ((norm.gain, 1.0), (norm.shift, 0.0)):
+            for slot, number in ((norm.gain, 1.0), (norm.shift, 1.0 if norm in bare else 0.0)):
                 if slot is not None:
                     self.arrays[slot] = np.full((*self.bases.array(slot).shape[:-1], left), number)
         for node, norm in width.readers.items():
             gain = self.bases.array(norm.gain).reshape(-1) if norm.gain is not None else np.ones(size)
             self.inputs[node] = project.T * np.sqrt(size / left) * gain
-            if norm.shift is not None:
-                self.offsets[node] = self.bases.array(norm.shift).reshape(-1)
+            if (name := self.tied(self.bases.operators[node][1])) is not None:
+                self.told.append(f"{node} no longer shares its weight with {name}")
+            if norm.shift is None:
+                continue
+            shift = self.bases.array(norm.shift).reshape(-1)
+            if node in self.biased:
+                self.offsets[node] = shift
+            else:
+                self.inputs[node] += shift / left
         for slot, axis in width.stored:
             self.arrays[slot] = np.moveaxis(np.moveaxis(self.bases.array(slot), axis, -1) @ project, -1, axis)
 
+    def tied(self, operator: Operator) -> str | None:
+        """The embedding that an operator shares its weight with."""
+        name = self.bases.stored[operator.weight]
+        return name if name in self.bases.tied else None
+
     def start(self) -> Start:
-        """Sites and arrays of the plan's model."""
+        """Sites and arrays of the plan's model; a weight that is tied is no site, where it need not be copied."""
         for site in self.sites:
             for operator in site.operators:
                 if site.dense in self.outputs or operator.node in self.inputs:
                     self._set(operator)
-        sites = [replace(s, project=self.outputs[s.dense]) if s.dense in self.outputs else s for s in self.sites]
+        own = [s for s in self.sites if all(o.node in self.inputs or not self.tied(o) for o in s.operators)]
+        sites = [replace(s, project=self.outputs[s.dense]) if s.dense in self.outputs else s for s in own]
         return Start(sites, self.arrays, tuple(dict.fromkeys(self.told)))
 
     def _set(self, operator: Operator) -> None:
@@ -390,6 +431,17 @@ class _Turned:
                 constant = constant + self.offsets[operator.node] @ (dense.T if operator.transposed else dense)
             shape = np.where(np.array(bias.shape) == len(wrote), output.shape[1], bias.shape)
             self.arrays[home] = (constant @ output).reshape(shape)
+
+
+def _tied(model: ir.Model) -> frozenset[str]:
+    """Initializers that a single operator multiplies by, and of which Gathers look up rows."""
+    found = []
+    for value in model.graph.initializers.values():
+        uses = [(use.node.op_type, use.idx) for use in value.uses()]
+        rest = [use for use in uses if use != ("Gather", 0)]
+        if len(rest) == 1 < len(uses) and rest[0] in (("MatMul", 1), ("Gemm", 1), ("Transpose", 0)):
+            found.append(str(value.name))
+    return frozenset(found)
 
 
 def _scaled(node: OpNode) -> str | None:

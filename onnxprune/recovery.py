@@ -94,7 +94,7 @@ class Recovery:
         """Changes of basis that the model allows, where weights may change at all."""
         if self.reconstructor is None or not plugin.trait(self.reconstructor, "subspaces"):
             return None
-        return Bases(self.analysis, self.gather)
+        return Bases(self.analysis, self.gather, untie=not {"params", "size"} & {*self.options.target})
 
     @cached_property
     def kept(self) -> Kept:

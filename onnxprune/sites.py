@@ -96,15 +96,17 @@ def find_sites(
     keep: Callable[[Axis], Mask],
     stays: Collection[str] = (),
     coded: Collection[str] = (),
+    untied: Collection[str] = (),
 ) -> list[Site]:
     """Sites in topological order; `shapes` and `keep` speak of the dense model, what `stays` names keeps its values.
 
-    Weights behind DequantizeLinear are fitted only where `coded` names them.
+    Weights behind DequantizeLinear are fitted only where `coded` names them, those that others read as well only where
+    `untied` does.
     """
     found: dict[str, list[tuple[int, Operator, _Chain]]] = defaultdict(list)
     readers = _readers(dense)
     for index, node in enumerate(pruned.graph):
-        operator = _operator(node, shapes, keep, stays, coded)
+        operator = _operator(node, shapes, keep, stays, coded, untied)
         if operator is None:
             continue
         chain = _follow(node, _axis(node, shapes), shapes, stays)
@@ -182,6 +184,7 @@ def _operator(
     keep: Callable[[Axis], Mask],
     stays: Collection[str],
     coded: Collection[str],
+    untied: Collection[str],
 ) -> Operator | None:
     """The node as an operator that may be fitted, or None."""
     if node.domain not in ("", "ai.onnx") or node.op_type not in ("Conv", "Gemm", "MatMul"):
@@ -190,7 +193,7 @@ def _operator(
     output = str(node.outputs[0].name)
     if x is None or given is None or x.const_value is not None or output not in shapes or str(x.name) not in shapes:
         return None
-    weight, flips = _weight(given, coded)
+    weight, slot, flips = _weight(node, coded, untied)
     if weight is None or str(weight.name) in stays or len(weight.shape or ()) < 2:
         return None
     attrs = attributes(node)
@@ -204,7 +207,6 @@ def _operator(
             return None
     elif flips or attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID", b"NOTSET", b"VALID"):
         return None
-    owner = next(iter(weight.uses()))
     bias: Slot | None = None
     steps: tuple[Step, ...] = ()
     if len(node.inputs) > 2 and node.inputs[2] is not None:
@@ -223,27 +225,28 @@ def _operator(
             steps = (Step("add", (home,), fixed=True),)
     columns = _columns(node, attrs, str(x.name), shapes, keep)
     spatial = {key: attrs[key] for key in (*SPATIAL, "transA") if key in attrs}
-    slot = (str(owner.node.outputs[0].name), owner.idx)
     return Operator(output, node.op_type, str(x.name), slot, bias, transposed, spatial, steps, columns)
 
 
-def _weight(value: ir.Value, coded: Collection[str]) -> tuple[ir.Value | None, bool]:
-    """(the initializer behind a weight, if it serves this one reader; whether it is transposed on the way)."""
-    flips = False
-    while True:
-        if len(value.uses()) != 1 or value.is_graph_output() or value.is_graph_input():
-            return None, flips
-        if (code := _code(value)) is not None:
-            return (code if code.name in coded and len(code.uses()) == 1 else None), flips
+def _weight(node: ir.Node, coded: Collection[str], untied: Collection[str]) -> tuple[ir.Value | None, Slot, bool]:
+    """(the initializer behind a weight, if this one reader may change it; where it is read; whether it is transposed)."""
+    slot, flips = (str(node.outputs[0].name), 1), False
+    value = node.inputs[1]
+    while value is not None and not value.is_graph_output() and not value.is_graph_input():
+        own = len(value.uses()) == 1
+        if own and (code := _code(value)) is not None:
+            place = (str(value.name), 0)
+            return (code if code.name in coded and len(code.uses()) == 1 else None), place, flips
         if value.const_value is not None and value.is_initializer():
-            return (value if value.dtype in FLOATS else None), flips
-        node = value.producer()
-        if node is None or node.op_type != "Transpose" or node.inputs[0] is None:
-            return None, flips
-        order = attributes(node).get("perm")
-        if len(node.inputs[0].shape or ()) != 2 or (order is not None and list(order) != [1, 0]):  # type: ignore[call-overload]
-            return None, flips
-        flips, value = not flips, node.inputs[0]
+            return (value if value.dtype in FLOATS and (own or value.name in untied) else None), slot, flips
+        turn = value.producer()
+        if not own or turn is None or turn.op_type != "Transpose" or turn.inputs[0] is None:
+            break
+        order = attributes(turn).get("perm")
+        if len(turn.inputs[0].shape or ()) != 2 or (order is not None and list(order) != [1, 0]):  # type: ignore[call-overload]
+            break
+        slot, flips, value = (str(value.name), 0), not flips, turn.inputs[0]
+    return None, slot, flips
 
 
 def _code(value: ir.Value) -> ir.Value | None:

@@ -102,7 +102,7 @@ def find_width(
         out = node.outputs[0]
         if out in operators:
             reads = entering.get(node.inputs[0])
-            if (reads is not None and not isinstance(reads, Norm)) or set(entering) - {node.inputs[0]}:
+            if reads is not None and not isinstance(reads, Norm):
                 return None
             if reads is not None:
                 readers[out] = reads
@@ -114,8 +114,6 @@ def find_width(
         known |= found
     norms = set(readers.values())
     if not norms or len({norm.centred for norm in norms}) > 1:
-        return None
-    if any(norm.shift is not None and not operators[node].homes() for node, norm in readers.items()):
         return None
     homes = {slot for o in operators.values() for slot in (o.weight, *o.homes())}
     homes |= {slot for norm in norms for slot in (norm.gain, norm.shift) if slot is not None}
@@ -137,7 +135,7 @@ def _after(
             return None
         return dict.fromkeys([name for name in node.outputs if name in axes or kinds], next(iter(kinds), STREAM))
     if node.op_type == "ReduceMean":
-        return _mean(node, entering, shapes)
+        return _mean(node, entering, axes, shapes)
     left = entering.get(node.inputs[0])
     right = entering.get(node.inputs[1]) if len(node.inputs) > 1 else None
     found: Known | None = None
@@ -200,10 +198,14 @@ def _fused(node: OpNode, entering: Mapping[str, Known], axes: Mapping[str, int])
     return {out: Norm(source, centred, (out, gain), held), **dict.fromkeys(sums, STREAM)}
 
 
-def _mean(node: OpNode, entering: Mapping[str, Known], shapes: Mapping[str, Shape]) -> Mapping[str, Known] | None:
-    """A mean over the width alone."""
+def _mean(
+    node: OpNode, entering: Mapping[str, Known], axes: Mapping[str, int], shapes: Mapping[str, Shape]
+) -> Mapping[str, Known] | None:
+    """A mean over the width alone, or over tokens, which turns with the width."""
     name = node.inputs[0]
     known = entering.get(name)
+    if node.outputs[0] in axes and (known is STREAM or isinstance(known, Norm)):
+        return {node.outputs[0]: known}
     if not isinstance(known, _Part) or node.out_shape() != (*shapes[name][:-1], 1):
         return None
     if known is STREAM:

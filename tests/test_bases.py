@@ -241,6 +241,31 @@ def test_a_width_gives_up_what_its_tokens_do_not_use(shifts: bool, worker: Worke
     assert error < 0.8
 
 
+PLAIN_BLOCK = BLOCK.replace("d1 = Add(d0, b1) d = Relu(d1)", "d = Relu(d0)")  # a reader without a bias
+FINAL = "f = LayerNormalization(h, g2, s2) "
+BARE = FINAL + "y = MatMul(f, w3)"
+
+
+@pytest.mark.parametrize(
+    ("block", "end"),
+    [
+        (PLAIN_BLOCK, END),
+        (BLOCK, BARE),
+        (PLAIN_BLOCK, BARE),
+        (BLOCK, FINAL + "t = Reshape(f, flat) y0 = Gemm<transB = 1>(t, w9) y = Reshape(y0, back)"),
+        (BLOCK, FINAL + "t = MatMul(f, w3) u = Add(t, b3) v = MatMul(f, w4) y = Mul(u, v)"),  # one with, one without
+        (PLAIN_BLOCK, FINAL + "p = ReduceMean<keepdims = 1>(f, one) y0 = MatMul(p, w3) y = Add(y0, z)"),
+        (BLOCK, "p = ReduceMean<keepdims = 1>(h, one) f = LayerNormalization(p, g2, s2) y0 = MatMul(f, w3) y = Add(y0, z)"),
+    ],
+)
+def test_a_shift_may_be_read_without_a_bias(block: str, end: str, worker: Worker, tmp_path: Path) -> None:
+    given = stream(one=i64(1), w4=full(13, 3), w9=full(3, 13), flat=i64(-1, 13), back=i64(-1, 5, 3), z=full(1, 5, 1))
+    model = analysis(tmp_path, "float[n,5,7] x", "float[n,5,3] y", block + end, ("width",), **given)
+    bases, _, error = cut(model, "width", 5, worker)
+    assert len(bases.widths) == 1
+    assert error < 1e-3
+
+
 @pytest.mark.parametrize(
     ("block", "end", "outputs"),
     [
@@ -273,6 +298,7 @@ RMS = MEAN + "{f}r = Sqrt({f}e) {f}u = Div({h}, {f}r) {f} = Mul({f}u, {g}) "
 RECIPROCAL = MEAN + "{f}r = Sqrt({f}e) {f}i = Reciprocal({f}r) {f}u = Mul({f}i, {h}) {f} = Mul({g}, {f}u) "
 DIVIDED = MEAN + "{f}r = Sqrt({f}e) {f}i = Div(one, {f}r) {f} = Mul({h}, {f}i) "
 POWER = MEAN + "{f}i = Pow({f}e, half) {f}u = Mul({h}, {f}i) {f} = Mul({f}u, {g}) "
+SHIFTED = RMS.replace("{f} = Mul({f}u, {g})", "{f}g = Mul({f}u, {g}) {f} = Add({s}, {f}g)")
 FUSED = "{f} = SimplifiedLayerNormalization<axis = -1>({h}, {g}) "
 NUMBERS = {"last": i64(-1), "two": np.float32(2), "tiny": np.float32(1e-6), "one": np.float32(1),
            "half": np.float32(-0.5)}  # fmt: skip
@@ -288,7 +314,7 @@ def spelled(first: str, second: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("norm", "left"), [(SPELT, 5), (RMS, 4), (RECIPROCAL, 4), (DIVIDED, 4), (POWER, 4), (FUSED, 4)]
+    ("norm", "left"), [(SPELT, 5), (RMS, 4), (RECIPROCAL, 4), (DIVIDED, 4), (POWER, 4), (FUSED, 4), (SHIFTED, 4)]
 )
 def test_norms_may_be_spelled_out(norm: str, left: int, worker: Worker, tmp_path: Path) -> None:
     body = spelled(norm, norm)
@@ -298,6 +324,44 @@ def test_norms_may_be_spelled_out(norm: str, left: int, worker: Worker, tmp_path
     assert error < 1e-3
     _, _, error = cut(model, "width", left - 1, worker, fit=True)
     assert error < 0.8
+
+
+def test_a_shift_without_a_mean_may_be_read_without_a_bias(worker: Worker, tmp_path: Path) -> None:
+    body = spelled(SHIFTED, SHIFTED).replace("y0 = MatMul(f, w3) y = Add(y0, b3)", "y = MatMul(f, w3)")
+    model = analysis(tmp_path, "float[n,5,7] x", "float[n,5,3] y", body, ("width",), **stream(), **NUMBERS)
+    _, _, error = cut(model, "width", 5, worker)
+    assert error < 1e-3
+
+
+EMBEDDED = BLOCK[BLOCK.index("c =") :]
+TIED = "a0 = Gather(tokens, x) a = Add(a0, e) " + EMBEDDED + FINAL
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "t = Transpose<perm = [1,0]>(tokens) y = MatMul(f, t)",
+        "t = Transpose(tokens) y0 = MatMul(f, t) y = Add(y0, b9)",
+        "t = Reshape(f, flat) y0 = Gemm<transB = 1>(t, tokens) y = Reshape(y0, back)",
+    ],
+)
+@pytest.mark.parametrize("rows", [11, 101])
+def test_a_head_that_is_tied_gets_a_weight_of_its_own(rows: int, end: str, worker: Worker, tmp_path: Path) -> None:
+    given = tied(rows)
+    model = analysis(tmp_path, "int64[n,5] x", f"float[n,5,{rows}] y", TIED + end, ("width",), **given)
+    bases, pruned, error = cut(model, "width", 5, worker)
+    assert len(bases.widths) == 1
+    assert error < 1e-3
+    sizes = sorted(v.shape.numpy() for v in pruned.graph.initializers.values() if v.shape is not None and rows in v.shape)
+    assert [size for size in sizes if len(size) == 2] == [(rows, 5), (rows, 5)]
+
+
+def tied(rows: int) -> dict[str, object]:
+    """Weights of a block between an embedding of so many tokens and the same as a head."""
+    given = stream()
+    e = np.asarray(given["e"]).reshape(5, 13)
+    tokens = (RNG.standard_normal((rows, 5)) @ e).astype(np.float32)
+    return given | {"tokens": tokens, "b9": full(rows), "flat": i64(-1, 13), "back": i64(-1, 5, rows)}
 
 
 def test_slicing_alone_is_named_and_told(worker: Worker, tmp_path: Path) -> None:
