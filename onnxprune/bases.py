@@ -358,7 +358,7 @@ class _Turned:
     def narrow(self, width: Width) -> None:
         """A narrower width: the best directions, less one where what stays is a plane whose mean is zero.
 
-        Norms that take the mean off leave that plane alone. Where a reader has nowhere to put what a norm's shift was to
+        Norms that take the mean off leave that plane alone. Where a reader has nowhere to put what a norm's shift gave
         it, the direction across the plane, which the stream never has, carries a one to all readers of that norm.
         """
         left, size = int(self.alive[width.group.units].sum()), len(width.group.units)

@@ -30,6 +30,7 @@ from onnxprune.worker import Worker
 
 Feeds = Sequence[Mapping[str, Array]]
 ROWS = 20_000  # rows of one site that are enough
+NUMBERS = 1 << 27  # of one site that are fitted to at most, which takes rows off an operator over a vocabulary
 NOTHING = 1e-9  # share of a site's variance below which it is not off
 
 
@@ -40,6 +41,10 @@ class Sampling:
     rows: int = ROWS
     seed: int = 0
     padding: str | None = None
+
+    def within(self, channels: int) -> Sampling:
+        """As many rows of so many channels as there is room for."""
+        return replace(self, rows=min(self.rows, max(NUMBERS // channels, 1)))
 
 
 @dataclass(frozen=True)
@@ -180,7 +185,7 @@ class _Dense:
         self.sessions = Sessions(threads)
         self.counts = [_samples(feed, self.model.graph) for feed in fitted]
         self._outputs: list[dict[str, Array]] = []
-        self.rows: dict[tuple[str, int], Array] = {}
+        self.rows: dict[tuple[str, int, int], Array] = {}
         self.flow: Flow | None = None
 
     def values(self, names: Sequence[str], pinned: Collection[str]) -> list[list[Array]] | None:
@@ -192,7 +197,7 @@ class _Dense:
 
     def take(self, site: Site, rows: Rows, keep: bool, pinned: Collection[str]) -> Array:
         """float32[rows, channels of the dense value]."""
-        key = (site.dense, site.axis)
+        key = (site.dense, site.axis, len(rows.held_out))
         if key not in self.rows:
             arrays = (self.values([site.dense], pinned) or [[]])[0]
             found = rows.of(arrays, site.axis)
@@ -360,9 +365,10 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
         arrays = [found[: dense.fitted] for found in flow.values([*names, *site.rest])]
     inputs, rest = arrays[: len(names)], arrays[len(names) :]
     like = _result_shape(site.operators[0], inputs[0], flow)
-    padding = dense.sampling.padding
+    sampling = dense.sampling.within(like[0].shape[site.axis])
+    padding = sampling.padding
     masks = [feed.get(padding) if padding else None for feed in dense.feeds[: dense.fitted]]
-    rows = Rows(like, site.axis, dense.counts, masks, dense.sampling)
+    rows = Rows(like, site.axis, dense.counts, masks, sampling)
     wanted = dense.take(site, rows, task.keep, pinned)
     if site.project is not None:
         wanted = wanted @ site.project.astype(np.float32)

@@ -139,7 +139,9 @@ class Recovery:
         """What an allocator needs that measures plans."""
         knobs = sum(len(group.units) if group.kind == "layers" else 1 for group in groups)
         samples, affordable = self._afforded(knobs)
-        asked = [samples.padding, samples.seed, digest(samples.feeds), repr(self.reconstructor), self.options.threads]
+        tied = sorted(self.bases.tied) if self.bases else []
+        how = [repr(self.reconstructor), tied, self.options.threads]
+        asked = [samples.padding, samples.seed, digest(samples.feeds), *how]
         self._begin(samples.fitted, samples.judged, TRIAL_ROWS)
         return Trials(
             self.analysis,

@@ -229,7 +229,7 @@ def _operator(
 
 
 def _weight(node: ir.Node, coded: Collection[str], untied: Collection[str]) -> tuple[ir.Value | None, Slot, bool]:
-    """(the initializer behind a weight, if this one reader may change it; where it is read; whether it is transposed)."""
+    """(the initializer behind a weight, if this reader may change it; where it is read; whether it is transposed)."""
     slot, flips = (str(node.outputs[0].name), 1), False
     value = node.inputs[1]
     while value is not None and not value.is_graph_output() and not value.is_graph_input():

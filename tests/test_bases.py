@@ -16,6 +16,7 @@ import onnxprune
 from onnxprune import feeds, quality, reconstruct
 from onnxprune.allocate import started
 from onnxprune.analysis import Analysis
+from onnxprune.audit import verify
 from onnxprune.bases import Bases
 from onnxprune.recipe import Options
 from onnxprune.reconstruct import Repair
@@ -255,7 +256,10 @@ BARE = FINAL + "y = MatMul(f, w3)"
         (BLOCK, FINAL + "t = Reshape(f, flat) y0 = Gemm<transB = 1>(t, w9) y = Reshape(y0, back)"),
         (BLOCK, FINAL + "t = MatMul(f, w3) u = Add(t, b3) v = MatMul(f, w4) y = Mul(u, v)"),  # one with, one without
         (PLAIN_BLOCK, FINAL + "p = ReduceMean<keepdims = 1>(f, one) y0 = MatMul(p, w3) y = Add(y0, z)"),
-        (BLOCK, "p = ReduceMean<keepdims = 1>(h, one) f = LayerNormalization(p, g2, s2) y0 = MatMul(f, w3) y = Add(y0, z)"),
+        (
+            BLOCK,
+            "p = ReduceMean<keepdims = 1>(h, one) f = LayerNormalization(p, g2, s2) y0 = MatMul(f, w3) y = Add(y0, z)",
+        ),
     ],
 )
 def test_a_shift_may_be_read_without_a_bias(block: str, end: str, worker: Worker, tmp_path: Path) -> None:
@@ -352,7 +356,9 @@ def test_a_head_that_is_tied_gets_a_weight_of_its_own(rows: int, end: str, worke
     bases, pruned, error = cut(model, "width", 5, worker)
     assert len(bases.widths) == 1
     assert error < 1e-3
-    sizes = sorted(v.shape.numpy() for v in pruned.graph.initializers.values() if v.shape is not None and rows in v.shape)
+    sizes = sorted(
+        v.shape.numpy() for v in pruned.graph.initializers.values() if v.shape is not None and rows in v.shape
+    )
     assert [size for size in sizes if len(size) == 2] == [(rows, 5), (rows, 5)]
 
 
@@ -386,6 +392,38 @@ def test_slicing_alone_is_named_and_told(worker: Worker, tmp_path: Path) -> None
     assert not any("turned" in text for text in found["none"].rewrites)
     errors = {how: report.quality["relative-error"] for how, report in found.items()}
     assert errors["slicegpt"] < 0.8 * errors["none"]
+
+
+@pytest.mark.parametrize("how", ["sequential", "slicegpt"])
+@pytest.mark.parametrize(
+    ("target", "copied"), [({"macs": 0.4}, True), ({"macs": 0.8}, False), ({"params": 0.6}, False)]
+)
+def test_a_tied_head_is_copied_where_that_may_cost_parameters(
+    target: dict[str, float], copied: bool, how: str, tmp_path: Path
+) -> None:
+    """The file is what the report says; a tie stays where parameters have a limit or would be more than before."""
+    body = TIED + "t = Transpose<perm = [1,0]>(tokens) y = MatMul(f, t)"
+    model = analysis(tmp_path, "int64[n,5] x", "float[n,5,101] y", body, ("width",), **tied(101))
+    dense, small, report = model.source.path, tmp_path / "s.onnx", tmp_path / "s.json"
+    np.savez(tmp_path / "c.npz", x=RNG.integers(0, 101, (64, 5)))
+    found = onnxprune.prune(
+        dense,
+        small,
+        report=report,
+        target=target,
+        remove=("width",),
+        approximate=True,
+        measure=False,
+        round_to="1",
+        reconstruct=how,
+        calibration=str(tmp_path / "c.npz"),
+        allocate="uniform",
+    ).report
+    assert any("no longer shares its weight with tokens" in text for text in found.rewrites) == copied
+    assert any("turned the width" in text for text in found.rewrites) == copied
+    assert found.pruned.params <= target.get("params", 1) * found.dense.params
+    assert {row.initializer: len(row.removed) for row in found.removed}["tokens"] == 13 - len(found.kept["tokens"]["1"])
+    assert verify(str(dense), str(small), str(report), {}, 0)["proven"]
 
 
 @pytest.mark.parametrize(
