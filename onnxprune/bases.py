@@ -364,7 +364,9 @@ class _Turned:
         left, size = int(self.alive[width.group.units].sum()), len(width.group.units)
         if not 1 < left < size or not set(width.readers) <= self.operators or not set(width.streams) <= self.present:
             return
-        bare = {norm for node, norm in width.readers.items() if norm.shift is not None and node not in self.biased}
+        bare = {
+            norm.shift for node, norm in width.readers.items() if norm.shift is not None and node not in self.biased
+        }
         project = self.bases.directions(width)
         if width.centred or bare:
             helmert = np.linalg.qr(np.column_stack([np.ones(left), np.eye(left)[:, : left - 1]]))[0][:, 1:]
@@ -375,7 +377,7 @@ class _Turned:
         for value in width.streams:
             self.outputs[value] = project
         for norm in width.norms:
-            for slot, number in ((norm.gain, 1.0), (norm.shift, 1.0 if norm in bare else 0.0)):
+            for slot, number in ((norm.gain, 1.0), (norm.shift, 1.0 if norm.shift in bare else 0.0)):
                 if slot is not None:
                     self.arrays[slot] = np.full((*self.bases.array(slot).shape[:-1], left), number)
         for node, norm in width.readers.items():
@@ -387,7 +389,7 @@ class _Turned:
                 continue
             shift = self.bases.array(norm.shift).reshape(-1)
             if node in self.biased:
-                self.offsets[node] = shift
+                self.offsets[node] = shift * norm.scale
             else:
                 self.inputs[node] += shift / left
         for slot, axis in width.stored:
@@ -438,7 +440,7 @@ def _tied(model: ir.Model) -> frozenset[str]:
     found = []
     for value in model.graph.initializers.values():
         uses = [(use.node.op_type, use.idx) for use in value.uses()]
-        rest = [use for use in uses if use != ("Gather", 0)]
+        rest = [use for use in uses if use not in (("Gather", 0), ("GatherND", 0))]
         if len(rest) == 1 < len(uses) and rest[0] in (("MatMul", 1), ("Gemm", 1), ("Transpose", 0)):
             found.append(str(value.name))
     return frozenset(found)

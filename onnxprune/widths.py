@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from onnxprune.sites import Operator, Slot
 from onnxprune.types import Group, OpNode, Shape, View
 
-MOVES = frozenset("Identity Reshape Transpose Squeeze Unsqueeze Flatten Split Slice Gather Expand Cast Dropout".split())
+MOVES = frozenset(
+    "Identity Reshape Transpose Squeeze Unsqueeze Flatten Split Slice Gather GatherND Expand Cast Dropout".split()
+)
 FUSED = {
     "LayerNormalization": (True, 1, 2),
     "RMSNormalization": (False, 1, None),
@@ -25,12 +27,16 @@ FUSED = {
 
 @dataclass(frozen=True)
 class Norm:
-    """The stream's value `source` over its size, where `gain` and `shift` are stored; `centred`: less its mean."""
+    """The stream's value `source` over its size, where `gain` and `shift` are stored; `centred`: less its mean.
+
+    `scale` is what the shift was multiplied by before it is read.
+    """
 
     source: str
     centred: bool
     gain: Slot | None = None
     shift: Slot | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -170,14 +176,18 @@ def _after(
             found = _normed(node.inputs[0], left, right)
         case "Mul", _Stat(kind="inverse"), _Part():
             found = _normed(node.inputs[1], right, left)
+        case (("Mul" | "Div"), Norm(), None) if (factor := _number(node, 1)) is not None:
+            found = replace(left, scale=left.scale * factor if node.op_type == "Mul" else left.scale / factor)
+        case "Mul", None, Norm() if (factor := _number(node, 0)) is not None:
+            found = replace(right, scale=right.scale * factor)
         case "Mul", Norm(gain=None, shift=None), None if out in axes:
             found = replace(left, gain=(out, 1)) if _vector(node, 1, shapes) else None
         case "Mul", None, Norm(gain=None, shift=None) if out in axes:
             found = replace(right, gain=(out, 0)) if _vector(node, 0, shapes) else None
         case "Add", Norm(shift=None), None:
-            found = replace(left, shift=(out, 1)) if _vector(node, 1, shapes) else None
+            found = replace(left, shift=(out, 1), scale=1.0) if _vector(node, 1, shapes) else None
         case "Add", None, Norm(shift=None):
-            found = replace(right, shift=(out, 0)) if _vector(node, 0, shapes) else None
+            found = replace(right, shift=(out, 0), scale=1.0) if _vector(node, 0, shapes) else None
     return None if found is None else {out: found}
 
 

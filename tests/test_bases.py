@@ -255,6 +255,12 @@ BARE = FINAL + "y = MatMul(f, w3)"
         (PLAIN_BLOCK, BARE),
         (BLOCK, FINAL + "t = Reshape(f, flat) y0 = Gemm<transB = 1>(t, w9) y = Reshape(y0, back)"),
         (BLOCK, FINAL + "t = MatMul(f, w3) u = Add(t, b3) v = MatMul(f, w4) y = Mul(u, v)"),  # one with, one without
+        (
+            BLOCK,
+            FINAL
+            + "t = Mul(f, two) y0 = MatMul(t, w3) v = Div(f, two) y1 = MatMul(v, w4) y2 = Add(y1, b3) y = Mul(y0, y2)",
+        ),
+        (BLOCK, FINAL + "t = Mul(two, f) y0 = MatMul(t, w3) y = Add(y0, b3)"),
         (PLAIN_BLOCK, FINAL + "p = ReduceMean<keepdims = 1>(f, one) y0 = MatMul(p, w3) y = Add(y0, z)"),
         (
             BLOCK,
@@ -263,7 +269,15 @@ BARE = FINAL + "y = MatMul(f, w3)"
     ],
 )
 def test_a_shift_may_be_read_without_a_bias(block: str, end: str, worker: Worker, tmp_path: Path) -> None:
-    given = stream(one=i64(1), w4=full(13, 3), w9=full(3, 13), flat=i64(-1, 13), back=i64(-1, 5, 3), z=full(1, 5, 1))
+    given = stream(
+        one=i64(1),
+        two=np.float32(2),
+        w4=full(13, 3),
+        w9=full(3, 13),
+        flat=i64(-1, 13),
+        back=i64(-1, 5, 3),
+        z=full(1, 5, 1),
+    )
     model = analysis(tmp_path, "float[n,5,7] x", "float[n,5,3] y", block + end, ("width",), **given)
     bases, _, error = cut(model, "width", 5, worker)
     assert len(bases.widths) == 1
