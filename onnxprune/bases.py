@@ -8,6 +8,7 @@ METHODS D11 (SliceGPT, Ashkboos et al. 2024), D13 (intra-module low rank).
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -164,6 +165,8 @@ class Bases:
                 continue
             if node.op_type in SHAPED:
                 moved, shape = values[node.inputs[0]], node.out_shape()
+                if node.op_type != "Expand" and moved.size != math.prod(shape):  # a model that cannot run
+                    return None
                 values[node.outputs[0]] = (
                     np.broadcast_to(moved, shape) if node.op_type == "Expand" else moved.reshape(shape)
                 )
@@ -281,9 +284,10 @@ class _Turned:
 
     def __init__(self, bases: Bases, alive: Mask, sites: Sequence[Site]) -> None:
         self.bases, self.alive, self.sites = bases, alive, sites
-        self.present = {site.value for site in sites}
+        self.present = {site.value for site in sites if all(map(_plain, site.operators))}
         self.operators = {operator.node for site in sites for operator in site.operators}
-        self.biased = {operator.node for site in sites for operator in site.operators if operator.homes()}
+        every = [operator for site in sites for operator in site.operators]
+        self.biased = {o.node for o in every if o.homes() and _plain(o) and o.op_type != "Conv"}  # which may pad
         self.outputs: dict[str, Array] = {}
         self.inputs: dict[str, Array] = {}
         self.offsets: dict[str, Array] = {}
@@ -415,24 +419,33 @@ class _Turned:
         dense, own = self.bases.array(operator.weight), self.bases.operators[operator.node][0]
         wrote = self.written(own.value)
         output = self.outputs.get(own.value, np.eye(len(wrote))[:, wrote])
-        if operator.op_type == "Conv":  # no norm reads into one
-            mask = (
-                self.kept(operator.x, 1) if operator.attrs.get("group", 1) == 1 else np.ones(dense.shape[1], np.bool_)
-            )
-            self.arrays[operator.weight] = np.tensordot(output.T, dense[:, mask], axes=1)
+        gain, constant = np.ones(len(wrote)), np.zeros(len(wrote))
+        steps = _steps(operator) if _plain(operator) else []
+        for kind, slot in steps:
+            values = self.bases.array(slot).reshape(-1)
+            gain = gain * values if kind == "mul" else gain
+            constant = constant * values if kind == "mul" else constant + values
+        after = gain[:, None] * output
+        entered = self.inputs.get(operator.node)
+        if operator.op_type == "Conv":
+            if entered is not None:
+                moved = np.moveaxis(np.tensordot(entered, dense, axes=(1, 1)), 0, 1)
+            else:
+                moved = dense[:, self.kept(operator.x, 1)] if operator.attrs.get("group", 1) == 1 else dense
+            self.arrays[operator.weight] = np.tensordot(after.T, moved, axes=1)
         else:
             matrix = dense.T if operator.transposed else dense
-            entered = self.inputs.get(operator.node)
-            product = (matrix[self.read(operator.node)] if entered is None else entered @ matrix) @ output
+            product = (matrix[self.read(operator.node)] if entered is None else entered @ matrix) @ after
             self.arrays[operator.weight] = product.T if operator.transposed else product
-        home = operator.bias or (operator.steps[0].slots[0] if operator.steps else None)
-        if home is not None:
-            bias = self.bases.array(home)
-            constant = np.broadcast_to(bias.reshape(-1), len(wrote)).astype(np.float64)
-            if operator.node in self.offsets:
-                constant = constant + self.offsets[operator.node] @ (dense.T if operator.transposed else dense)
-            shape = np.where(np.array(bias.shape) == len(wrote), output.shape[1], bias.shape)
-            self.arrays[home] = (constant @ output).reshape(shape)
+        added = constant @ output
+        if operator.node in self.offsets:
+            added = added + self.offsets[operator.node] @ matrix @ after
+        for kind, slot in steps:
+            shape = self.bases.array(slot).shape
+            left = tuple(output.shape[1] if size == len(wrote) else size for size in shape)
+            self.arrays[slot] = np.ones(left) if kind == "mul" else added.reshape(left)
+            if kind == "add":
+                added = np.zeros_like(added)
 
 
 def _tied(model: ir.Model) -> frozenset[str]:
@@ -456,11 +469,14 @@ def _scaled(node: OpNode) -> str | None:
 
 
 def _plain(operator: Operator) -> bool:
-    """Whether an operator has at most a bias, so that a matrix at its output folds into it."""
-    return (
-        all(step.kind == "add" and not step.fixed for step in operator.steps)
-        and (operator.bias is not None) + len(operator.steps) <= 1
-    )
+    """Whether all that an operator's output is multiplied by and added to is stored, so that a matrix folds into it."""
+    return all(step.kind != "norm" and not step.fixed for step in operator.steps)
+
+
+def _steps(operator: Operator) -> list[tuple[str, Slot]]:
+    """What a plain operator's output is multiplied by and added to, in order: (mul or add, where it is stored)."""
+    bias = [("add", operator.bias)] if operator.bias is not None else []
+    return bias + [(step.kind, slot) for step in operator.steps for slot in step.slots]
 
 
 def _shared(rows: Positions) -> list[list[int]]:

@@ -27,7 +27,7 @@ SPATIAL = ("strides", "pads", "dilations", "group", "kernel_shape", "auto_pad")
 class Step:
     """What a site's chain does to each channel: `add` or `mul` one number, or `norm` with running statistics.
 
-    What it adds stays where it is `fixed`.
+    What is stored for it stays where it is `fixed`.
     """
 
     kind: str
@@ -318,7 +318,7 @@ def _follow(node: ir.Node, axis: int, shapes: Mapping[str, Shape], stays: Collec
         elif chain.rest:
             break
         elif reader.op_type == "Mul" and other is not None and _per_channel(other, axis, start):
-            chain.steps.append(Step("mul", ((slot, 1 - k),)))
+            chain.steps.append(Step("mul", ((slot, 1 - k),), fixed=_stays(other, stays)))
         elif reader.op_type == "BatchNormalization" and k == 0 and axis == 1 and len(reader.outputs) == 1:
             epsilon = float(attributes(reader).get("epsilon", 1e-5))  # type: ignore[arg-type]
             if any(stored(v) is None for v in reader.inputs[1:5]):

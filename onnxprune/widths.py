@@ -23,6 +23,7 @@ FUSED = {
     "SkipLayerNormalization": (True, 2, 3),
     "SkipSimplifiedLayerNormalization": (False, 2, None),
 }  # whether the mean is taken off, inputs that hold gain and shift
+EXTRAPOLATED = "tf_crop_and_resize"  # which writes a number of its own where it leaves the image
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ def find_width(
 
     `along` answers which axis of a value is the group: None for none, -1 for more or less than an axis.
     """
+    steps = [step for operator in operators.values() for step in operator.steps]
+    gains = {node for step in steps if step.kind == "mul" for node, _ in step.slots}
     known: dict[str, Known] = {}
     readers: dict[str, Norm] = {}
     for node in view.nodes:
@@ -108,11 +111,13 @@ def find_width(
         out = node.outputs[0]
         if out in operators:
             reads = entering.get(node.inputs[0])
-            if reads is not None and not isinstance(reads, Norm):
+            if reads is not None and (not isinstance(reads, Norm) or operators[out].attrs.get("group", 1) != 1):
                 return None
             if reads is not None:
                 readers[out] = reads
             found: Mapping[str, Known] | None = {out: STREAM} if out in axes else {}
+        elif out in gains:
+            found = {out: STREAM} if out in axes else {}
         else:
             found = _after(node, entering, axes, view.shapes)
         if found is None or any(name in view.outputs for name in found):
@@ -121,7 +126,8 @@ def find_width(
     norms = set(readers.values())
     if not norms or len({norm.centred for norm in norms}) > 1:
         return None
-    homes = {slot for o in operators.values() for slot in (o.weight, *o.homes())}
+    homes = {slot for o in operators.values() for slot in (o.weight, o.bias)}
+    homes |= {slot for step in steps for slot in step.slots}
     homes |= {slot for norm in norms for slot in (norm.gain, norm.shift) if slot is not None}
     stored = [(slot, m.axis) for m in group.members for slot in m.readers if slot not in homes]
     streams = tuple(value for value in sites if known.get(value) is STREAM)
@@ -152,6 +158,8 @@ def _after(
             found = STREAM
         case "Mul", None, _Part(kind="stream") if _number(node, 0) is not None:
             found = STREAM
+        case "Resize", _Part(kind="stream"), _ if node.attr("coordinate_transformation_mode", "") != EXTRAPOLATED:
+            found = STREAM
         case "Pow", _Part(), None if _number(node, 1) == 2:
             found = _squared(node.inputs[0], left)
         case "Mul", _Part(), _Part() if node.inputs[0] == node.inputs[1]:
@@ -176,9 +184,9 @@ def _after(
             found = _normed(node.inputs[0], left, right)
         case "Mul", _Stat(kind="inverse"), _Part():
             found = _normed(node.inputs[1], right, left)
-        case (("Mul" | "Div"), Norm(), None) if (factor := _number(node, 1)) is not None:
+        case (("Mul" | "Div"), Norm(), None) if factor := _number(node, 1):
             found = replace(left, scale=left.scale * factor if node.op_type == "Mul" else left.scale / factor)
-        case "Mul", None, Norm() if (factor := _number(node, 0)) is not None:
+        case "Mul", None, Norm() if factor := _number(node, 0):
             found = replace(right, scale=right.scale * factor)
         case "Mul", Norm(gain=None, shift=None), None if out in axes:
             found = replace(left, gain=(out, 1)) if _vector(node, 1, shapes) else None

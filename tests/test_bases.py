@@ -242,6 +242,29 @@ def test_a_width_gives_up_what_its_tokens_do_not_use(shifts: bool, worker: Worke
     assert error < 0.8
 
 
+SCALED = BLOCK.replace("h = Add(a, h1)", "{} h = Add(a, h9)")
+
+
+@pytest.mark.parametrize(
+    ("steps", "end"),
+    [
+        ("h9 = Mul(h1, g9)", END),
+        ("h7 = Mul(g9, h1) h8 = Add(h7, b8) h9 = Mul(h8, g8)", END),
+        ("h9 = Mul(h1, g9)", END.replace("y = Add(y0, b3)", "y1 = Mul(y0, c3) y = Add(y1, b3)")),
+        ("h9 = Mul(h1, g9)", END.replace("y = Add(y0, b3)", "y1 = Add(b3, y0) y = Mul(y1, c3)")),
+        ("h9 = Mul(h1, g9)", END.replace("y = Add(y0, b3)", "y = Mul(y0, c3)")),
+    ],
+)
+def test_a_gain_behind_an_operator_folds_into_it(steps: str, end: str, worker: Worker, tmp_path: Path) -> None:
+    """A layer's scale, say; what is written lies in few directions after it."""
+    given = stream(g8=full(13) + 2, b8=full(13), c3=full(3) + 1)
+    given["w0"], given["e"] = 0.01 * np.asarray(given["w0"]), 0.01 * np.asarray(given["e"])
+    model = analysis(tmp_path, "float[n,5,7] x", "float[n,5,3] y", SCALED.format(steps) + end, ("width",), **given)
+    bases, _, error = cut(model, "width", 12, worker)
+    assert len(bases.widths) == 1
+    assert error < 1e-3
+
+
 PLAIN_BLOCK = BLOCK.replace("d1 = Add(d0, b1) d = Relu(d1)", "d = Relu(d0)")  # a reader without a bias
 FINAL = "f = LayerNormalization(h, g2, s2) "
 BARE = FINAL + "y = MatMul(f, w3)"
@@ -261,6 +284,11 @@ BARE = FINAL + "y = MatMul(f, w3)"
             + "t = Mul(f, two) y0 = MatMul(t, w3) v = Div(f, two) y1 = MatMul(v, w4) y2 = Add(y1, b3) y = Mul(y0, y2)",
         ),
         (BLOCK, FINAL + "t = Mul(two, f) y0 = MatMul(t, w3) y = Add(y0, b3)"),
+        (
+            BLOCK,
+            FINAL
+            + "t = Transpose<perm = [0,2,1]>(f) v = Conv<pads = [1,1]>(t, k3, b3) y = Transpose<perm = [0,2,1]>(v)",
+        ),
         (PLAIN_BLOCK, FINAL + "p = ReduceMean<keepdims = 1>(f, one) y0 = MatMul(p, w3) y = Add(y0, z)"),
         (
             BLOCK,
@@ -270,6 +298,7 @@ BARE = FINAL + "y = MatMul(f, w3)"
 )
 def test_a_shift_may_be_read_without_a_bias(block: str, end: str, worker: Worker, tmp_path: Path) -> None:
     given = stream(
+        k3=full(3, 13, 3),
         one=i64(1),
         two=np.float32(2),
         w4=full(13, 3),
@@ -288,7 +317,6 @@ def test_a_shift_may_be_read_without_a_bias(block: str, end: str, worker: Worker
     ("block", "end", "outputs"),
     [
         (BLOCK + "h9 = Mul(h, g9) ", END.replace("(h,", "(h9,"), ""),  # a gain on the stream
-        (BLOCK.replace("h = Add(a, h1)", "h9 = Mul(h1, g9) h = Add(a, h9)"), END, ""),
         (BLOCK.replace("h = Add(a, h1)", "h = Add(c, h1)"), END, ""),  # post-norm
         (BLOCK + "j = Add(h, c) ", END.replace("(h,", "(j,"), ""),  # a norm's output in a sum
         (BLOCK, END.replace("f = LayerNormalization(h, g2, s2)", "f = Tanh(h)"), ""),
