@@ -45,9 +45,21 @@ def sites_of(
 def started(analysis: Analysis, plan: Plan, pruned: Model, bases: Bases | None, stays: Sequence[str] = ()) -> Start:
     """Where the model of a plan can be repaired, and what from: subspaces where there are bases, else positions."""
     if not bases:
-        return Start(sites_of(analysis, plan, pruned, stays), {})
+        return Start(pruned, sites_of(analysis, plan, pruned, stays), {})
     alive = analysis.alive(plan)
-    return bases.start(alive, sites_of(analysis, plan, pruned, stays, bases.untied(alive)))
+    return bases.start(pruned, alive, sites_of(analysis, plan, pruned, stays, bases.untied(alive)))
+
+
+def rotated(analysis: Analysis, bases: Bases) -> Model:
+    """The dense model with its widths turned and nothing taken out of them: the same function.
+
+    Means are taken off by what writes a width instead of `bases.means`.
+    """
+    model = analysis.rewrite(Plan({}))
+    start = bases.whole(model, sites_of(analysis, Plan({}), model, untied=bases.tied))
+    found = start.model.clone()
+    reconstruct.apply(found, start.arrays)
+    return found
 
 
 @dataclass(frozen=True)
@@ -162,7 +174,7 @@ class Trials:
         assert self.worker is not None
         found = reconstruct.repair(
             self.worker,
-            pruned,
+            start.model,
             start.sites,
             self.reconstructor,
             start=start.arrays,

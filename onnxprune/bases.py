@@ -21,6 +21,7 @@ from onnxprune.analysis import Analysis
 from onnxprune.calibrate import Columns, Gather, Moments, MomentsOf, RowsOf
 from onnxprune.dims import keep_of
 from onnxprune.outcome import evaluate
+from onnxprune.rms import by_root_mean_square
 from onnxprune.sites import Operator, Site, Slot, find_sites
 from onnxprune.types import Array, Axis, Group, Mask, OpNode, Positions
 from onnxprune.widths import MOVES, Width, find_width
@@ -48,18 +49,21 @@ class Heads:
 class Start:
     """What a plan's model starts its repair from: its sites with their targets' projections, and arrays by slot.
 
-    `rewrites` says which bases were turned.
+    `rewrites` says which bases were turned; `model` does not take the mean off where `norms` of the plan's model did.
     """
 
+    model: ir.Model
     sites: list[Site]
     arrays: Mapping[Slot, Array]
     rewrites: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
 
 
 class Bases:
     """All changes of basis that a model allows, and what they need to know of the data.
 
-    With `untie` the operator that shares its weight with an embedding may have one of its own.
+    With `untie` the operator that shares its weight with an embedding may have one of its own. `means` are nodes that
+    need not take the mean off, since what writes the width can.
     """
 
     def __init__(self, analysis: Analysis, gather: Gather | None = None, *, untie: bool = True) -> None:
@@ -82,6 +86,7 @@ class Bases:
                        for k, value in enumerate(node.inputs) if value is not None}  # fmt: skip
         self.heads = self._find_heads()
         self.widths = [width for group in analysis.groups if (width := self._find_width(group)) is not None]
+        self.means: frozenset[str] = frozenset()
 
     def __bool__(self) -> bool:
         return bool(self.heads or self.widths)
@@ -253,9 +258,15 @@ class Bases:
 
     # Starting --------------------------------------------------------------------------------------------------------
 
-    def start(self, alive: Mask, sites: Sequence[Site]) -> Start:
+    def removable(self) -> frozenset[str]:
+        """Nodes that need not take the mean off, in single precision, where squares do not overflow."""
+        types = self.analysis.prepared.facts.types
+        norms = [norm for width in self.widths for norm in width.norms if norm.mean]
+        return frozenset(norm.mean for norm in norms if types.get(norm.source) == ir.DataType.FLOAT)
+
+    def start(self, pruned: ir.Model, alive: Mask, sites: Sequence[Site]) -> Start:
         """Targets and first weights of a plan's model, given which labels are alive."""
-        turned = _Turned(self, alive, sites)
+        turned = _Turned(self, pruned, alive, sites)
         for heads in self.heads:
             if heads.reader:
                 turned.values(heads)
@@ -263,6 +274,13 @@ class Bases:
                 turned.scores(heads)
         for width in self.widths:
             turned.narrow(width)
+        return turned.start()
+
+    def whole(self, model: ir.Model, sites: Sequence[Site]) -> Start:
+        """The dense model with widths turned that lose nothing: into the plane without a mean, or not at all."""
+        turned = _Turned(self, model, np.ones(self.analysis.labels, np.bool_), sites)
+        for width in self.widths:
+            turned.narrow(width, whole=True)
         return turned.start()
 
     def matrix(self, operator: Operator) -> Array:
@@ -282,17 +300,20 @@ class _Turned:
     dense input had added to each column by a norm, `arrays` what is set outside of operators.
     """
 
-    def __init__(self, bases: Bases, alive: Mask, sites: Sequence[Site]) -> None:
-        self.bases, self.alive, self.sites = bases, alive, sites
+    def __init__(self, bases: Bases, model: ir.Model, alive: Mask, sites: Sequence[Site]) -> None:
+        self.bases, self.model, self.alive, self.sites = bases, model, alive, sites
+        self.here = {str(node.outputs[0].name) for node in model.graph}
         self.present = {site.value for site in sites if all(map(_plain, site.operators))}
-        self.operators = {operator.node for site in sites for operator in site.operators}
         every = [operator for site in sites for operator in site.operators]
+        self.operators = {operator.node for operator in every}
+        self.plain = {o.node for site in sites if site.value in self.present for o in site.operators}
         self.biased = {o.node for o in every if o.homes() and _plain(o) and o.op_type != "Conv"}  # which may pad
         self.outputs: dict[str, Array] = {}
         self.inputs: dict[str, Array] = {}
         self.offsets: dict[str, Array] = {}
         self.arrays: dict[Slot, Array] = {}
         self.told: list[str] = []
+        self.means: set[str] = set()
 
     def kept(self, value: str, axis: int) -> Mask:
         """bool[positions] of a dense value's axis that stay."""
@@ -359,45 +380,61 @@ class _Turned:
             for q in queries:
                 self.output(heads.first_site)[np.ix_(q, _places(queried, q[queried[q]]))] = root @ v
 
-    def narrow(self, width: Width) -> None:
+    def narrow(self, width: Width, whole: bool = False) -> None:
         """A narrower width: the best directions, less one where what stays is a plane whose mean is zero.
 
         Norms that take the mean off leave that plane alone. Where a reader has nowhere to put what a norm's shift gave
         it, the direction across the plane, which the stream never has, carries a one to all readers of that norm.
         """
         left, size = int(self.alive[width.group.units].sum()), len(width.group.units)
-        if not 1 < left < size or not set(width.readers) <= self.operators or not set(width.streams) <= self.present:
+        readers = {node: norm for node, norm in width.readers.items() if node in self.here}
+        writers = [o.node for value in width.streams for o in self.bases.sites[value].operators if o.node in self.here]
+        if not (1 < left < size or whole) or not readers.keys() <= self.operators or not self.plain.issuperset(writers):
             return
-        bare = {
-            norm.shift for node, norm in width.readers.items() if norm.shift is not None and node not in self.biased
-        }
-        project = self.bases.directions(width)
-        if width.centred or bare:
-            helmert = np.linalg.qr(np.column_stack([np.ones(left), np.eye(left)[:, : left - 1]]))[0][:, 1:]
-            project = project[:, : left - 1] @ helmert.T
-        else:
-            project = project[:, :left]
+        norms = list(dict.fromkeys(readers.values()))
+        bare = {norm.shift for node, norm in readers.items() if norm.shift is not None and node not in self.biased}
+        means = {n.mean for n in norms if n.mean in self.bases.means and not (n.whole and n.shift in bare)}
+        plane = bool(bare) or any(norm.centred and norm.mean not in means for norm in norms)
+        if whole and bare and not width.centred:  # no direction is free
+            return
+        project = self._project(width, left, plane)
         self.told.append(f"turned the width of group {width.group.id}, {left} of {size} directions are left")
+        if means:
+            self.means |= means
+            self.told.append(f"took the mean off what writes group {width.group.id} instead of in {len(means)} norms")
         for value in width.streams:
             self.outputs[value] = project
-        for norm in width.norms:
-            for slot, number in ((norm.gain, 1.0), (norm.shift, 1.0 if norm.shift in bare else 0.0)):
+        for norm in norms:
+            shift = None if norm.whole and norm.mean in means else norm.shift
+            for slot, number in ((norm.gain, 1.0), (shift, 1.0 if norm.shift in bare else 0.0)):
                 if slot is not None:
                     self.arrays[slot] = np.full((*self.bases.array(slot).shape[:-1], left), number)
-        for node, norm in width.readers.items():
+        for node, norm in readers.items():
             gain = self.bases.array(norm.gain).reshape(-1) if norm.gain is not None else np.ones(size)
             self.inputs[node] = project.T * np.sqrt(size / left) * gain
             if (name := self.tied(self.bases.operators[node][1])) is not None:
                 self.told.append(f"{node} no longer shares its weight with {name}")
             if norm.shift is None:
                 continue
-            shift = self.bases.array(norm.shift).reshape(-1)
+            added = self.bases.array(norm.shift).reshape(-1)
             if node in self.biased:
-                self.offsets[node] = shift * norm.scale
+                self.offsets[node] = added * norm.scale
             else:
-                self.inputs[node] += shift / left
+                self.inputs[node] += added / left
         for slot, axis in width.stored:
-            self.arrays[slot] = np.moveaxis(np.moveaxis(self.bases.array(slot), axis, -1) @ project, -1, axis)
+            if slot[0] in self.here:
+                self.arrays[slot] = np.moveaxis(np.moveaxis(self.bases.array(slot), axis, -1) @ project, -1, axis)
+
+    def _project(self, width: Width, left: int, plane: bool) -> Array:
+        """float64[width, left]: the directions that stay, in a plane of zero mean or in all of what is left."""
+        size = len(width.group.units)
+        if left == size:
+            return np.eye(size) - (1 / size if width.centred else 0)
+        directions = self.bases.directions(width)
+        if not plane:
+            return directions[:, :left]
+        helmert = np.linalg.qr(np.column_stack([np.ones(left), np.eye(left)[:, : left - 1]]))[0][:, 1:]
+        return np.asarray(directions[:, : left - 1] @ helmert.T)
 
     def tied(self, operator: Operator) -> str | None:
         """The embedding that an operator shares its weight with."""
@@ -412,7 +449,9 @@ class _Turned:
                     self._set(operator)
         own = [s for s in self.sites if all(o.node in self.inputs or not self.tied(o) for o in s.operators)]
         sites = [replace(s, project=self.outputs[s.dense]) if s.dense in self.outputs else s for s in own]
-        return Start(sites, self.arrays, tuple(dict.fromkeys(self.told)))
+        means = tuple(sorted(self.means))
+        model = by_root_mean_square(self.model, means) if means else self.model
+        return Start(model, sites, self.arrays, tuple(dict.fromkeys(self.told)), means)
 
     def _set(self, operator: Operator) -> None:
         """First weight and bias of an operator whose output or input is in another basis."""

@@ -158,6 +158,7 @@ def apply(model: Model, changes: Mapping[Slot, Array]) -> list[str]:
         node = nodes[reader]
         value = stored(node.inputs[k])
         assert value is not None and value.const_value is not None
+        array = np.ascontiguousarray(array, value.const_value.dtype.numpy())
         if value.const_value.shape.numpy() == array.shape and value.const_value.tobytes() == array.tobytes():
             continue
         tensor = ir.Tensor(array, dtype=value.const_value.dtype, name=value.name)

@@ -38,12 +38,16 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Repaired:
-    """A model after repair, the initializers that changed, and what is to be said about it."""
+    """A model after repair, the initializers that changed, and what is to be said about it.
+
+    `norms` are nodes that took the mean off before.
+    """
 
     model: Model
     names: list[str]
     warnings: list[str]
     rewrites: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
 
 
 class Recovery:
@@ -188,7 +192,7 @@ class Recovery:
         self._begin(self.samples.fitted, self.samples.judged, TRIAL_ROWS)
         naive = reconstruct.repair(self.worker, pruned, [], None, judge=True).divergence
         tried = reconstruct.repair(
-            self.worker, pruned, start.sites, self.reconstructor, start=start.arrays, judge=True
+            self.worker, start.model, start.sites, self.reconstructor, start=start.arrays, judge=True
         ).divergence
         if math.isnan(naive):
             return Repaired(pruned, [], ["nothing was repaired: no output is a tensor that repair could be judged by"])
@@ -198,16 +202,16 @@ class Recovery:
         self._begin(self.samples.feeds, (), reconstruct.ROWS)
         found = reconstruct.repair(
             self.worker,
-            pruned,
+            start.model,
             start.sites,
             self.reconstructor,
             start=start.arrays,
             progress=lambda done, total: self.progress(f"repair ({done} of {total})"),
         )
-        model = pruned.clone()
+        model = start.model.clone()
         names = reconstruct.apply(model, found.changes)
         told = [] if self.given else [f"there is no calibration data: repaired on {RANDOM} random inputs"]
-        return Repaired(model, names, told + _thin(found), start.rewrites)
+        return Repaired(model, names, told + _thin(found), start.rewrites, start.norms)
 
     def _begin(self, fitted: Any, judged: Any, rows: int) -> None:
         model = self.analysis.prepared.model

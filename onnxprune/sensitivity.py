@@ -259,9 +259,9 @@ class _Bench:
         recovery = self.recovery
         start = started(self.analysis, plan, pruned, recovery.bases, recovery.stays)
         found = reconstruct.repair(
-            self.worker, pruned, start.sites, recovery.reconstructor, start=start.arrays, keep=True
+            self.worker, start.model, start.sites, recovery.reconstructor, start=start.arrays, keep=True
         )
-        model = pruned.clone()
+        model = start.model.clone()
         reconstruct.apply(model, found.changes)
         return model
 

@@ -30,7 +30,7 @@ EXTRAPOLATED = "tf_crop_and_resize"  # which writes a number of its own where it
 class Norm:
     """The stream's value `source` over its size, where `gain` and `shift` are stored; `centred`: less its mean.
 
-    `scale` is what the shift was multiplied by before it is read.
+    `scale` is what the shift was multiplied by before it is read, `mean` the node that takes the mean off.
     """
 
     source: str
@@ -38,6 +38,12 @@ class Norm:
     gain: Slot | None = None
     shift: Slot | None = None
     scale: float = 1.0
+    mean: str = ""
+
+    @property
+    def whole(self) -> bool:
+        """Whether one node takes the mean off and adds the shift."""
+        return self.shift is not None and self.shift[0] == self.mean
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ class _Part:
     kind: str
     source: str
     centred: bool = False
+    mean: str = ""
 
 
 STREAM = _Part("stream", "")
@@ -165,7 +172,7 @@ def _after(
         case "Mul", _Part(), _Part() if node.inputs[0] == node.inputs[1]:
             found = _squared(node.inputs[0], left)
         case "Sub", _Part(kind="stream"), _Stat(kind="mean", source=source) if source == node.inputs[0]:
-            found = _Part("centred", source, True)
+            found = _Part("centred", source, True, out)
         case "Add", _Stat(kind="square"), None if _number(node, 1) is not None:
             found = left
         case "Add", None, _Stat(kind="square") if _number(node, 0) is not None:
@@ -213,7 +220,8 @@ def _fused(node: OpNode, entering: Mapping[str, Known], axes: Mapping[str, int])
     if skips and not sums:  # the sum has no name, so that its directions could not be looked at
         return None
     held = (out, shift) if shift is not None and node.has(shift) else None
-    return {out: Norm(source, centred, (out, gain), held), **dict.fromkeys(sums, STREAM)}
+    mean = out if node.op_type == "LayerNormalization" and not any(node.outputs[1:]) else ""
+    return {out: Norm(source, centred, (out, gain), held, mean=mean), **dict.fromkeys(sums, STREAM)}
 
 
 def _mean(
@@ -244,7 +252,7 @@ def _normed(name: str, part: _Part, stat: _Stat) -> Norm | None:
     source = name if part is STREAM else part.source
     if part.kind == "square" or (source, part.centred) != (stat.source, stat.centred):
         return None
-    return Norm(source, part.centred)
+    return Norm(source, part.centred, mean=part.mean)
 
 
 def _number(node: OpNode, k: int) -> float | None:

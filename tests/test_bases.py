@@ -62,11 +62,11 @@ def analysis(
 
 
 def cut(
-    of: Analysis, kind: str, left: int, worker: Worker, fit: bool = False, how: str | None = None
+    of: Analysis, kind: str, left: int, worker: Worker, fit: bool = False, means: bool = False
 ) -> tuple[Bases, ir.Model, float]:
     """Leave as many units of every group of a kind: (bases, the repaired model, relative error on other samples).
 
-    Without `fit` the weights are only those that the basis gives.
+    Without `fit` the weights are only those that the basis gives; with `means` norms need not take the mean off.
     """
     groups = [group for group in of.groups if group.kind == kind]
     assert groups, [group.kind for group in of.groups]
@@ -76,17 +76,23 @@ def cut(
     fed = [feeds.random_feed(of.dense.graph, shapes, seed) for seed in range(60)]
     recovery = Recovery(of, fed[:48], Options(ratio=0.5, calibration="given"), worker)
     assert recovery.bases is not None
+    recovery.bases.means = recovery.bases.removable() if means else frozenset()
     start = started(of, plan, pruned, recovery.bases)
     recovery._begin(recovery.samples.feeds, (), reconstruct.ROWS)
     how = recovery.reconstructor if fit else None
-    found: Repair = reconstruct.repair(worker, pruned, start.sites, how, start=start.arrays)
-    model = pruned.clone()
+    found: Repair = reconstruct.repair(worker, start.model, start.sites, how, start=start.arrays)
+    model = start.model.clone()
     reconstruct.apply(model, found.changes)
-    dense, small = (
-        [dict(zip((o.name for o in s.get_outputs()), s.run(None, feed), strict=True)) for feed in fed[48:]]
-        for s in (ort.InferenceSession(ir.serde.serialize_model(m).SerializeToString()) for m in (of.dense, model))
+    return recovery.bases, model, apart(of.dense, model, fed[48:])
+
+
+def apart(dense: ir.Model, model: ir.Model, fed: list[dict[str, np.ndarray]]) -> float:
+    """The relative error of a model's outputs on these feeds."""
+    sessions = (ort.InferenceSession(ir.serde.serialize_model(m).SerializeToString()) for m in (dense, model))
+    wanted, found = (
+        [dict(zip((o.name for o in s.get_outputs()), s.run(None, feed), strict=True)) for feed in fed] for s in sessions
     )
-    return recovery.bases, model, quality.relative_error(small, dense, None)
+    return quality.relative_error(found, wanted, None)
 
 
 # Heads ---------------------------------------------------------------------------------------------------------------
