@@ -50,16 +50,16 @@ def started(analysis: Analysis, plan: Plan, pruned: Model, bases: Bases | None, 
     return bases.start(pruned, alive, sites_of(analysis, plan, pruned, stays, bases.untied(alive)))
 
 
-def rotated(analysis: Analysis, bases: Bases) -> Model:
-    """The dense model with its widths turned and nothing taken out of them: the same function.
+def rotated(analysis: Analysis, bases: Bases) -> tuple[Model, tuple[str, ...]]:
+    """(the dense model with its widths turned and nothing taken out of them: the same function, norms without a mean).
 
-    Means are taken off by what writes a width instead of `bases.means`.
+    What writes a width takes its mean off instead of those of `bases.means`.
     """
     model = analysis.rewrite(Plan({}))
     start = bases.whole(model, sites_of(analysis, Plan({}), model, untied=bases.tied))
     found = start.model.clone()
     reconstruct.apply(found, start.arrays)
-    return found
+    return found, start.norms
 
 
 @dataclass(frozen=True)

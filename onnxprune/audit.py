@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
@@ -14,7 +14,9 @@ import onnx_ir as ir
 from onnxprune import precision, storage
 from onnxprune import report as reports
 from onnxprune import verify as proof
+from onnxprune.allocate import rotated
 from onnxprune.analysis import Analysis
+from onnxprune.bases import Bases
 from onnxprune.branches import Dropped
 from onnxprune.errors import ImpossibleError, InputError
 from onnxprune.infer import attributes as attributes_of
@@ -24,6 +26,7 @@ from onnxprune.nm import NM, broken
 from onnxprune.prove import Prover
 from onnxprune.realize import realize
 from onnxprune.rewrite import apply
+from onnxprune.rms import by_root_mean_square
 from onnxprune.runtime import ort
 from onnxprune.sites import stored as stored_in
 from onnxprune.types import Axis, Mask, Plan, Shape
@@ -70,7 +73,11 @@ def verify(dense: str, pruned: str, plan: str, input_shape: Mapping[str, Shape],
         prover = Prover(analysis, [], seed)
         prover.check_dense(worker)
         differences = prover.prove(worker, rebuilt, removals, alive)
-    _check(differences, "differs from the dense model without the removed units", Path(pruned).name)
+        _check(differences, "differs from the dense model without the removed units", Path(pruned).name)
+        if report.norms:
+            rows = _means(analysis, report.norms, prover, worker, Path(plan).name)
+            _check(rows, "differs from the dense model where norms do not take the mean off", Path(pruned).name)
+            rebuilt = by_root_mean_square(rebuilt, report.norms)
     repaired = frozenset(report.repaired)
     _part(rebuilt.graph, small.graph, repaired)
     if report.precision is not None:
@@ -113,6 +120,21 @@ def _realized(report: reports.Report, dense: str, small: ir.Model, file: str, se
     _check(differences, "differs from what taking out gives", file)
     proof = again.report.verification
     return {"proven": True, "inputs": proof.inputs, "differences": proof.differences}
+
+
+def _means(
+    analysis: Analysis, norms: Sequence[str], prover: Prover, worker: Worker, file: str
+) -> list[proof.Difference]:
+    """What it does to the dense model that these nodes leave the mean to what writes their width: noise.
+
+    Raises ImpossibleError for a node that cannot.
+    """
+    bases = Bases(analysis)
+    bases.means = frozenset(norms) & bases.removable()
+    model, found = rotated(analysis, bases)
+    if odd := sorted(set(norms) - set(found)):
+        raise ImpossibleError("is listed among the norms, and is none that can do without", file=file, object=odd[0])
+    return prover.compare(worker, analysis.dense, model)
 
 
 def _check(differences: Iterable[proof.Difference], text: str, file: str) -> None:

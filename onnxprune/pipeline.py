@@ -429,6 +429,8 @@ def _one(
     with clock.stage("score"):
         groups = choose_groups(analysis, options)
         groups, importance = score(analysis, groups, options, recovery.evidence(groups))
+    if prover.feeds and any(group.kind == "width" for group in groups):
+        recovery.leave_means(lambda model: all(r.holds for r in prover.compare(worker, analysis.dense, model)))
     for _ in range(AGAIN):
         with clock.stage("select, rewrite and prove"):
             proven = _proven(analysis, groups, importance, options, prover, worker, recovery, watch)
@@ -471,7 +473,8 @@ def thinned(
         model = analysis.rewrite(plan) if copied else repaired.model
         sparse = sparsified(analysis, plan, model, options, recovery, prover, worker)
     names = sorted({*repaired.names, *sparse.names})
-    return Repaired(sparse.model, names, repaired.warnings + sparse.warnings, repaired.rewrites), sparse
+    warnings = repaired.warnings + sparse.warnings
+    return replace(repaired, model=sparse.model, names=names, warnings=warnings), sparse
 
 
 def with_pattern(result: Result, sparse: Sparse | None) -> Result:
@@ -543,6 +546,7 @@ def measured(
                 unproven=[f"group {k}" for k in proven.unproven],
             ),
             repaired=repaired.names,
+            norms=list(repaired.norms),
             warnings=[*_warnings(analysis, proven, options, rows), *told, *repaired.warnings, *prover.warnings()],
         ),
     )

@@ -30,6 +30,7 @@ TRAITS: Mapping[str, Any] = {
     "synthetic": False,  # one that makes do with random inputs
     "masked": False,  # one that fits only the weights that `keep` leaves it
     "subspaces": False,  # one that fits producers and consumers, so that it can start from a change of basis
+    "ln2rms": 0,  # one that lets LayerNorms over a width that it turns become norms by root mean square
 }
 
 

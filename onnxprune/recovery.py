@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from onnxprune import plugin, reconstruct
-from onnxprune.allocate import TRIAL_ROWS, Samples, Trials, started
+from onnxprune.allocate import TRIAL_ROWS, Samples, Trials, rotated, started
 from onnxprune.analysis import Analysis, cost_shapes
 from onnxprune.bases import Bases
 from onnxprune.cache import Kept, digest, key_of, opened, versions
@@ -71,6 +71,7 @@ class Recovery:
             feeds = _random(analysis, options.seed)
         self.samples = Samples(feeds, padding, options.seed)
         self.reconstructor: Reconstructor | None = built if feeds else None
+        self.told: list[str] = []
 
     def _trimmed(self, feeds: Feeds, padding: str) -> Feeds:
         """The feeds without padding that no sample of theirs needs, if the dense model runs at such lengths."""
@@ -99,6 +100,17 @@ class Recovery:
         if self.reconstructor is None or not plugin.trait(self.reconstructor, "subspaces"):
             return None
         return Bases(self.analysis, self.gather, untie=not {"params", "size"} & {*self.options.target})
+
+    def leave_means(self, holds: Callable[[Model], bool]) -> None:
+        """Let norms leave the mean to what writes their width, where that is wanted and `holds` on the dense model."""
+        options, wanted = self.options, plugin.trait(self.reconstructor, "ln2rms")
+        if not wanted or not self.bases or options.pattern is not None or options.precision != "fp32":
+            return
+        self.bases.means = self.bases.removable()
+        model, norms = rotated(self.analysis, self.bases)
+        self.bases.means = frozenset(norms if norms and holds(model) else ())
+        if norms and not self.bases.means:
+            self.told.append("norms keep the mean, since the proof that they need not failed; this is our bug")
 
     @cached_property
     def kept(self) -> Kept:
@@ -143,8 +155,8 @@ class Recovery:
         """What an allocator needs that measures plans."""
         knobs = sum(len(group.units) if group.kind == "layers" else 1 for group in groups)
         samples, affordable = self._afforded(knobs)
-        tied = sorted(self.bases.tied) if self.bases else []
-        how = [repr(self.reconstructor), tied, self.options.threads]
+        allowed = [sorted(self.bases.tied), sorted(self.bases.means)] if self.bases else []
+        how = [repr(self.reconstructor), allowed, self.options.threads]
         asked = [samples.padding, samples.seed, digest(samples.feeds), *how]
         self._begin(samples.fitted, samples.judged, TRIAL_ROWS)
         return Trials(
@@ -211,6 +223,7 @@ class Recovery:
         model = start.model.clone()
         names = reconstruct.apply(model, found.changes)
         told = [] if self.given else [f"there is no calibration data: repaired on {RANDOM} random inputs"]
+        told += self.told
         return Repaired(model, names, told + _thin(found), start.rewrites, start.norms)
 
     def _begin(self, fitted: Any, judged: Any, rows: int) -> None:

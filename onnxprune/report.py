@@ -149,7 +149,11 @@ class SparsityRow(Strict):
 
 
 class Report(Strict):
-    """Everything about one run of `prune`."""
+    """Everything about one run of `prune`.
+
+    `norms` are nodes of the dense model, by their first output, that take a mean off which the pruned model takes off
+    in what writes the stream.
+    """
 
     schema_version: int = SCHEMA
     tool: str
@@ -164,6 +168,7 @@ class Report(Strict):
     interface: InterfaceRow = InterfaceRow()
     repaired: list[str] = []
     rewrites: list[str] = []
+    norms: list[str] = []
     sparsity: SparsityRow | None = None
     kept: dict[str, dict[str, list[int]]]
     precision: PrecisionRow | None = None

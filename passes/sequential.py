@@ -15,10 +15,11 @@ class Sequential:
 
     Source: METHODS D2 (closed-form least squares), D9 (both sides of a removal). The change is damped, so that weights
     are pulled towards what they were; how much is found on held-out samples, and a site that would do worse there
-    stays as it is. `rounds`: how often targets behind a ReLU are aimed anew.
+    stays as it is. `rounds`: how often targets behind a ReLU are aimed anew; `ln2rms`: as in slicegpt.
     """
 
     rounds: int = 8
+    ln2rms: int = 0
     subspaces: ClassVar[bool] = True
 
     def solve(self, problem: Problem) -> Solution | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from onnx import numpy_helper, parser
 
 import onnxprune
 from onnxprune import feeds, quality, reconstruct
-from onnxprune.allocate import started
+from onnxprune.allocate import rotated, started
 from onnxprune.analysis import Analysis
 from onnxprune.audit import verify
 from onnxprune.bases import Bases
+from onnxprune.errors import ImpossibleError
 from onnxprune.recipe import Options
 from onnxprune.reconstruct import Repair
 from onnxprune.recovery import Recovery
@@ -49,9 +51,9 @@ def i64(*values: int) -> np.ndarray:
 
 
 def analysis(
-    folder: Path, inputs: str, outputs: str, body: str, remove: tuple[str, ...], **weights: object
+    folder: Path, inputs: str, outputs: str, body: str, remove: tuple[str, ...], opset: int = 18, **weights: object
 ) -> Analysis:
-    text = f'<ir_version: 8, opset_import: ["": 18]> g ({inputs}) => ({outputs}) {{ {body} }}'
+    text = f'<ir_version: 8, opset_import: ["": {opset}]> g ({inputs}) => ({outputs}) {{ {body} }}'
     model = parser.parse_model(text)
     for name, array in weights.items():
         if name in body:
@@ -345,6 +347,7 @@ SPELT = CENTRED + (
     "{f}sq = Pow({f}o, two) {f}v = ReduceMean<keepdims = 1>({f}sq, last) {f}e = Add({f}v, tiny) {f}r = Sqrt({f}e) "
     "{f}u = Div({f}o, {f}r) {f}g = Mul({f}u, {g}) {f} = Add({f}g, {s}) "
 )
+LAYER = "{f} = LayerNormalization({h}, {g}, {s}) "
 MEAN = "{f}sq = Mul({h}, {h}) {f}v = ReduceMean<keepdims = 1>({f}sq, last) {f}e = Add(tiny, {f}v) "
 RMS = MEAN + "{f}r = Sqrt({f}e) {f}u = Div({h}, {f}r) {f} = Mul({f}u, {g}) "
 RECIPROCAL = MEAN + "{f}r = Sqrt({f}e) {f}i = Reciprocal({f}r) {f}u = Mul({f}i, {h}) {f} = Mul({g}, {f}u) "
@@ -418,6 +421,62 @@ def tied(rows: int) -> dict[str, object]:
     return given | {"tokens": tokens, "b9": full(rows), "flat": i64(-1, 13), "back": i64(-1, 5, rows)}
 
 
+def whole(body: str, means: bool, folder: Path, opset: int = 18, **more: object) -> tuple[list[str], float]:
+    """(operators, relative error) of a model of which the width is turned as a whole, random weights and biases."""
+    given = stream(13) | {"g8": full(13) + 2, "b8": full(13), "c3": full(3) + 1, "k3": full(3, 13, 3)} | NUMBERS
+    given |= {"w4": full(13, 3), **more}
+    given["b2"], given["e"] = full(13), full(1, 5, 13)  # with a mean
+    given["w0"], given["w2"] = full(7, 13) + 0.1, full(17, 13) + 0.1
+    of = analysis(folder, "float[n,5,7] x", "float[n,5,3] y", body, ("width",), opset, **given)
+    bases = Bases(of)
+    assert len(bases.widths) == 1
+    bases.means = bases.removable() if means else frozenset()
+    model, _ = rotated(of, bases)
+    fed = [feeds.random_feed(of.dense.graph, of.prepared.facts.shapes, seed) for seed in range(4)]
+    return [node.op_type for node in model.graph], apart(of.dense, model, fed)
+
+
+EVERY = [
+    BLOCK + END,
+    PLAIN_BLOCK + END,
+    BLOCK + BARE,
+    PLAIN_BLOCK + BARE,
+    SCALED.format("h7 = Mul(g9, h1) h8 = Add(h7, b8) h9 = Mul(h8, g8)") + END,
+    BLOCK + FINAL + "t = Mul(two, f) y0 = MatMul(t, w3) y = Add(y0, b3)",
+    BLOCK
+    + FINAL
+    + "t = Transpose<perm = [0,2,1]>(f) v = Conv<pads = [1,1]>(t, k3, b3) y = Transpose<perm = [0,2,1]>(v)",
+    *(spelled(norm, norm) for norm in (SPELT, RMS, RECIPROCAL, DIVIDED, POWER, SHIFTED, FUSED)),
+    spelled(SPELT, "{f} = LayerNormalization<epsilon = 0.01>({h}, {g}, {s}) "),
+]
+
+
+@pytest.mark.parametrize("means", [False, True])
+@pytest.mark.parametrize("body", EVERY)
+def test_a_whole_width_turns_without_a_trace(body: str, means: bool, tmp_path: Path) -> None:
+    left, error = whole(body, means, tmp_path)
+    assert error < 1e-5
+    bare = body.endswith(BARE) or body.startswith(PLAIN_BLOCK) or "Conv" in body
+    assert ("LayerNormalization" in left or "Sub" in left) == (
+        ("= Layer" in body or "Sub" in body) and (not means or bare)
+    )
+
+
+@pytest.mark.parametrize("opset", [17, 18, 23])
+def test_a_norm_by_root_mean_square_at_every_operator_set(opset: int, tmp_path: Path) -> None:
+    left, error = whole(BLOCK + END, True, tmp_path, opset)
+    assert error < 1e-5
+    assert ("RMSNormalization" in left) == (opset == 23)
+
+
+@pytest.mark.parametrize("norm", [LAYER, SPELT])
+def test_a_norm_that_leaves_the_mean_has_room_for_a_direction_more(norm: str, worker: Worker, tmp_path: Path) -> None:
+    body = spelled(norm, norm)
+    model = analysis(tmp_path, "float[n,5,7] x", "float[n,5,3] y", body, ("width",), **stream(), **NUMBERS)
+    errors = [cut(model, "width", 4, worker, means=means)[2] for means in (True, False)]
+    assert errors[0] < 1e-3 < errors[1]
+
+
 def test_slicing_alone_is_named_and_told(worker: Worker, tmp_path: Path) -> None:
     body = spelled(RMS, RMS)
     model = analysis(tmp_path, "float[n,5,7] x", "float[n,5,3] y", body, ("width",), **stream(7), **NUMBERS)
@@ -440,6 +499,34 @@ def test_slicing_alone_is_named_and_told(worker: Worker, tmp_path: Path) -> None
     assert not any("turned" in text for text in found["none"].rewrites)
     errors = {how: report.quality["relative-error"] for how, report in found.items()}
     assert errors["slicegpt"] < 0.8 * errors["none"]
+
+
+@pytest.mark.parametrize(
+    ("how", "norm", "goes"),
+    [
+        ("slicegpt", LAYER, 2),
+        ("slicegpt", SPELT, 2),
+        ("slicegpt,ln2rms=0", LAYER, 0),
+        ("sequential", SPELT, 0),
+        ("sequential,ln2rms=1", LAYER, 2),
+    ],
+)
+def test_what_norms_leave_to_others_is_reported_and_verified(how: str, norm: str, goes: int, tmp_path: Path) -> None:
+    of = analysis(tmp_path, "float[n,5,7] x", "float[n,5,3] y", spelled(norm, norm), ("width",), **stream(7), **NUMBERS)
+    dense, small, report = of.source.path, tmp_path / "s.onnx", tmp_path / "s.json"
+    np.savez(tmp_path / "c.npz", x=RNG.standard_normal((64, 5, 7)).astype(np.float32))
+    given = {"calibration": str(tmp_path / "c.npz"), "ratio": 0.3, "remove": ("width",), "approximate": True}
+    found = onnxprune.prune(dense, small, report=report, reconstruct=how, measure=False, round_to="1", **given)  # type: ignore[arg-type]
+    assert len(found.report.norms) == goes
+    assert any("took the mean off what writes" in text for text in found.report.rewrites) == bool(goes)
+    left = {node.op_type for node in found.model.graph}
+    assert bool(left & {"LayerNormalization", "Sub"}) == (not goes)
+    assert verify(str(dense), str(small), str(report), {}, 0)["proven"]
+    told = json.loads(report.read_text())
+    for wrong in ([*told["norms"], "h"], ["y"], told["norms"][1:] if goes else ["h1"]):
+        report.write_text(json.dumps(told | {"norms": wrong}))
+        with pytest.raises(ImpossibleError):
+            verify(str(dense), str(small), str(report), {}, 0)
 
 
 @pytest.mark.parametrize("how", ["sequential", "slicegpt"])
