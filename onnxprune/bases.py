@@ -223,6 +223,10 @@ class Bases:
         mean = moments.mean[0][channels]
         return np.asarray(xx if centred else xx + np.outer(mean, mean))
 
+    def mean(self, value: str, channels: Positions) -> Array:
+        """float64[size]: means of some channels of a value."""
+        return np.asarray(self._data[0][value].mean[0][channels])
+
     def directions(self, width: Width) -> Array:
         """float64[width, directions]: orthonormal, what carries most of the normalised tokens first.
 
@@ -297,7 +301,8 @@ class _Turned:
     """The changes of basis of one plan.
 
     `outputs` has [dense channels, channels] by site, `inputs` [columns, dense columns] by operator, `offsets` what its
-    dense input had added to each column by a norm, `arrays` what is set outside of operators.
+    dense input has in each column besides (the shift of a norm, a mean that is lost), `arrays` what is set outside of
+    operators.
     """
 
     def __init__(self, bases: Bases, model: ir.Model, alive: Mask, sites: Sequence[Site]) -> None:
@@ -359,6 +364,10 @@ class _Turned:
                 columns = heads.second[h]
                 place = np.ix_(_places(reads, columns[reads[columns]]), columns)
                 self.input(heads.reader)[place] = u.T @ root
+                if free:
+                    mean = self.bases.mean(heads.second_site, columns)
+                    lost = self.offsets.setdefault(heads.reader, np.zeros(len(reads)))
+                    lost[columns] += mean - mean @ inverse @ u @ u.T @ root
             self.told.append(f"turned {len(values)} channels of {heads.first_site}, {len(left)} of which are left")
 
     def scores(self, heads: Heads) -> None:

@@ -26,20 +26,29 @@ def by_root_mean_square(model: Model, norms: Collection[str]) -> Model:
     graph = copy.graph
     graph.meta.pop("names", None)
     for node in [node for node in graph if str(node.outputs[0].name) in norms]:
+        read = list(node.inputs)
         if node.op_type == "Sub":
-            _passed(graph, node)
+            read += _passed(graph, node)
         else:
             _spelled(graph, node, copy.opset_imports.get("", 1))
+        for value in read:
+            if value is not None and value.is_initializer() and not value.uses() and not value.is_graph_input():
+                graph.initializers.pop(str(value.name), None)
     return copy
 
 
-def _passed(graph: ir.Graph, node: ir.Node) -> None:
+def _passed(graph: ir.Graph, node: ir.Node) -> list[ir.Value | None]:
+    """What the mean was computed from, where nothing else needs it."""
     stream, mean = node.inputs
     assert stream is not None and mean is not None
     node.outputs[0].replace_all_uses_with(stream)
     graph.remove(node, safe=True)
-    if not mean.uses() and (maker := mean.producer()) is not None:
-        graph.remove(maker, safe=True)
+    maker = mean.producer()
+    if mean.uses() or maker is None:
+        return []
+    read = list(maker.inputs)
+    graph.remove(maker, safe=True)
+    return read
 
 
 def _spelled(graph: ir.Graph, node: ir.Node, opset: int) -> None:

@@ -121,6 +121,7 @@ def heads(rank: int, **more: object) -> dict[str, object]:
     [
         (PLAIN + ATTENTION + "y = MatMul(c, wo)", False),
         (PLAIN + ATTENTION + "y0 = MatMul(c, wo) y = Add(y0, bo)", False),
+        (BIASED + ATTENTION + "y0 = MatMul(c, wo) y = Add(y0, bo)", False),
         (BIASED + ATTENTION + "y0 = MatMul(c, wo) y = Add(y0, bo)", True),
         (BIASED + ATTENTION + "y = MatMul(c, wo)", False),
         (PLAIN + ATTENTION + "d = Reshape(c, flat) e = Gemm(d, wo, bo) y = Reshape(e, back)", False),
@@ -520,6 +521,7 @@ def test_what_norms_leave_to_others_is_reported_and_verified(how: str, norm: str
     assert len(found.report.norms) == goes
     assert any("took the mean off what writes" in text for text in found.report.rewrites) == bool(goes)
     left = {node.op_type for node in found.model.graph}
+    assert all(value.uses() for value in found.model.graph.initializers.values())
     assert bool(left & {"LayerNormalization", "Sub"}) == (not goes)
     assert verify(str(dense), str(small), str(report), {}, 0)["proven"]
     told = json.loads(report.read_text())
