@@ -389,6 +389,28 @@ def test_a_shift_without_a_mean_may_be_read_without_a_bias(worker: Worker, tmp_p
     assert error < 1e-3
 
 
+@pytest.mark.parametrize("means", [False, True])
+def test_a_width_turns_where_a_branch_goes_as_well(means: bool, worker: Worker, tmp_path: Path) -> None:
+    """Without the branch, what the width loses is nothing."""
+    more = "k = LayerNormalization(h, g3, s3) l0 = MatMul(k, w5) l = Relu(l0) m = MatMul(l, w6) i = Add(h, m) "
+    body = BLOCK + more + END.replace("(h,", "(i,")
+    given = stream()
+    given |= {"g3": full(13) + 2, "s3": full(13), "w5": full(13, 17), "w6": full(17, 7) @ np.asarray(given["w0"])}
+    of = analysis(tmp_path, "float[n,5,7] x", "float[n,5,3] y", body, ("width", "layers"), **given)
+    layers, width = (next(group for group in of.groups if group.kind == kind) for kind in ("layers", "width"))
+    gone = {layers.id: np.arange(len(layers.units)) > 0}
+    less = of.settled(Plan(gone | {width.id: np.arange(13) < 5}))
+    fed = [feeds.random_feed(of.dense.graph, of.prepared.facts.shapes, seed) for seed in range(60)]
+    recovery = Recovery(of, fed[:48], Options(ratio=0.5, calibration="given"), worker)
+    assert recovery.bases is not None
+    recovery.bases.means = recovery.bases.removable() if means else frozenset()
+    start = started(of, less, of.rewrite(less), recovery.bases)
+    assert any("5 of 13 directions" in text for text in start.rewrites)
+    model = start.model.clone()
+    reconstruct.apply(model, start.arrays)
+    assert apart(of.rewrite(Plan(gone)), model, fed[48:]) < 1e-3
+
+
 EMBEDDED = BLOCK[BLOCK.index("c =") :]
 TIED = "a0 = Gather(tokens, x) a = Add(a0, e) " + EMBEDDED + FINAL
 
