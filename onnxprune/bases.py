@@ -401,7 +401,8 @@ class _Turned:
         if not (1 < left < size or whole) or not readers.keys() <= self.operators or not self.plain.issuperset(writers):
             return
         norms = list(dict.fromkeys(readers.values()))
-        bare = {norm.shift for node, norm in readers.items() if norm.shift is not None and node not in self.biased}
+        shifted = {norm.shift for norm in norms if norm.shift is not None and self.bases.array(norm.shift).any()}
+        bare = {norm.shift for node, norm in readers.items() if norm.shift in shifted and node not in self.biased}
         means = {n.mean for n in norms if n.mean in self.bases.means and not (n.whole and n.shift in bare)}
         plane = bool(bare) or any(norm.centred and norm.mean not in means for norm in norms)
         if whole and bare and not width.centred:  # no direction is free
