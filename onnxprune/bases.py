@@ -255,7 +255,7 @@ class Bases:
             for node in width.readers if 1 < left < len(width.group.units) else ():
                 slot = self.operators[node][1].weight
                 if (name := self.stored[slot]) in self.tied:
-                    found[name] = self.array(slot).size * left // len(width.group.units)
+                    found[name] = math.prod(self.shapes[name]) * left // len(width.group.units)
         costs = self.analysis.costs
         fits = costs.of(alive)["params"] + sum(found.values()) <= costs.of(np.ones_like(alive))["params"]
         return found if fits else {}
@@ -423,7 +423,8 @@ class _Turned:
             gain = self.bases.array(norm.gain).reshape(-1) if norm.gain is not None else np.ones(size)
             self.inputs[node] = project.T * np.sqrt(size / left) * gain
             if (name := self.tied(self.bases.operators[node][1])) is not None:
-                self.told.append(f"{node} no longer shares its weight with {name}")
+                more = math.prod(self.bases.shapes[name]) * left // size
+                self.told.append(f"{node} no longer shares its weight with {name}: {more:,} parameters more")
             if norm.shift is None:
                 continue
             added = self.bases.array(norm.shift).reshape(-1)
