@@ -411,6 +411,25 @@ def test_a_width_turns_where_a_branch_goes_as_well(means: bool, worker: Worker, 
     assert apart(of.rewrite(Plan(gone)), model, fed[48:]) < 1e-3
 
 
+def test_a_bias_that_is_to_stay_does_not_take_a_shift(tmp_path: Path) -> None:
+    of = analysis(tmp_path, "float[n,5,7] x", "float[n,5,3] y", BLOCK + END, ("width",), **stream())
+    np.savez(tmp_path / "c.npz", x=RNG.standard_normal((64, 5, 7)).astype(np.float32))
+    found = onnxprune.prune(
+        of.source.path,
+        target={"macs": 0.6},
+        remove=("width",),
+        approximate=True,
+        measure=False,
+        round_to="1",
+        reconstruct="slicegpt",
+        ignore=("b1",),
+        calibration=str(tmp_path / "c.npz"),
+    )
+    assert any("turned the width" in text for text in found.report.rewrites)
+    assert "b1" not in found.report.repaired
+    assert found.report.quality["relative-error"] < 1e-3
+
+
 EMBEDDED = BLOCK[BLOCK.index("c =") :]
 TIED = "a0 = Gather(tokens, x) a = Add(a0, e) " + EMBEDDED + FINAL
 
