@@ -463,10 +463,11 @@ def tied(rows: int) -> dict[str, object]:
     return given | {"tokens": tokens, "b9": full(rows), "flat": i64(-1, 13), "back": i64(-1, 5, rows)}
 
 
-def whole(body: str, means: bool, folder: Path, opset: int = 18, **more: object) -> tuple[list[str], float]:
+def whole(body: str, means: bool, folder: Path, opset: int = 18) -> tuple[list[str], float]:
     """(operators, relative error) of a model of which the width is turned as a whole, random weights and biases."""
     given = stream(13) | {"g8": full(13) + 2, "b8": full(13), "c3": full(3) + 1, "k3": full(3, 13, 3)} | NUMBERS
-    given |= {"w4": full(13, 3), **more}
+    given |= {"w4": full(13, 3), "t9": full(1, 10, 13), "t8": full(9, 13), "rows": i64(7, 0, 3, 3, 8).reshape(5, 1)}
+    given |= {"roi": np.zeros(0, np.float32), "half9": np.array([1, 1, 0.5], np.float32)}
     given["b2"], given["e"] = full(13), full(1, 5, 13)  # with a mean
     given["w0"], given["w2"] = full(7, 13) + 0.1, full(17, 13) + 0.1
     of = analysis(folder, "float[n,5,7] x", "float[n,5,3] y", body, ("width",), opset, **given)
@@ -478,8 +479,13 @@ def whole(body: str, means: bool, folder: Path, opset: int = 18, **more: object)
     return [node.op_type for node in model.graph], apart(of.dense, model, fed)
 
 
+RESIZED = (
+    'p = Transpose<perm = [0,2,1]>(t9) r = Resize<mode = "linear">(p, roi, half9) q = Transpose<perm = [0,2,1]>(r) '
+)
 EVERY = [
     BLOCK + END,
+    RESIZED + BLOCK.replace("Add(a1, e)", "Add(a1, q)") + END,
+    "q = GatherND(t8, rows) " + BLOCK.replace("Add(a1, e)", "Add(a1, q)") + END,
     PLAIN_BLOCK + END,
     BLOCK + BARE,
     PLAIN_BLOCK + BARE,
