@@ -255,10 +255,14 @@ class Bases:
             for node in width.readers if 1 < left < len(width.group.units) else ():
                 slot = self.operators[node][1].weight
                 if (name := self.stored[slot]) in self.tied:
-                    found[name] = math.prod(self.shapes[name]) * left // len(width.group.units)
+                    found[name] = self.size(name) * left // len(width.group.units)
         costs = self.analysis.costs
         fits = costs.of(alive)["params"] + sum(found.values()) <= costs.of(np.ones_like(alive))["params"]
         return found if fits else {}
+
+    def size(self, name: str) -> int:
+        """How many numbers an initializer has."""
+        return math.prod(self.analysis.prepared.facts.shapes[name])
 
     # Starting --------------------------------------------------------------------------------------------------------
 
@@ -423,7 +427,7 @@ class _Turned:
             gain = self.bases.array(norm.gain).reshape(-1) if norm.gain is not None else np.ones(size)
             self.inputs[node] = project.T * np.sqrt(size / left) * gain
             if (name := self.tied(self.bases.operators[node][1])) is not None:
-                more = math.prod(self.bases.shapes[name]) * left // size
+                more = self.bases.size(name) * left // size
                 self.told.append(f"{node} no longer shares its weight with {name}: {more:,} parameters more")
             if norm.shift is None:
                 continue

@@ -149,28 +149,42 @@ def repair(
 def apply(model: Model, changes: Mapping[Slot, Array]) -> list[str]:
     """Write a repair into the pruned model; the names of the initializers that changed.
 
-    One that other nodes read as well stays for them, and a copy takes its place.
+    One that other nodes read as well stays for them, and a copy takes its place; readers of one initializer that are to
+    read the same still share one.
     """
     graph = model.graph
     nodes = {str(node.outputs[0].name): node for node in graph}
-    names = []
+    wanted: dict[str, list[tuple[Array, list[tuple[ir.Node, int]]]]] = {}
     for (reader, k), array in changes.items():
-        node = nodes[reader]
-        value = stored(node.inputs[k])
+        value = stored(nodes[reader].inputs[k])
         assert value is not None and value.const_value is not None
         array = np.ascontiguousarray(array, value.const_value.dtype.numpy())
         if value.const_value.shape.numpy() == array.shape and value.const_value.tobytes() == array.tobytes():
             continue
-        tensor = ir.Tensor(array, dtype=value.const_value.dtype, name=value.name)
-        if value is node.inputs[k] and len(value.uses()) == 1 and not value.is_graph_output():
-            value.const_value, value.shape = tensor, ir.Shape(array.shape)
+        rows = wanted.setdefault(str(value.name), [])
+        same = next((uses for other, uses in rows if np.array_equal(other, array)), None)
+        if same is None:
+            rows.append((array, [(nodes[reader], k)]))
         else:
-            name = free_name(graph, str(value.name))
-            tensor = ir.Tensor(array, dtype=value.const_value.dtype, name=name)
-            value = ir.Value(name=name, shape=ir.Shape(array.shape), type=value.type, const_value=tensor)
-            add_initializer(graph, value)
-            node.replace_input_with(k, value)
-        names.append(str(value.name))
+            same.append((nodes[reader], k))
+    names = []
+    for name, rows in wanted.items():
+        value = graph.initializers[name]
+        free = not value.is_graph_output() and {(use.node, use.idx) for use in value.uses()} == {
+            use for _, uses in rows for use in uses
+        }
+        for array, uses in rows:
+            assert value.const_value is not None
+            own = name if free else free_name(graph, name)
+            tensor = ir.Tensor(array, dtype=value.const_value.dtype, name=own)
+            if free:
+                value.const_value, value.shape, free = tensor, ir.Shape(array.shape), False
+            else:
+                copy = ir.Value(name=own, shape=ir.Shape(array.shape), type=value.type, const_value=tensor)
+                add_initializer(graph, copy)
+                for node, k in uses:
+                    node.replace_input_with(k, copy)
+            names.append(own)
     return sorted(names)
 
 

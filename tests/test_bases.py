@@ -455,6 +455,17 @@ def test_a_head_that_is_tied_gets_a_weight_of_its_own(rows: int, end: str, worke
     assert [size for size in sizes if len(size) == 2] == [(rows, 5), (rows, 5)]
 
 
+def test_what_is_looked_up_twice_is_stored_once(worker: Worker, tmp_path: Path) -> None:
+    """An embedding for encoder and decoder, and the head: two tables, not three."""
+    body = "u0 = Gather(tokens, x) u1 = Gather(tokens, z) a0 = Add(u0, u1) a = Add(a0, e) " + EMBEDDED + FINAL
+    end = "t = Transpose(tokens) y = MatMul(f, t)"
+    model = analysis(tmp_path, "int64[n,5] x, int64[n,5] z", "float[n,5,101] y", body + end, ("width",), **tied(101))
+    _, pruned, error = cut(model, "width", 5, worker)
+    assert error < 1e-3
+    sizes = [tuple(value.shape.numpy()) for value in pruned.graph.initializers.values() if value.shape is not None]
+    assert sizes.count((101, 5)) == 2
+
+
 def tied(rows: int) -> dict[str, object]:
     """Weights of a block between an embedding of so many tokens and the same as a head."""
     given = stream()
