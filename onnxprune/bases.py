@@ -24,7 +24,7 @@ from onnxprune.outcome import evaluate
 from onnxprune.rms import by_root_mean_square
 from onnxprune.sites import Operator, Site, Slot, find_sites
 from onnxprune.types import Array, Axis, Group, Mask, OpNode, Positions
-from onnxprune.widths import MOVES, Width, find_width
+from onnxprune.widths import MOVES, Norm, Width, find_width
 
 SHAPED = frozenset("Reshape Flatten Squeeze Unsqueeze Expand".split())  # of which the result's shape says everything
 ROWS = 8_000  # tokens from which the directions of the width are found
@@ -418,27 +418,32 @@ class _Turned:
             self.told.append(f"took the mean off what writes group {width.group.id} instead of in {len(means)} norms")
         for value in width.streams:
             self.outputs[value] = project
+        for place, axis in width.stored:
+            if place[0] in self.here:
+                self.arrays[place] = np.moveaxis(np.moveaxis(self.bases.array(place), axis, -1) @ project, -1, axis)
         for norm in norms:
             shift = None if norm.whole and norm.mean in means else norm.shift
             for slot, number in ((norm.gain, 1.0), (shift, 1.0 if norm.shift in bare else 0.0)):
                 if slot is not None:
                     self.arrays[slot] = np.full((*self.bases.array(slot).shape[:-1], left), number)
         for node, norm in readers.items():
-            gain = self.bases.array(norm.gain).reshape(-1) if norm.gain is not None else np.ones(size)
-            self.inputs[node] = project.T * np.sqrt(size / left) * gain
-            if (name := self.tied(self.bases.operators[node][1])) is not None:
-                more = self.bases.size(name) * left // size
-                self.told.append(f"{node} no longer shares its weight with {name}: {more:,} parameters more")
-            if norm.shift is None:
-                continue
-            added = self.bases.array(norm.shift).reshape(-1)
-            if node in self.biased:
-                self.offsets[node] = added * norm.scale
-            else:
-                self.inputs[node] += added / left
-        for slot, axis in width.stored:
-            if slot[0] in self.here:
-                self.arrays[slot] = np.moveaxis(np.moveaxis(self.bases.array(slot), axis, -1) @ project, -1, axis)
+            self._reads(node, norm, project)
+
+    def _reads(self, node: str, norm: Norm, project: Array) -> None:
+        """What an operator makes of a norm over the projected width, with the gain, and the shift if it has no bias."""
+        size, left = project.shape
+        gain = self.bases.array(norm.gain).reshape(-1) if norm.gain is not None else np.ones(size)
+        self.inputs[node] = project.T * np.sqrt(size / left) * gain
+        if (name := self.tied(self.bases.operators[node][1])) is not None:
+            more = self.bases.size(name) * left // size
+            self.told.append(f"{node} no longer shares its weight with {name}: {more:,} parameters more")
+        if norm.shift is None:
+            return
+        added = self.bases.array(norm.shift).reshape(-1)
+        if node in self.biased:
+            self.offsets[node] = added * norm.scale
+        else:
+            self.inputs[node] += added / left
 
     def _project(self, width: Width, left: int, plane: bool) -> Array:
         """float64[width, left]: the directions that stay, in a plane of zero mean or in all of what is left."""
