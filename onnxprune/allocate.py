@@ -13,7 +13,7 @@ from onnxprune.bases import Bases, Start
 from onnxprune.cache import Kept
 from onnxprune.dims import keep_of
 from onnxprune.errors import InternalError
-from onnxprune.feeds import noisy
+from onnxprune.feeds import blended, noisy
 from onnxprune.model import Model
 from onnxprune.plugin import Knob, Reconstructor, Search, Searcher
 from onnxprune.select import Rounding
@@ -23,6 +23,7 @@ from onnxprune.worker import Worker
 
 Feeds = Sequence[Mapping[str, Array]]
 NOISE = 0.25  # standard deviations
+COPIES = 2
 FEW = 2  # feeds to fit to, and as many to judge by, that a trial takes at least
 TRIAL_ROWS = 4_000  # rows of one site while plans are compared
 
@@ -64,10 +65,7 @@ def rotated(analysis: Analysis, bases: Bases) -> tuple[Model, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Samples:
-    """Calibration feeds, what marks their padding, and how they are split: one half to fit to, the other to judge by.
-
-    What is judged by carries noise as well: samples that a model was trained on say too little about others.
-    """
+    """Calibration feeds, what marks their padding, and how they are split: half to fit to, half to judge by."""
 
     feeds: Feeds
     padding: str | None
@@ -79,10 +77,25 @@ class Samples:
         return self.feeds[::2]
 
     @property
+    def held_out(self) -> Feeds:
+        """The other half; everything where there is a single feed."""
+        return self.feeds[1::2] or self.feeds
+
+    @property
     def judged(self) -> Feeds:
-        """The half that is judged by."""
-        other = self.feeds[1::2] or self.feeds
-        return [*other, *noisy(other, NOISE, self.seed)]
+        """What plans are judged by: the other half under noise, where it can carry some.
+
+        Samples that a model was trained on say too little about others; the same with noise ranks plans as others do.
+        """
+        copies = [feed for k in range(COPIES) for feed in noisy(self.held_out, NOISE, self.seed + k)]
+        return copies or self.held_out
+
+    @property
+    def changed(self) -> tuple[Feeds, Feeds]:
+        """(to fit to, to judge by) for a second opinion: the halves changed over, and blends of what is judged by."""
+        other = self.fitted
+        copies = [feed for k in range(2 * COPIES) for feed in blended(other, self.seed + k)]
+        return self.held_out, copies or other
 
     @property
     def work(self) -> int:
@@ -122,6 +135,7 @@ class Trials:
     found: dict[tuple[int, ...], float] = field(default_factory=dict)
     kept: Kept = field(default_factory=Kept)
     asked: Sequence[object] = ()
+    change: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         self.knobs: list[Knob] = []
@@ -152,6 +166,13 @@ class Trials:
     def damage(self, states: Sequence[Sequence[int]]) -> Array:
         """float64[states]: the divergence that is left after repair; infinite where a plan cannot be carried out."""
         return np.array([self._damage(tuple(state)) for state in states])
+
+    def confirm(self, states: Sequence[Sequence[int]]) -> Array:
+        """`damage` by a second opinion; the last thing to be asked."""
+        assert self.change is not None
+        self.change()
+        other = replace(self, ridges={}, found={}, asked=[*self.asked, "second opinion"], change=None)
+        return other.damage(states)
 
     def _damage(self, state: tuple[int, ...]) -> float:
         if state not in self.found:
@@ -190,5 +211,6 @@ class Trials:
 
     def search(self, searcher: Searcher) -> Plan:
         """The plan that an allocator finds by measuring."""
-        problem = Search(tuple(self.knobs), self.cost_of, self.damage, self.affordable)
+        confirm = self.confirm if self.change is not None else None
+        problem = Search(tuple(self.knobs), self.cost_of, self.damage, self.affordable, confirm)
         return self.plan(searcher.search(problem))

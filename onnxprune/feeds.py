@@ -183,18 +183,21 @@ def _lengths(value: ir.Value, padding: str, feeds: Sequence[Mapping[str, Array]]
     return None if any(isinstance(dims[k], int) for k in axes) else axes
 
 
+def samples_in(feed: Mapping[str, Array], graph: ir.Graph) -> int:
+    """How many samples a feed stacks: the length of the first axis of the first input that leaves it open."""
+    for value in graph.inputs:
+        if value.name in feed and value.shape and not isinstance(value.shape[0], int):
+            return max(1, len(feed[str(value.name)]))
+    return 1
+
+
 def noisy(feeds: Sequence[Mapping[str, Array]], share: float, seed: int) -> list[dict[str, Array]]:
     """Feeds whose float inputs carry noise of `share` of their standard deviation; none where no input is one.
 
     What takes two values at most, or is not finite, is a mask or a switch and carries none.
     """
     rng = np.random.default_rng(seed)
-    spread = {}
-    for name, first in feeds[0].items() if feeds else ():
-        if first.dtype.kind == "f" and first.ndim > 1:
-            values = np.concatenate([np.asarray(f[name], np.float64).reshape(-1) for f in feeds])
-            if np.isfinite(values).all() and len(np.unique(values)) > 2:
-                spread[name] = float(values.std())
+    spread = _spread(feeds)
     if not spread:
         return []
     return [
@@ -206,6 +209,36 @@ def noisy(feeds: Sequence[Mapping[str, Array]], share: float, seed: int) -> list
         }
         for feed in feeds
     ]
+
+
+def blended(feeds: Sequence[Mapping[str, Array]], seed: int) -> list[dict[str, Array]]:
+    """Feeds whose float inputs are between their own and those of another feed of the same shapes, nearer to their own.
+
+    None where no input is one that `noisy` would change, or no other feed is like them.
+    """
+    rng = np.random.default_rng(seed)
+    names = set(_spread(feeds))
+    found = []
+    for k, feed in enumerate(feeds):
+        like = [f for i, f in enumerate(feeds) if i != k and all(f[n].shape == feed[n].shape for n in names)]
+        if not names or not like:
+            continue
+        other, share = like[rng.integers(len(like))], rng.uniform(0.2, 0.5)
+        found.append(
+            {n: ((1 - share) * a + share * other[n]).astype(a.dtype) if n in names else a for n, a in feed.items()}
+        )
+    return found
+
+
+def _spread(feeds: Sequence[Mapping[str, Array]]) -> dict[str, float]:
+    """Standard deviations of the float inputs that are no masks or switches, nor single rows."""
+    found = {}
+    for name, first in feeds[0].items() if feeds else ():
+        if first.dtype.kind == "f" and first.ndim > 1:
+            values = np.concatenate([np.asarray(f[name], np.float64).reshape(-1) for f in feeds])
+            if np.isfinite(values).all() and len(np.unique(values)) > 2:
+                found[name] = float(values.std())
+    return found
 
 
 BATCH = 32  # samples in one feed where the batch is dynamic, at most

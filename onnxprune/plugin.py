@@ -288,12 +288,14 @@ class Search:
 
     `damage` measures states: the divergence of the outputs from the dense model's, after repair, on samples that the
     repair does not see. What it costs is one repair each; `trials` is how many of these the effort pays for.
+    `confirm` is a second opinion on states that were found so, on other samples.
     """
 
     knobs: tuple[Knob, ...]
     cost: Callable[[Sequence[int]], float]
     damage: Callable[[Sequence[Sequence[int]]], Array]
     trials: float = float("inf")
+    confirm: Callable[[Sequence[Sequence[int]]], Array] | None = None
 
 
 @runtime_checkable

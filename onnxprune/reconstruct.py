@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxprune import quality
+from onnxprune.feeds import samples_in
 from onnxprune.flow import Flow, Sessions
 from onnxprune.infer import attributes
 from onnxprune.lsq import Regression
@@ -198,7 +199,7 @@ class _Dense:
         self.model, self.feeds, self.sampling = read_model(path)[0], [*fitted, *judged], sampling
         self.fitted = len(fitted)
         self.sessions = Sessions(threads)
-        self.counts = [_samples(feed, self.model.graph) for feed in fitted]
+        self.counts = [samples_in(feed, self.model.graph) for feed in fitted]
         self._outputs: list[dict[str, Array]] = []
         self.rows: dict[tuple[str, int, int], Array] = {}
         self.flow: Flow | None = None
@@ -308,14 +309,6 @@ def _real(array: Array, axis: int, mask: Array | None, total: int) -> Positions:
     if tuple(shape[:2]) == mask.shape or (shape and shape[0] == flat.size):
         return np.asarray(every[np.repeat(flat, total // flat.size)])
     return np.asarray(every)
-
-
-def _samples(feed: Mapping[str, Array], graph: ir.Graph) -> int:
-    """How many samples a feed stacks: the length of the first axis of the first input that leaves it open."""
-    for value in graph.inputs:
-        if value.name in feed and value.shape and not isinstance(value.shape[0], int):
-            return max(1, len(feed[str(value.name)]))
-    return 1
 
 
 @dataclass

@@ -20,7 +20,7 @@ from onnxprune.cache import Kept, digest, key_of, opened, versions
 from onnxprune.calibrate import Answers, Request, collect
 from onnxprune.errors import InputError
 from onnxprune.evidence import Runs, evidence
-from onnxprune.feeds import padding_of, random_feed, trimmed
+from onnxprune.feeds import padding_of, random_feed, samples_in, trimmed
 from onnxprune.infer import true_inputs
 from onnxprune.model import Model
 from onnxprune.plugin import Reconstructor
@@ -174,6 +174,7 @@ class Recovery:
             affordable,
             kept=self.kept,
             asked=asked,
+            change=lambda: self._begin(*samples.changed, TRIAL_ROWS),
         )
 
     def _afforded(self, knobs: int) -> tuple[Samples, float]:
@@ -201,7 +202,7 @@ class Recovery:
         start = started(self.analysis, plan, pruned, self.bases, self.stays)
         if not start.sites:
             return Repaired(pruned, [], ["nothing could be repaired: no linear operator has a float weight of its own"])
-        self._begin(self.samples.fitted, self.samples.judged, TRIAL_ROWS)
+        self._begin(self.samples.fitted, self.samples.held_out, TRIAL_ROWS)
         naive = reconstruct.repair(self.worker, pruned, [], None, judge=True).divergence
         tried = reconstruct.repair(
             self.worker, start.model, start.sites, self.reconstructor, start=start.arrays, judge=True
@@ -223,8 +224,22 @@ class Recovery:
         model = start.model.clone()
         names = reconstruct.apply(model, found.changes)
         told = [] if self.given else [f"there is no calibration data: repaired on {RANDOM} random inputs"]
-        told += self.told
-        return Repaired(model, names, told + _thin(found), start.rewrites, start.norms)
+        told += [*self.told, *self._thin(found)]
+        return Repaired(model, names, told, start.rewrites, start.norms)
+
+    def _thin(self, found: reconstruct.Repair) -> list[str]:
+        """A warning where there were few rows for the columns of a site, or few samples for any."""
+        damped = {site: sizes for site, sizes in found.rows.items() if found.ridges.get(site)}
+        if not damped:
+            return []
+        site, (rows, columns) = min(damped.items(), key=lambda item: item[1][0] / max(item[1][1], 1))
+        if rows < ENOUGH * columns:
+            text = f"calibration gives {rows} rows for the {columns} input columns of '{site}'"
+            return [f"{text}, so weights were changed less; more samples make a better repair"]
+        count = sum(samples_in(feed, self.analysis.dense.graph) for feed in self.given)
+        if not 0 < count < MANY:
+            return []
+        return [f"the repair fits {count} calibration samples better than others; {MANY} or more do better"]
 
     def _begin(self, fitted: Any, judged: Any, rows: int) -> None:
         model = self.analysis.prepared.model
@@ -233,6 +248,8 @@ class Recovery:
 
 
 WORK = {"default": 1e13, "thorough": 1e14}  # MACs that trials may take together
+ENOUGH = 3  # rows for each column below which a fit is thin
+MANY = 64  # samples below which what they have in common by chance is fitted too
 SHARE = 3  # of the memory, one part for statistics
 RANDOM = 64  # inputs for a repair without data
 
@@ -241,18 +258,3 @@ def _random(analysis: Analysis, seed: int) -> list[dict[str, Array]]:
     """Random inputs at the sizes that cost is counted at."""
     graph, shapes = analysis.prepared.model.graph, cost_shapes(analysis.prepared.model, analysis.given)
     return [random_feed(graph, shapes, seed + k) for k in range(RANDOM)]
-
-
-ENOUGH = 3  # rows for each column below which a fit is thin
-
-
-def _thin(found: reconstruct.Repair) -> list[str]:
-    """A warning where there were few rows for the columns of a site."""
-    damped = {site: sizes for site, sizes in found.rows.items() if found.ridges.get(site)}
-    if not damped:
-        return []
-    site, (rows, columns) = min(damped.items(), key=lambda item: item[1][0] / max(item[1][1], 1))
-    if rows >= ENOUGH * columns:
-        return []
-    text = f"calibration gives {rows} rows for the {columns} input columns of '{site}', so weights were changed less"
-    return [f"{text}; more samples make a better repair"]

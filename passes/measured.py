@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -13,6 +13,8 @@ from onnxprune.types import Array
 
 KINDS = 4  # of which every combination is tried as a start
 LONGEST = 30  # halvings of a bracket
+SECOND = 8  # plans that are looked at once more in the end
+PAIRS = 3  # of the cheapest knobs, and of the dearest, that trade with each other
 FREE = 4.0  # how far, as a logarithm, the others may move to make up for a coarse knob
 COARSE = 8  # steps, up to which a knob turns by itself
 
@@ -24,7 +26,8 @@ class Measured:
     Every judgement is the divergence at the output after repair, on samples the repair does not see, at the state that
     is to be improved: where much has gone, other cuts are the cheap ones. A round measures each knob turned a bit
     further, and moves all of them by how their damage per cost compares with one price that meets the target. Knobs of
-    few steps (a branch, a handful of heads) are flipped one by one, and the others make up for it. Source: METHODS C7
+    few steps (a branch, a handful of heads) are flipped one by one, and the others make up for it; the cheapest knobs
+    trade with the dearest in pairs. A second opinion on other samples decides in the end. Source: METHODS C7
     (distortions measured at the output), with the equal-slope condition of rate-distortion theory. `rounds` and `step`
     (a factor of what is kept, as a logarithm) say how long and how far, `trials` how many plans may be measured, fewer
     where the effort does not pay for them; without rounds it is the equal share of all kinds, and nothing is measured.
@@ -43,25 +46,41 @@ class Measured:
         if len(starts) == 1 and left <= 0:
             return starts[0]
         found = problem.damage(starts)
+        seen = dict(zip(map(tuple, starts), found.tolist(), strict=True))
         state, best, step = starts[int(np.argmin(found))], float(found.min()), self.step
         for _ in range(self.rounds):
             fine = [k for k, knob in enumerate(problem.knobs) if not _coarse(knob) and state[k] < knob.most]
             flips = [
                 turned for k, knob in enumerate(problem.knobs) if _coarse(knob) for turned in _flips(state, k, knob)
             ]
-            left -= len(fine) + len(flips) + 3
-            if left < 0:
+            left -= len(fine) + len(flips) + 3 + PAIRS**2
+            if left < (SECOND + 1 if problem.confirm else 0):
                 break
             prices = self._prices(problem, state, best, fine, step)
             wishes = [_balanced(problem, state, prices, size) for size in (step, step / 2, step / 4)]
             wishes += [_balanced(problem, flip, np.ones(len(state)), FREE) for flip in flips]
+            wishes += _trades(problem, state, prices, step)
             wishes = [wish for wish in wishes if problem.cost(wish) <= 1]
             found = problem.damage(wishes)
+            seen |= zip(map(tuple, wishes), found.tolist(), strict=True)
             if len(found) and found.min() < best:
                 state, best = wishes[int(np.argmin(found))], float(found.min())
             else:
                 step /= 2
-        return state
+        return self._confirmed(problem, starts[int(np.argmin([seen[tuple(s)] for s in starts]))], state, seen)
+
+    @staticmethod
+    def _confirmed(
+        problem: Search, start: list[int], state: list[int], seen: Mapping[tuple[int, ...], float]
+    ) -> list[int]:
+        """Of the start and the best that were seen, the one that a second opinion likes best.
+
+        A search fits what it is judged by: of many plans some look good on those samples alone.
+        """
+        if problem.confirm is None or state == start:
+            return state
+        some = [start, *(list(s) for s in sorted(seen, key=lambda s: seen[s])[:SECOND] if list(s) != start)]
+        return some[int(np.argmin(problem.confirm(some)))]
 
     @staticmethod
     def _starts(problem: Search, most: float) -> list[list[int]]:
@@ -125,6 +144,20 @@ def _balanced(problem: Search, state: Sequence[int], prices: Array, step: float)
 
     finite = np.log(prices[np.isfinite(prices)]) if np.isfinite(prices).any() else np.zeros(1)
     return _least(at, problem, finite.min() - 2 * step, finite.max() + 2 * step)
+
+
+def _trades(problem: Search, state: Sequence[int], prices: Array, step: float) -> list[list[int]]:
+    """States with one of the cheapest knobs turned further, and one of the dearest back as far as that pays for."""
+    order = [k for k in np.argsort(prices, kind="stable").tolist() if np.isfinite(prices[k])]
+    found = []
+    for cheap in order[:PAIRS]:
+        cut = _turned(state, cheap, _moved(problem, state, cheap, step))
+        for dear in order[: -PAIRS - 1 : -1]:
+            levels = [level for level in np.unique(problem.knobs[dear].table).tolist() if level < state[dear]]
+            room = [level for level in levels if problem.cost(_turned(cut, dear, level)) <= 1]
+            if dear != cheap and room:
+                found.append(_turned(cut, dear, room[0]))
+    return found
 
 
 def _uniform(problem: Search, kinds: set[str]) -> list[int] | None:

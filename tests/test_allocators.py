@@ -140,8 +140,43 @@ def test_every_searcher_meets_the_budget_and_uses_it(name: str, seed: int) -> No
                 assert cost([before if i == k else r for i, r in enumerate(found)]) > 1
 
 
-@pytest.mark.parametrize("trials", [0, 1, 4, 9, 40])
-def test_no_more_is_measured_than_the_effort_pays_for(trials: int) -> None:
+def test_two_knobs_trade_where_moving_all_of_them_gains_nothing() -> None:
+    """Two knobs at the top of a narrow ridge, one step of each away from the best state; the others only lose."""
+    knobs = [knob(*np.linspace(1, 2, 12), kind="channels") for _ in range(6)]
+    free = linear(knobs, [1.0] * 6, 36)
+
+    def damage(states: Sequence[Sequence[int]]) -> np.ndarray:
+        gone = np.array(states, float)
+        return 9 + 3 * (gone[:, 2:] != 6).sum(axis=1) - np.minimum(gone[:, 0] - 6, 3) + 2 * gone[:, 1]
+
+    state = plugin.build("allocators", "measured").search(Search(free.knobs, free.cost, damage))
+    assert state[0] > 6 > state[1]
+    assert state[2:] == [6, 6, 6, 6]
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_a_second_opinion_decides_between_the_start_and_what_was_found(holds: bool) -> None:
+    rng = np.random.default_rng(0)
+    knobs = [knob(*np.sort(rng.random(20)), kind="channels") for _ in range(5)]
+    free = linear(knobs, [1.0] * 5, 60)
+    asked: list[list[int]] = []
+
+    def damage(states: Sequence[Sequence[int]]) -> np.ndarray:
+        return np.array([sum((k + 1) * gone**2 for k, gone in enumerate(state)) for state in states], float)
+
+    def confirm(states: Sequence[Sequence[int]]) -> np.ndarray:
+        asked.extend(map(list, states))
+        return damage(states) if holds else np.arange(len(states), dtype=float)
+
+    found = plugin.build("allocators", "measured").search(Search(free.knobs, free.cost, damage, confirm=confirm))
+    assert len(set(asked[0])) == 1  # the equal share
+    assert len(asked) > 2
+    assert found == (min(asked, key=lambda state: damage([state])[0]) if holds else asked[0])
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("trials", [0, 1, 4, 9, 40, 80])
+def test_no_more_is_measured_than_the_effort_pays_for(trials: int, second: bool) -> None:
     rng, measured = np.random.default_rng(0), []
     knobs = [knob(*np.sort(rng.random(20)), kind=("channels", "heads")[k % 2]) for k in range(5)]
     free = linear(knobs, [1.0] * 5, 60)
@@ -150,7 +185,8 @@ def test_no_more_is_measured_than_the_effort_pays_for(trials: int) -> None:
         measured.extend(states)
         return free.damage(states)
 
-    found = plugin.build("allocators", "measured").search(Search(free.knobs, free.cost, damage, trials))
+    problem = Search(free.knobs, free.cost, damage, trials, damage if second else None)
+    found = plugin.build("allocators", "measured").search(problem)
     assert free.cost(found) <= 1
     assert len(measured) <= trials
 

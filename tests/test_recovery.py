@@ -16,7 +16,7 @@ from onnx import numpy_helper, parser
 
 from onnxprune import pipeline, reconstruct
 from onnxprune.cli import main
-from onnxprune.feeds import noisy, padding_of, trimmed
+from onnxprune.feeds import blended, noisy, padding_of, trimmed
 from onnxprune.recipe import Options
 
 X = np.random.default_rng(1).standard_normal((64, 7)).astype(np.float32)
@@ -247,6 +247,20 @@ def test_noise_is_for_what_is_no_mask() -> None:
     assert found["mask"] is mask
     assert found["far"] is far
     assert noisy([{"mask": mask}], 0.5, 0) == []
+
+
+def test_blends_lie_between_feeds_nearer_to_their_own() -> None:
+    rng = np.random.default_rng(0)
+    x = [rng.standard_normal((3, 4)).astype(np.float32) for _ in range(2)]
+    masks = [(array > 0).astype(np.float32) for array in x]
+    found = blended([{"x": a, "mask": m} for a, m in zip(x, masks, strict=True)], 0)
+    for k, feed in enumerate(found):
+        np.testing.assert_array_equal(feed["mask"], masks[k])
+        share = (feed["x"] - x[k]) / (x[1 - k] - x[k])
+        np.testing.assert_allclose(share, share.flat[0], rtol=1e-4)
+        assert 0.2 <= share.flat[0] <= 0.5
+    assert blended([{"x": x[0]}, {"x": x[1][:2]}], 0) == []  # no two are alike
+    assert blended([{"mask": mask} for mask in masks], 0) == []
 
 
 def test_padding_is_found_at_either_end_and_nowhere_else(encoder: Path) -> None:
