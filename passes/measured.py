@@ -17,6 +17,7 @@ SECOND = 8  # plans that are looked at once more in the end
 PAIRS = 3  # of the cheapest knobs, and of the dearest, that trade with each other
 FREE = 4.0  # how far, as a logarithm, the others may move to make up for a coarse knob
 COARSE = 8  # steps, up to which a knob turns by itself
+FEW = 64  # steps, up to which knobs that turn at once overshoot the target
 
 
 @dataclass(frozen=True)
@@ -177,24 +178,35 @@ def _uniform(problem: Search, kinds: set[str]) -> list[int] | None:
 def _least(at: Callable[[float], list[int]], problem: Search, low: float, high: float) -> list[int]:
     """The state of the lowest number that meets the target, where a higher one costs less.
 
-    Knobs of few steps would jump together: those that need not do so turn back, and the others take up the rest.
+    Knobs of few steps jump together, as the heads of all layers do: those that need not do so turn back, and the others
+    take up the rest.
     """
+    held: dict[int, int] = {}
 
-    def lowest(at: Callable[[float], list[int]]) -> tuple[list[int], list[int]]:
+    def wish(number: float) -> list[int]:
+        return [held.get(k, gone) for k, gone in enumerate(at(number))]
+
+    def lowest() -> tuple[list[int], list[int]]:
+        """The last state that misses the target, and the first that meets it."""
         under, over = low, high
         for _ in range(LONGEST):
             middle = (under + over) / 2
-            under, over = (under, middle) if problem.cost(at(middle)) <= 1 else (middle, over)
-        return at(under), at(over)
+            under, over = (under, middle) if problem.cost(wish(middle)) <= 1 else (middle, over)
+        return wish(under), wish(over)
 
-    before, state = lowest(at)
-    if problem.cost(state) > 1:
-        return state  # out of reach within this bracket
-    coarse = {k for k, knob in enumerate(problem.knobs) if _coarse(knob)}
-    for k in sorted(coarse, key=lambda k: problem.cost(_turned(state, k, before[k]))):
-        back = _turned(state, k, min(before[k], state[k]))
-        if problem.cost(back) <= 1:
-            state = back
-    held = state
-    finer = lowest(lambda number: [held[k] if k in coarse else gone for k, gone in enumerate(at(number))])[1]
-    return finer if problem.cost(finer) <= 1 else state
+    few = {k for k, knob in enumerate(problem.knobs) if len(np.unique(knob.table)) <= FEW}
+    before, state = lowest()
+    while problem.cost(state) <= 1 and (jumped := [k for k in few - held.keys() if before[k] < state[k]]):
+
+        def gained(k: int, state: Sequence[int] = state, before: Sequence[int] = before) -> tuple[float, float]:
+            """What turning a knob back costs; of what costs the same, what is worth more comes first."""
+            worth = problem.knobs[k].worth
+            return round(problem.cost(_turned(state, k, before[k])), 9), float(worth[before[k]] - worth[state[k]])
+
+        for k in sorted(jumped, key=gained):
+            back = _turned(state, k, before[k])
+            state = back if problem.cost(back) <= 1 else state
+            held[k] = state[k]
+        before, finer = lowest()
+        state = finer if problem.cost(finer) <= 1 else state
+    return state

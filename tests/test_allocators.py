@@ -13,6 +13,7 @@ from onnxprune.passes.flap_std import Standardised
 from onnxprune.passes.global_rank import GlobalRank
 from onnxprune.passes.knapsack import Knapsack
 from onnxprune.passes.mask_search import MaskSearch
+from onnxprune.passes.measured import Measured
 from onnxprune.passes.rd_dp import RateDistortion
 from onnxprune.passes.uniform import Uniform
 from onnxprune.plugin import Knob, Search
@@ -59,6 +60,16 @@ def test_standardised_scores_compare() -> None:
     np.testing.assert_allclose(found[0], [-1, 0, 1])
     np.testing.assert_allclose(found[1], [-1, 0, 1])
     np.testing.assert_allclose(found[2], 0)
+
+
+def test_an_equal_share_does_not_overshoot_where_knobs_jump_together() -> None:
+    heads = [knob(*[1.0 + k] * 12, kind="heads") for k in range(6)]
+    channels = [knob(*[1.0] * 100) for _ in range(6)]
+    problem = linear([*heads, *channels], [20] * 6 + [1] * 6, 1400)
+    found = Measured(rounds=0).search(problem)
+    assert 1 - 6 / 1400 <= problem.cost(found) <= 1  # one channel of each group, though six heads would go at once
+    assert max(found[:6]) - min(found[:6]) == 1
+    assert found[:6] == sorted(found[:6], reverse=True)  # of what costs the same, the least worth goes
 
 
 def test_knapsack_beats_density() -> None:
