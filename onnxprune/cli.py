@@ -21,6 +21,7 @@ import click
 from click.core import ParameterSource
 
 from onnxprune.errors import ImpossibleError, InputError, InternalError, PruneError, ours, printable, shown
+from onnxprune.worker import MOST_THREADS
 
 if TYPE_CHECKING:
     from onnxprune.analysis import Analysis
@@ -133,7 +134,7 @@ def common(command: Command) -> Command:
     return wrapped
 
 
-SEED, THREADS = click.IntRange(0, 2**63), click.IntRange(1, 1024)
+SEED, THREADS = click.IntRange(0, 2**63), click.IntRange(1, MOST_THREADS)
 SECONDS = click.FloatRange(0, min_open=True)
 PRECISION = click.option(
     "--precision", default="fp32", show_default=True, metavar="fp32|fp16|bf16|int8", help="What it computes in."
@@ -469,8 +470,9 @@ def _print_sparsity(row: SparsityRow, whole: bool) -> None:
     if whole:
         table(f"{row.pattern}, layer by layer", [*reports.LAYERS], [*reports.layers(row)])
     count = sum(layer.sparse for layer in row.layers)
+    time = "" if row.kernel_time is None else f", which take {row.kernel_time:.1%} of the time"
     say(f"{row.pattern} in {count} layers with {row.sparse_macs:.1%} of the MACs, by {row.criterion}; "
-        f"a sparse kernel is to be expected for {row.kernel_macs:.1%}")  # fmt: skip
+        f"a sparse kernel is to be expected for {row.kernel_macs:.1%}{time}")  # fmt: skip
 
 
 def _print_result(report: Report, output: str, dry_run: bool, verbose: bool, layers: bool = False) -> None:

@@ -6,8 +6,8 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnxprune import measure, storage, timing
 from onnxprune.analysis import Analysis, cost_shapes
 from onnxprune.cache import Cache, key_of, versions
-from onnxprune.errors import ImpossibleError, InputError
+from onnxprune.errors import ImpossibleError, InputError, InternalError
 from onnxprune.measure import Latency, faster
 from onnxprune.model import Model
 from onnxprune.recipe import Options
@@ -100,7 +100,7 @@ class Stopwatch:
         progress: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.analysis, self.feed, self.options, self.cache = analysis, feed, options, cache
-        self.where = [options.backend, options.threads, machine(options.backend)]
+        self.where = place(options)
         self.factor = 1.0
         self.last = (0.0, 0.0)
         self.rows: dict[str, tuple[float, float]] = {}
@@ -110,22 +110,7 @@ class Stopwatch:
                 movable[group.units] = True
         shapes = dict(cost_shapes(analysis.prepared.model, analysis.given, analysis.view.shapes))
         operators = timing.Operators(analysis, shapes, movable)
-        with Worker(seconds=options.timeout) as worker, tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-            path = Path(folder) / "piece.onnx"
-
-            def clock(piece: timing.Piece, seconds: float) -> float | None:
-                key = key_of("operator", self.where, seconds, piece.what)
-                if (known := cache.number("latency", key)) is not None:
-                    return known if known > 0 else None
-                try:
-                    content, inputs = piece.build()
-                    path.write_bytes(content)
-                    found = worker.call(measure.quickest, str(path), inputs, options.backend, options.threads, seconds)
-                except (InputError, ImpossibleError, ValueError, TypeError, RuntimeError):
-                    found = 0.0  # does not run alone
-                cache.put_number("latency", key, found)
-                return float(found) or None
-
+        with alone(options, cache) as clock:
             table, self.multiple = timing.tabulate(
                 operators, clock, lambda done, total: progress(f"measure operators ({done} of {total})")
             )
@@ -217,6 +202,37 @@ class Stopwatch:
             f"no choice met the target when it was measured; the last one reached latency={share:.3f} ({ms:.4g} ms)",
             file=path,
         )
+
+
+@contextmanager
+def alone(options: Options, cache: Cache) -> Iterator[timing.Clock]:
+    """A clock for operators by themselves, where the options measure; times are kept in the cache, failures are not."""
+    where, failed = place(options), set[str]()
+    with Worker(seconds=options.timeout) as worker, tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+        path = Path(folder) / "piece.onnx"
+
+        def clock(piece: timing.Piece, seconds: float) -> float | None:
+            key = key_of("operator", where, seconds, piece.what)
+            if known := cache.number("latency", key):
+                return known
+            if key in failed:
+                return None
+            try:
+                content, inputs = piece.build()
+                path.write_bytes(content)
+                found = worker.call(measure.quickest, str(path), inputs, options.backend, options.threads, seconds)
+            except (InputError, ImpossibleError, InternalError, ValueError, TypeError, RuntimeError):
+                failed.add(key)
+                return None
+            cache.put_number("latency", key, found)
+            return float(found) or None
+
+        yield clock
+
+
+def place(options: Options) -> list[object]:
+    """What latencies depend on beside models, as part of their names in the cache."""
+    return [options.backend, options.threads, machine(options.backend)]
 
 
 def outline(model: Model) -> str:

@@ -32,7 +32,7 @@ from onnxprune.recipe import KINDS, Methods, Options, check, recorded
 from onnxprune.recovery import Recovery, Repaired
 from onnxprune.running import Runner, memory_of
 from onnxprune.runtime import ort
-from onnxprune.sparse import Sparse, sparsified
+from onnxprune.sparse import Sparse, sparsified, timed
 from onnxprune.types import Array, Axis, Frozen, Group, Mask, Plan
 from onnxprune.worker import Worker
 
@@ -121,9 +121,9 @@ def _rounding(options: Options, liked: int | None = None) -> selection.Rounding:
     """What widths are rounded to: `liked` is the multiple that was found by measuring; a pattern needs whole runs."""
     runs = 1 if options.pattern is None else NM.parse(options.pattern).m
     multiple = None if options.round_to == "auto" else int(options.round_to)
-    if liked is None:
-        return selection.Rounding(multiple, options.min_keep, runs, undo=options.ratio is None)
-    return selection.Rounding(multiple, options.min_keep, runs, liked, firm=True)
+    if options.ratio is not None:
+        return selection.Rounding(multiple, options.min_keep, runs)
+    return selection.Rounding(multiple, options.min_keep, runs, liked or selection.LIKED, undo=True, firm=True)
 
 
 def select(
@@ -162,10 +162,14 @@ def select(
         found = analysis.costs.of(alive)
         return {**found, "size": found["size"] + overhead}
 
-    def chosen() -> Plan:
+    def chosen(rounding: selection.Rounding) -> Plan:
         return selection.by_target(groups, priority, allocator.floor, rounding, limits, of, analysis.labels)
 
-    plan: Plan = named(analysis.source.path, chosen)  # also where nothing is searched: says what is out of reach
+    try:
+        shallow = rounding.shallow(groups, cost)
+        plan, rounding = chosen(shallow), shallow
+    except selection.OutOfReachError:  # also where nothing is searched: says what is
+        plan = named(analysis.source.path, lambda: chosen(rounding))
     if searches:
 
         def share(alive: Mask) -> float:
@@ -481,7 +485,10 @@ def with_pattern(result: Result, sparse: Sparse | None) -> Result:
     """The result with what the report says about N:M."""
     if sparse is None:
         return result
-    more = {"sparsity": sparse.row, "rewrites": result.report.rewrites + sparse.rewrites}
+    row, taken = sparse.row, result.report.pruned.latency
+    if taken is not None:
+        row = timed(row, latency.Latency(**taken).ms)
+    more = {"sparsity": row, "rewrites": result.report.rewrites + sparse.rewrites}
     return replace(result, report=result.report.model_copy(update=more))
 
 

@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxprune import quality
-from onnxprune.errors import ImpossibleError, InputError, InternalError, PruneError
+from onnxprune.errors import ImpossibleError, InputError, InternalError, PruneError, shown
 from onnxprune.infer import bodies, graphs, home, walk
 from onnxprune.model import Model, add_initializer, free_name, normalise
 from onnxprune.runtime import ort
@@ -113,10 +113,20 @@ def cast(
         slots[node] = given
         half.update(made)
     if not slots:
-        raise ImpossibleError(f"no operator of it can compute in {precision} at its operator set")
+        raise ImpossibleError(_uncast(graph, types, precision, out))
     chosen = frozenset(str(node.outputs[0].name) for node in slots)
     copies = _insert(graph, slots, half, kind)
     return Cast(model, tuple(sorted(out if kept is None else kept)), chosen, copies)
+
+
+def _uncast(graph: ir.Graph, types: Mapping[str, int], precision: str, out: Sequence[str]) -> str:
+    """Why nothing of a graph was cast; `out` are operators whose values leave the range of the precision."""
+    if out:
+        return f"what could compute in {precision} has values beyond its range; {shown(out[0])} is the first"
+    given = (value for node in walk(graph) for value in node.inputs if value is not None)
+    if not any(_type(value, types) == ir.DataType.FLOAT for value in given):
+        return f"nothing in it is fp32, so there is nothing to cast to {precision}; leave --precision out"
+    return f"nothing that it computes in fp32 can be {precision}: sums and norms stay, its operator set forbids others"
 
 
 def told(model: Model, types: Mapping[str, int], signatures: Mapping[tuple[str, str], Signature]) -> dict[str, int]:

@@ -15,6 +15,7 @@ from onnxprune import plugin, quality, select
 from onnxprune.errors import InputError
 from onnxprune.nm import NM
 from onnxprune.types import Shape
+from onnxprune.worker import MOST_THREADS
 
 KINDS: Mapping[str, str] = {
     "channels": "Channels of convolutions, FFN neurons, recurrent units, any exact width.",
@@ -24,7 +25,6 @@ KINDS: Mapping[str, str] = {
     "experts": "Experts behind a router, with their row of it; mixing behind a softmax or top-k.",
     "layers": "Residual branches, which become identity.",
 }
-MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ class Methods:
         calibrated = options.calibration is not None
         repair = options.reconstruct or ("sequential" if calibrated else "none")
         measured = {"quick": "measured,rounds=0", "default": "measured", "thorough": "measured,rounds=16,trials=600"}
-        search = measured[options.effort] if calibrated and repair != "none" else "global-rank"
+        # Magnitude is that of a mean slice: divided by cost, units of many slices would go first whatever they are.
+        search = measured[options.effort] if calibrated and repair != "none" else "global-rank,power=0"
         return cls(
             options.criterion or ("obs-struct" if calibrated else "mag"),
             options.allocate or ("uniform" if options.ratio is not None else search),

@@ -112,7 +112,8 @@ class Verification(Strict):
 class LayerRow(Strict):
     """A node with multiplications, or a table: whether its weight has the pattern along `axis`, or why not.
 
-    `kernel` says whether a sparse kernel is to be expected, `why` in which precision, or what stands against it.
+    `kernel` says whether a sparse kernel is to be expected, `why` in which precision, or what stands against it. `ms`
+    is what it takes by itself, dense, where that was measured, and `time` the share of the model's latency.
     """
 
     node: str
@@ -129,10 +130,14 @@ class LayerRow(Strict):
     reason: str
     kernel: bool
     why: str
+    ms: float | None = None
+    time: float | None = None
 
 
 class SparsityRow(Strict):
     """N:M: how it was chosen, the shares of all MACs that have it and that a sparse kernel is to be expected for.
+
+    `sparse_time` and `kernel_time` are these shares of the latency where it was measured, on the backend of the report.
 
     `protected` are (initializer, input, output) that stay whatever a criterion says, `permuted` the groups whose units
     have another order.
@@ -143,6 +148,8 @@ class SparsityRow(Strict):
     repair: str | None
     sparse_macs: float
     kernel_macs: float
+    sparse_time: float | None = None
+    kernel_time: float | None = None
     permuted: list[int] = []
     protected: list[tuple[str, int, int]] = []
     layers: list[LayerRow]
@@ -254,24 +261,33 @@ def _sections(report: Report) -> list[Section]:
 
 
 def layers(sparsity: SparsityRow) -> list[tuple[str, ...]]:
-    """Rows of the table of layers: the weight, its MACs, what is left of it, and what to expect."""
+    """Rows of the table of layers: the weight, its MACs and time, what is left of it, what to expect; then the sums."""
     total = sum(row.macs for row in sparsity.layers) or 1
-    return [
+    rows: list[tuple[str, ...]] = [
         (
             shown(row.node),
             row.op,
             f"{row.inputs} x {row.outputs}" if row.inputs else "",
             row.type.lower(),
             f"{row.macs / total:.1%}",
+            "" if row.time is None else f"{row.time:.1%}",
             f"{row.density:.2f}" if row.sparse else "dense",
             "yes" if row.kernel else "no",
             shown(row.why or row.reason),
         )
         for row in sparsity.layers
     ]
+    sums = (
+        (f"all that are {sparsity.pattern}", sparsity.sparse_macs, sparsity.sparse_time),
+        ("all with a sparse kernel", sparsity.kernel_macs, sparsity.kernel_time),
+    )
+    return rows + [
+        (name, "", "", "", f"{macs:.1%}", "" if time is None else f"{time:.1%}", "", "", "")
+        for name, macs, time in sums
+    ]
 
 
-LAYERS = ("node", "op", "inputs x outputs", "type", "MACs", "density", "kernel", "why")
+LAYERS = ("node", "op", "inputs x outputs", "type", "MACs", "time", "density", "kernel", "why")
 
 
 def _sparsity(report: Report) -> list[Section]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import gcd, lcm
 
 import numpy as np
@@ -15,8 +15,14 @@ METRICS = ("macs", "params", "size", "latency")
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9,
          "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}  # fmt: skip
 MILLISECONDS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
-FEW = 4  # times that a multiple must fit into a group to be kept
-SLACK = 1.1  # `auto` takes a coarser multiple only while it keeps at most this many times what was asked
+LIKED = 16  # positions that runtimes compute at once: lanes of AVX-512, rows of tensor cores; of AVX2 it is two times 8
+FEW = 4  # times that a multiple must fit into a group to be kept, or
+TWICE = 2  # so often if
+STEP = 0.05  # it is at most this share of the model
+NARROW = 0.1  # share of the model that may stay whole because no more than one multiple fits into it
+SLACK = (
+    1.1  # without a target, `auto` takes a coarser multiple only while it keeps at most this many times what was asked
+)
 
 
 @dataclass(frozen=True)
@@ -24,8 +30,9 @@ class Rounding:
     """Kept positions become multiples of `multiple` (None: of `liked`, less where that keeps too many, yet of `runs`).
 
     `undo` lets a group keep everything for it; without, what is to shrink shrinks, to odd sizes if need be. A `firm`
-    liking is kept however much that keeps, but for a multiple that fits into a group FEW times, and below it by powers
-    of two.
+    liking is kept however much that keeps, since other groups make up for it, but for a part of it where few of it fit
+    into a group. `costs` are shares of the model by group, for one unit. What is `whole` stays so, and others keep one
+    multiple at least; with `deep` they go on by powers of two.
     """
 
     multiple: int | None
@@ -34,6 +41,19 @@ class Rounding:
     liked: int = 8
     undo: bool = False
     firm: bool = False
+    costs: Mapping[int, float] = field(default_factory=dict)
+    whole: frozenset[int] = frozenset()
+    deep: bool = True
+
+    def shallow(self, groups: Sequence[Group], costs: Sequence[Array]) -> Rounding:
+        """Where it is firm: what to try first, given the cost of units as shares of the model."""
+        if not self.firm or self.multiple is not None:
+            return self
+        each = {group.id: float(cost.max()) for group, cost in zip(groups, costs, strict=True)}
+        narrow = [g for g in groups if 0 < len(g.units) * gcd(*g.unit_positions) <= self.liked]
+        held = sum(len(group.units) * each[group.id] for group in narrow)
+        whole = frozenset(group.id for group in narrow) if held <= NARROW and len(narrow) < len(groups) else frozenset()
+        return replace(self, costs=each, whole=whole, deep=False)
 
     def table(self, group: Group, floor: float) -> Positions:
         """int64[units + 1]: how many units really go when r are to go; rises with r and never exceeds it."""
@@ -42,7 +62,7 @@ class Rounding:
         kept = np.maximum(count - np.arange(count + 1), least)
         width = gcd(*group.unit_positions)  # zero for branches, whose number is free
         if self.multiple is None and self.firm:
-            return _risen(count, self._firm(kept, width, count))
+            return _risen(count, self._firm(group, kept, width))
         chosen = np.full(count + 1, count)
         done = np.zeros(count + 1, np.bool_)
         steps = sorted({lcm(self.liked >> k, self.runs) for k in range(self.liked.bit_length())}, reverse=True)
@@ -56,15 +76,19 @@ class Rounding:
             done |= fits & (self.undo | (rounded < count))
         return _risen(count, chosen)
 
-    def _firm(self, kept: Positions, width: int, count: int) -> Positions:
+    def _firm(self, group: Group, kept: Positions, width: int) -> Positions:
         """int64[units + 1]: how many units stay."""
+        count, each = len(group.units), self.costs.get(group.id, 1.0) / max(width, 1)  # of one position
+        if group.id in self.whole:
+            return np.full_like(kept, count)
         multiple = self.liked
-        while multiple > 1 and multiple * FEW > count * width:
+        while multiple > 1 and multiple * (TWICE if multiple * each <= STEP else FEW) > count * width:
             multiple //= 2
         multiple = lcm(multiple, self.runs)
         step = multiple // gcd(multiple, width)
         powers = np.exp2(np.ceil(np.log2(np.maximum(kept, 1)))).astype(np.int64)
-        return np.minimum(np.where((kept >= step) | (self.runs > 1), -(-kept // step) * step, powers), count)
+        below = (kept < step) & (self.runs == 1) & self.deep
+        return np.minimum(np.where(below, powers, -(-kept // step) * step), count)
 
 
 def _risen(count: int, kept: Positions) -> Positions:

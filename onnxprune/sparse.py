@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune import nm, plugin, reconstruct, verify
+from onnxprune import cache, nm, pace, plugin, reconstruct, timing, verify
 from onnxprune import report as reports
-from onnxprune.analysis import Analysis
+from onnxprune.analysis import Analysis, cost_shapes
 from onnxprune.calibrate import Answers, Columns, ProfileOf, Reads, Request, collect
 from onnxprune.dims import keep_of
 from onnxprune.errors import ImpossibleError, InputError, InternalError
@@ -341,8 +341,22 @@ class _Run:
 
     # What is told
 
+    def _times(self) -> dict[str, float]:
+        """{node: ms of it alone, dense}, on the backend of the options; nothing where they do not measure."""
+        options, analysis = self.options, self.analysis
+        if not options.measure or options.dry_run or not self.prover.feeds:
+            return {}
+        if not self.prover.runner(self.worker).fits(analysis.dense):
+            return {}
+        self.recovery.progress("measure operators")
+        shapes = cost_shapes(analysis.prepared.model, analysis.given, analysis.view.shapes)
+        operators = timing.Operators(analysis, dict(shapes), np.zeros(analysis.labels, np.bool_))
+        with pace.alone(options, cache.opened(options.cache, options.no_cache)) as clock:
+            return timing.singly(operators, clock, self.alive)
+
     def _row(self, permuted: Sequence[int], protected: Mapping[Slot, Sequence[tuple[int, int]]]) -> reports.SparsityRow:
         stored = initializers(self.model.graph)
+        times = self._times()
         rows = []
         for one in self.layers:
             expected, why = nm.kernel(one, self.nm)
@@ -363,6 +377,7 @@ class _Run:
                     reason=one.reason,
                     kernel=expected,
                     why=why,
+                    ms=times.get(one.node),
                 )
             )
         total = sum(row.macs for row in rows) or 1
@@ -378,6 +393,24 @@ class _Run:
             protected=[(names[slot], column, output) for slot, every in protected.items() for column, output in every],
             layers=rows,
         )
+
+
+def timed(row: reports.SparsityRow, whole: float) -> reports.SparsityRow:
+    """The row with shares of time; `whole` is what the model takes, in ms, or the layers one by one if that is more."""
+    known = [(layer, layer.ms) for layer in row.layers if layer.ms is not None]
+    if not known:
+        return row
+    whole = max(whole, sum(ms for _, ms in known)) or 1.0
+    return row.model_copy(
+        update={
+            "layers": [
+                layer.model_copy(update={"time": None if layer.ms is None else layer.ms / whole})
+                for layer in row.layers
+            ],
+            "sparse_time": sum(ms for layer, ms in known if layer.sparse) / whole,
+            "kernel_time": sum(ms for layer, ms in known if layer.kernel) / whole,
+        }
+    )
 
 
 def _reasons(layers: Sequence[Layer]) -> str:

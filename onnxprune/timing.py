@@ -306,12 +306,7 @@ def tabulate(
     operators: Operators, clock: Clock, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> tuple[Table, int]:
     """(the table, the multiple of positions that pays), measured where the time is."""
-    fixed = clock(EMPTY, CAREFUL) or 0.0
-
-    def alone(piece: Piece, seconds: float) -> float | None:
-        found = clock(piece, seconds)
-        return None if found is None else max(found - fixed, LEAST * found)
-
+    fixed, alone = _net(clock)
     entries = _alike(operators, alone)
     total = sum(entry.dense * len(entry.nodes) for entry in entries) or 1.0
     for entry in entries:
@@ -327,6 +322,33 @@ def tabulate(
             progress(done, whole)
         entry.times = smooth(entry.times)
     return _assembled(operators, entries, fixed), _multiple(operators, alone, entries, total)
+
+
+def singly(operators: Operators, clock: Clock, alive: Mask) -> dict[str, float]:
+    """{first output: ms} of linear operators outside of bodies, each by itself with what is alive; equal ones once."""
+    _, net = _net(clock)
+    known: dict[str, float | None] = {}
+    found = {}
+    for i in operators.found:
+        node = operators.view.nodes[i]
+        piece = operators.piece(i, alive) if not node.within else None
+        if piece is not None:
+            if piece.key not in known:
+                known[piece.key] = net(piece, SECONDS)
+            if (ms := known[piece.key]) is not None:
+                found[node.outputs[0]] = ms
+    return found
+
+
+def _net(clock: Clock) -> tuple[float, Clock]:
+    """(what a run costs that computes nothing, the clock without it)."""
+    fixed = clock(EMPTY, CAREFUL) or 0.0
+
+    def net(piece: Piece, seconds: float) -> float | None:
+        found = clock(piece, seconds)
+        return None if found is None else max(found - fixed, LEAST * found)
+
+    return fixed, net
 
 
 def _alike(operators: Operators, clock: Clock) -> list[_Entry]:

@@ -25,6 +25,7 @@ from onnxprune.errors import InternalError, MachineError, PruneError
 # Not `-m onnxprune.worker`, which would look for modules in the current folder first, beside a stranger's model.
 BOOT = "import sys; sys.path[:] = sys.argv[3:]; from onnxprune.worker import serve; serve(*map(int, sys.argv[1:3]))"
 CHATTER = 1 << 16  # bytes of what native code printed that are kept: what a pipe holds
+MOST_THREADS = 1024  # that a model may be told to run in
 NUMBER = struct.Struct(">Q")
 
 Frames = Sequence[bytes | bytearray | memoryview]
