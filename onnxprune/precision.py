@@ -122,11 +122,11 @@ def cast(
 def _uncast(graph: ir.Graph, types: Mapping[str, int], precision: str, out: Sequence[str]) -> str:
     """Why nothing of a graph was cast; `out` are operators whose values leave the range of the precision."""
     if out:
-        return f"what could compute in {precision} has values beyond its range; {shown(out[0])} is the first"
+        return f"no operator of it stays within the range of {precision}; '{shown(out[0])}' is the first that leaves it"
     given = (value for node in walk(graph) for value in node.inputs if value is not None)
     if not any(_type(value, types) == ir.DataType.FLOAT for value in given):
-        return f"nothing in it is fp32, so there is nothing to cast to {precision}; leave --precision out"
-    return f"nothing that it computes in fp32 can be {precision}: sums and norms stay, its operator set forbids others"
+        return f"no operator of it computes in fp32, so nothing is to be cast to {precision}; leave --precision out"
+    return f"no operator of it can compute in {precision}: sums and norms stay wide, its operator set forbids others"
 
 
 def told(model: Model, types: Mapping[str, int], signatures: Mapping[tuple[str, str], Signature]) -> dict[str, int]:
@@ -342,6 +342,8 @@ def ranges(model: Model, types: Mapping[str, int], feeds: Sequence[Mapping[str, 
     values = [v for v in graph.inputs if v.name not in graph.initializers]
     values += [value for node in graph for value in node.outputs if value.name]
     floats = [value for value in values if _type(value, types) == ir.DataType.FLOAT]
+    if not floats:
+        return {}
     flat = _constant(graph, "flat", np.array([-1], np.int64))
     zero = _constant(graph, "zero", np.zeros(1, np.float32))
     made = {str(value.name): _largest(graph, value, flat, zero) for value in floats}

@@ -270,6 +270,21 @@ def test_what_is_not_finite_any_more_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "said"), [("float16", "no operator of it computes in fp32"), ("float", "the range of fp16; 'y'")]
+)
+def test_why_nothing_is_cast(kind: str, said: str, tmp_path: Path) -> None:
+    """In fp16 already, or with numbers that it does not hold."""
+    text = f"({kind}[n,2] x) => ({kind}[n,2] y) <{kind}[2,2] A = {{1, 2, 3, 4}}> {{ y = MatMul(x, A) }}"
+    if kind == "float":
+        text = text.replace("4", "1000000.0")
+    model, out = made(tmp_path, text, {}), tmp_path / "h.onnx"
+    code, _, errors = run("export", model, "-o", out, "--to", "onnx", "--precision", "fp16")
+    assert code == 3
+    assert said in errors
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
     ("verb", "more", "code", "said"),
     [
         ("export", ["--to", "onnx", "--precision", "fp8"], 2, "there are fp32, fp16, bf16, int8"),

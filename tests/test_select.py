@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import numpy_helper, parser
 
+from onnxprune import prune
 from onnxprune.errors import ImpossibleError, InputError
 from onnxprune.select import Rounding, alive_labels, by_ratio, by_target, parse_target
 from onnxprune.types import Group
@@ -61,6 +66,75 @@ def test_a_firm_multiple_is_kept_where_it_fits_often(units: int, width: int, lik
     if liked * 4 <= units * width:
         step = liked // np.gcd(liked, width)
         assert all(k == units or k % step == 0 or (k < step and k & (k - 1) == 0) for k in kept)
+
+
+def costs(found: tuple[Group, ...], *shares: float) -> list[np.ndarray]:
+    """What each unit costs where groups are these shares of the model."""
+    return [np.full(len(g.units), share / len(g.units)) for g, share in zip(found, shares, strict=True)]
+
+
+def kept(rounding: Rounding, group: Group) -> set[int]:
+    return set((len(group.units) - rounding.table(group, 0.0)).tolist())
+
+
+FIRM = Rounding(None, liked=16, undo=True, firm=True)
+
+
+@pytest.mark.parametrize(
+    ("units", "share", "step"),
+    [(64, 0.9, 16), (32, 0.09, 16), (32, 0.3, 8), (24, 0.09, 8), (24, 0.3, 4), (12, 0.09, 4), (12, 0.9, 2)],
+)
+def test_a_step_is_small_beside_the_group_or_beside_the_model(units: int, share: float, step: int) -> None:
+    found = groups(units, 160)
+    rounding = FIRM.shallow(found, costs(found, share, 1 - share))
+    assert not rounding.whole or units <= 16
+    if not rounding.whole:
+        assert kept(rounding, found[0]) == set(range(step, units + 1, step))
+
+
+def test_what_is_no_wider_than_a_multiple_stays_whole_where_it_is_little() -> None:
+    found = groups(16, 12, 160)
+    little = FIRM.shallow(found, costs(found, 0.05, 0.04, 0.91))
+    assert little.whole == {0, 1}
+    assert kept(little, found[0]) == {16}
+    much = FIRM.shallow(found, costs(found, 0.05, 0.06, 0.89))
+    assert not much.whole
+    assert len(kept(much, found[0])) > 1
+    alone = groups(16, 12)
+    assert not FIRM.shallow(alone, costs(alone, 0.05, 0.04)).whole
+    explicit = Rounding(16, undo=True, firm=True)
+    assert explicit.shallow(found, costs(found, 0.1, 0.1, 0.8)) == explicit
+
+
+def test_one_multiple_stays_until_the_target_needs_less() -> None:
+    found = groups(64)
+    assert min(kept(FIRM.shallow(found, costs(found, 1.0)), found[0])) == 16
+    assert kept(FIRM, found[0]) == {1, 2, 4, 8, 16, 32, 48, 64}
+
+
+def test_wide_layers_go_beside_the_width_that_they_share(tmp_path: Path) -> None:
+    """Each unit of a residual width costs what many inner ones do, which is no reason that it goes first."""
+    rng = np.random.default_rng(0)
+    body, shapes, x = ["h0 = Conv(image, w)"], {"w": (64, 3, 1, 1)}, "h0"
+    for k in range(1, 7):
+        body.append(f"a{k} = Conv({x}, u{k})\nr{k} = Relu(a{k})\nb{k} = Conv(r{k}, v{k})\nh{k} = Add({x}, b{k})")
+        shapes |= {f"u{k}": (96, 64, 1, 1), f"v{k}": (64, 96, 1, 1)}
+        x = f"h{k}"
+    body.append(f"g = GlobalAveragePool({x})\nf = Flatten(g)\ny = MatMul(f, c)")
+    shapes["c"] = (64, 5)
+    model = parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 18]> g (float[n,3,6,6] image) => (float[n,5] y) {' + "\n".join(body) + "}"
+    )
+    for name, shape in shapes.items():
+        model.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
+    onnx.save(model, tmp_path / "m.onnx")
+    result = prune(tmp_path / "m.onnx", target={"macs": 0.5}, measure=False)
+    report = result.report
+    assert 0.45 <= report.pruned.macs / report.dense.macs <= 0.5
+    left = {row.before: row.after for row in report.groups if row.kind == "channels"}
+    assert left[64] >= 32
+    assert left[96] >= 48
+    assert all(row.after % 16 == 0 for row in report.groups if row.kind == "channels")
 
 
 def test_what_is_not_to_be_undone_may_stay_whole() -> None:

@@ -13,6 +13,7 @@ from onnx import numpy_helper, parser
 from zoo import ZOO
 
 from onnxprune import nm, plugin, sparse
+from onnxprune import report as reports
 from onnxprune.analysis import Analysis
 from onnxprune.cli import main
 from onnxprune.errors import ImpossibleError, InputError, InternalError
@@ -240,6 +241,50 @@ def test_readers_of_one_weight_must_agree(tmp_path: Path) -> None:
 def layers_of(path: Path) -> list[Layer]:
     analysis = Analysis(path)
     return find_layers(analysis.rewrite(Plan({})), analysis.given, NM(2, 4))
+
+
+def test_the_table_says_what_share_of_the_time_a_layer_is(net: Path, tmp_path: Path) -> None:
+    result = run("sparsify", net, "-o", tmp_path / "s.onnx", "--report", tmp_path / "r.json")
+    assert result.exit_code == 0, result.output
+    assert "of the time" in result.output
+    row = json.loads((tmp_path / "r.json").read_text())["sparsity"]
+    assert len(row["layers"]) == 7
+    assert all(layer["ms"] > 0 and 0 < layer["time"] < 1 for layer in row["layers"])
+    assert sum(layer["time"] for layer in row["layers"]) <= 1 + 1e-9
+    assert row["sparse_time"] == pytest.approx(sum(layer["time"] for layer in row["layers"] if layer["sparse"]))
+    assert row["kernel_time"] == 0
+    more = ("--ratio", "0.3", "--pattern", "2:4", "--no-cache", "--report", tmp_path / "p.json")
+    assert run("prune", net, "-o", tmp_path / "p.onnx", *more).exit_code == 0
+    row = json.loads((tmp_path / "p.json").read_text())["sparsity"]
+    assert all(layer["time"] > 0 for layer in row["layers"])
+
+
+def test_without_measuring_there_are_shares_of_macs_only(net: Path, tmp_path: Path) -> None:
+    result = run("sparsify", net, "-o", tmp_path / "s.onnx", "--no-measure", "--report", tmp_path / "r.json")
+    assert result.exit_code == 0
+    assert "of the time" not in result.output
+    row = json.loads((tmp_path / "r.json").read_text())["sparsity"]
+    assert row["kernel_time"] is None
+    assert {layer["time"] for layer in row["layers"]} == {None}
+    sums = reports.layers(reports.SparsityRow.model_validate(row))[-2:]
+    assert [cells[4] for cells in sums] == [f"{row['sparse_macs']:.1%}", "0.0%"]
+    assert {cells[5] for cells in sums} == {""}
+
+
+def test_shares_of_time_are_of_the_whole_model_and_never_more_than_all() -> None:
+    common = {"op": "Conv", "initializer": "w", "axis": 1, "inputs": 8, "outputs": 8, "type": "FLOAT", "macs": 1,
+              "density": 0.5, "criterion": "nm-mag", "reason": "", "why": ""}  # fmt: skip
+    layers = [
+        reports.LayerRow(node=str(k), sparse=sparse, kernel=kernel, ms=ms, **common)
+        for k, (sparse, kernel, ms) in enumerate([(True, True, 3.0), (True, False, 1.0), (False, False, None)])
+    ]
+    row = reports.SparsityRow(
+        pattern="2:4", criterion="nm-mag", repair=None, sparse_macs=1, kernel_macs=1, layers=layers
+    )
+    for whole, wanted in ((10.0, (0.3, 0.1, None)), (2.0, (0.75, 0.25, None))):
+        found = sparse.timed(row, whole)
+        assert tuple(layer.time for layer in found.layers) == wanted
+        assert (found.kernel_time, found.sparse_time) == (wanted[0], wanted[0] + wanted[1])
 
 
 # With calibration data -----------------------------------------------------------------------------------------------

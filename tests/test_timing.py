@@ -13,9 +13,11 @@ import pytest
 from zoo import ZOO
 
 from onnxprune.analysis import Analysis, cost_shapes
-from onnxprune.pace import CLOSE, MOST, Verdict, converge
+from onnxprune.cache import Cache
+from onnxprune.pace import CLOSE, MOST, Verdict, alone, converge
+from onnxprune.recipe import Options
 from onnxprune.runtime import ort
-from onnxprune.timing import DIMENSIONS, EMPTY, PLACES, Operators, Piece, Table, counts, smooth, tabulate
+from onnxprune.timing import DIMENSIONS, EMPTY, PLACES, Operators, Piece, Table, counts, singly, smooth, tabulate
 from onnxprune.types import Array, Mask
 
 DIGITS = Path(__file__).resolve().parents[1] / "models" / "digits_cnn.onnx"
@@ -128,6 +130,46 @@ def test_an_operator_that_does_not_run_alone_is_left_out(digits: Operators) -> N
     table, _ = tabulate(digits, lambda piece, seconds: None if piece.what["op"][1] == "Gemm" else 1.0)
     kinds = {digits.view.nodes[i].op_type for i in table.linear.tolist()}
     assert kinds == {"Conv"}
+
+
+def test_an_operator_that_fails_once_is_asked_again(tmp_path: Path) -> None:
+    """By the next run: a failure is not kept in the cache, a time is."""
+    asked: list[str] = []
+
+    def piece(name: str, fails: bool) -> Piece:
+        def build() -> tuple[bytes, dict[str, Array]]:
+            asked.append(name)
+            if fails:
+                raise ValueError(name)
+            return EMPTY.build()
+
+        return Piece({"an": "operator"}, build)
+
+    found = []
+    for name, fails in (("first", True), ("second", False), ("third", False)):
+        with alone(Options(ratio=0.5), Cache(tmp_path)) as clock:
+            found.append([clock(piece(name, fails), 0.001) for _ in range(2)])
+    assert found[0] == [None, None]
+    assert found[1][0] is not None
+    assert found[1][0] > 0
+    assert found[1] == [found[1][0]] * 2 == found[2]
+    assert asked == ["first", "second"]
+
+
+def test_operators_by_themselves_take_what_the_clock_says(digits: Operators) -> None:
+    asked: list[str] = []
+
+    def clock(piece: Piece, seconds: float) -> float | None:
+        asked.append(piece.key)
+        return None if piece.what["op"][1] == "Gemm" else 7.0 if piece is EMPTY else 7.0 + macs(piece)
+
+    alive = digits.alive(digits.dimensions(digits.found[0]), [8])
+    found = singly(digits, clock, alive)
+    nodes = {digits.view.nodes[i].outputs[0]: i for i in digits.found}
+    wanted = {name: macs(piece) for name, i in nodes.items() if (piece := digits.piece(i, alive)) is not None}
+    assert found == pytest.approx({name: wanted[name] for name in found})
+    assert {digits.view.nodes[nodes[name]].op_type for name in wanted.keys() - found.keys()} == {"Gemm"}
+    assert len(asked) == len(set(asked))
 
 
 def test_levels_are_whole_numbers_of_units_and_rise(digits: Operators) -> None:
