@@ -123,7 +123,7 @@ def _rounding(options: Options, liked: int | None = None) -> selection.Rounding:
     multiple = None if options.round_to == "auto" else int(options.round_to)
     if options.ratio is not None:
         return selection.Rounding(multiple, options.min_keep, runs)
-    return selection.Rounding(multiple, options.min_keep, runs, liked or selection.LIKED, undo=True, firm=True)
+    return selection.Rounding(multiple, options.min_keep, runs, liked or selection.LIKED, undo=True)
 
 
 def select(
@@ -165,10 +165,11 @@ def select(
     def chosen(rounding: selection.Rounding) -> Plan:
         return selection.by_target(groups, priority, allocator.floor, rounding, limits, of, analysis.labels)
 
-    try:
-        shallow = rounding.shallow(groups, cost)
-        plan, rounding = chosen(shallow), shallow
-    except selection.OutOfReachError:  # also where nothing is searched: says what is
+    rounding = rounding.firm(groups, cost)
+    try:  # also where this is not what is searched: says what is out of reach
+        plan = chosen(rounding)
+    except selection.OutOfReachError:
+        rounding = rounding.deepest()
         plan = named(analysis.source.path, lambda: chosen(rounding))
     if searches:
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import gcd, lcm
 
 import numpy as np
@@ -15,24 +15,22 @@ METRICS = ("macs", "params", "size", "latency")
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9,
          "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}  # fmt: skip
 MILLISECONDS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
-LIKED = 16  # positions that runtimes compute at once: lanes of AVX-512, rows of tensor cores; of AVX2 it is two times 8
-FEW = 4  # times that a multiple must fit into a group to be kept, or
-TWICE = 2  # so often if
-STEP = 0.05  # it is at most this share of the model
+LIKED = 16  # positions that runtimes compute at once: lanes of AVX-512, rows of tensor cores; with AVX2 twice 8
+TWICE = 2  # times that a firm multiple must fit into a group,
+FEW = 8  # or so often if
+STEP = 0.05  # it is more than this share of the model
 NARROW = 0.1  # share of the model that may stay whole because no more than one multiple fits into it
-SLACK = (
-    1.1  # without a target, `auto` takes a coarser multiple only while it keeps at most this many times what was asked
-)
+SLACK = 1.1  # what is not firm takes a coarser multiple only while it keeps at most this many times what was asked
 
 
 @dataclass(frozen=True)
 class Rounding:
     """Kept positions become multiples of `multiple` (None: of `liked`, less where that keeps too many, yet of `runs`).
 
-    `undo` lets a group keep everything for it; without, what is to shrink shrinks, to odd sizes if need be. A `firm`
-    liking is kept however much that keeps, since other groups make up for it, but for a part of it where few of it fit
-    into a group. `costs` are shares of the model by group, for one unit. What is `whole` stays so, and others keep one
-    multiple at least; with `deep` they go on by powers of two.
+    `undo` lets a group keep everything for it; without, what is to shrink shrinks, to odd sizes if need be. With
+    `costs`, shares of the model for one unit of each group, the liking is firm: it is kept however much that keeps,
+    since other groups make up for it, but for a half or less of it where it is much of a group or of the model. What is
+    `whole` then stays so, and of others one multiple stays, or with `deep` a power of two below it.
     """
 
     multiple: int | None
@@ -40,20 +38,22 @@ class Rounding:
     runs: int = 1
     liked: int = 8
     undo: bool = False
-    firm: bool = False
-    costs: Mapping[int, float] = field(default_factory=dict)
+    costs: Mapping[int, float] | None = None
     whole: frozenset[int] = frozenset()
-    deep: bool = True
+    deep: bool = False
 
-    def shallow(self, groups: Sequence[Group], costs: Sequence[Array]) -> Rounding:
-        """Where it is firm: what to try first, given the cost of units as shares of the model."""
-        if not self.firm or self.multiple is not None:
+    def firm(self, groups: Sequence[Group], costs: Sequence[Array]) -> Rounding:
+        """Firm where no multiple is given; `costs` float64[units] for each group are shares of the model."""
+        if self.multiple is not None:
             return self
         each = {group.id: float(cost.max()) for group, cost in zip(groups, costs, strict=True)}
         narrow = [g for g in groups if 0 < len(g.units) * gcd(*g.unit_positions) <= self.liked]
-        held = sum(len(group.units) * each[group.id] for group in narrow)
-        whole = frozenset(group.id for group in narrow) if held <= NARROW and len(narrow) < len(groups) else frozenset()
-        return replace(self, costs=each, whole=whole, deep=False)
+        little = len(narrow) < len(groups) and sum(len(g.units) * each[g.id] for g in narrow) <= NARROW
+        return replace(self, costs=each, whole=frozenset(g.id for g in narrow if little))
+
+    def deepest(self) -> Rounding:
+        """For a target that is out of reach otherwise."""
+        return replace(self, whole=frozenset(), deep=True)
 
     def table(self, group: Group, floor: float) -> Positions:
         """int64[units + 1]: how many units really go when r are to go; rises with r and never exceeds it."""
@@ -61,8 +61,8 @@ class Rounding:
         least = min(count, max(self.min_keep, group.least, int(np.ceil(floor * count))))
         kept = np.maximum(count - np.arange(count + 1), least)
         width = gcd(*group.unit_positions)  # zero for branches, whose number is free
-        if self.multiple is None and self.firm:
-            return _risen(count, self._firm(group, kept, width))
+        if self.costs is not None:
+            return _risen(count, self._firmly(group, kept, width, self.costs[group.id]))
         chosen = np.full(count + 1, count)
         done = np.zeros(count + 1, np.bool_)
         steps = sorted({lcm(self.liked >> k, self.runs) for k in range(self.liked.bit_length())}, reverse=True)
@@ -76,13 +76,13 @@ class Rounding:
             done |= fits & (self.undo | (rounded < count))
         return _risen(count, chosen)
 
-    def _firm(self, group: Group, kept: Positions, width: int) -> Positions:
-        """int64[units + 1]: how many units stay."""
-        count, each = len(group.units), self.costs.get(group.id, 1.0) / max(width, 1)  # of one position
+    def _firmly(self, group: Group, kept: Positions, width: int, cost: float) -> Positions:
+        """int64[units + 1]: how many units stay; a unit has `width` positions and costs this share of the model."""
+        count = len(group.units)
         if group.id in self.whole:
             return np.full_like(kept, count)
         multiple = self.liked
-        while multiple > 1 and multiple * (TWICE if multiple * each <= STEP else FEW) > count * width:
+        while multiple > 1 and multiple * (FEW if multiple * cost > STEP * width else TWICE) > count * width:
             multiple //= 2
         multiple = lcm(multiple, self.runs)
         step = multiple // gcd(multiple, width)
@@ -131,6 +131,7 @@ def by_target(
 ) -> Plan:
     """The shortest run of units, in order of priority, without which every target is met.
 
+    What rounding makes of it may be more than is needed: then steps are given back, the last in that order first.
     `targets` and `cost` are in absolute numbers. Raises OutOfReachError, with what can be reached.
     """
     orders = [np.argsort(scores, kind="stable") for scores in priority]
@@ -139,24 +140,41 @@ def by_target(
     owner = np.concatenate([np.zeros(0, np.int64), *(np.full(len(o), k) for k, o in enumerate(orders))])
     line = owner[np.argsort(rank, kind="stable")]
 
-    def plan(length: int) -> Plan:
+    def goes(length: int) -> list[int]:
         wishes = np.bincount(line[:length].astype(np.int64), minlength=len(groups))
-        return Plan({g.id: _keep(g, o, int(t[w])) for g, o, t, w in zip(groups, orders, tables, wishes, strict=True)})
+        return [int(t[w]) for t, w in zip(tables, wishes, strict=True)]
 
-    def missed(length: int) -> dict[str, float]:
-        reached = cost(alive_labels(groups, plan(length), labels))
+    def plan(gone: Sequence[int]) -> Plan:
+        return Plan({g.id: _keep(g, o, count) for g, o, count in zip(groups, orders, gone, strict=True)})
+
+    def missed(gone: Sequence[int]) -> dict[str, float]:
+        reached = cost(alive_labels(groups, plan(gone), labels))
         return {metric: reached[metric] for metric, most in targets.items() if reached[metric] > most * (1 + 1e-9)}
 
-    if short := missed(len(line)):
+    if short := missed(goes(len(line))):
         dense = cost(np.ones(labels, np.bool_))
         best = ", ".join(f"{metric}={value / dense[metric]:.3f} ({value:.4g})" for metric, value in short.items())
         text = f"the target is out of reach; the least that can be reached is {best}"
-        raise OutOfReachError(text, plan(len(line)), short)
+        raise OutOfReachError(text, plan(goes(len(line))), short)
     low, high = -1, len(line)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if missed(middle) else (low, middle)
-    return plan(high)
+        low, high = (middle, high) if missed(goes(middle)) else (low, middle)
+    found = goes(high)
+    live = {k for k, count in enumerate(found) if count}
+    while live:
+        backs = {k: [count if i != k else _before(tables[k], count) for i, count in enumerate(found)] for k in live}
+        live = {k for k, gone in backs.items() if not missed(gone)}  # what does not fit now never will
+        if live:
+            last = max(sorted(live), key=lambda k: priority[k][orders[k][found[k] - 1]])
+            found = backs[last]
+            live -= {last} if not found[last] else set()
+    return plan(found)
+
+
+def _before(table: Positions, count: int) -> int:
+    """How many units go one step before so many do."""
+    return int(table[table < count].max())
 
 
 def alive_labels(groups: Sequence[Group], plan: Plan, labels: int) -> Mask:

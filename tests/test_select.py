@@ -56,18 +56,6 @@ def test_auto_takes_eights_unless_that_undoes_the_pruning() -> None:
     assert 12 - Rounding(8).table(head, 0.0)[5] == 7
 
 
-@given(st.integers(1, 200), st.integers(1, 64), st.sampled_from([1, 2, 4, 8, 16, 32]))
-def test_a_firm_multiple_is_kept_where_it_fits_often(units: int, width: int, liked: int) -> None:
-    (group,) = groups(units, width=width)
-    table = Rounding(None, liked=liked, firm=True).table(group, 0.0)
-    kept = units - table
-    assert (table <= np.arange(units + 1)).all()
-    assert (np.diff(table) >= 0).all()
-    if liked * 4 <= units * width:
-        step = liked // np.gcd(liked, width)
-        assert all(k == units or k % step == 0 or (k < step and k & (k - 1) == 0) for k in kept)
-
-
 def costs(found: tuple[Group, ...], *shares: float) -> list[np.ndarray]:
     """What each unit costs where groups are these shares of the model."""
     return [np.full(len(g.units), share / len(g.units)) for g, share in zip(found, shares, strict=True)]
@@ -77,39 +65,56 @@ def kept(rounding: Rounding, group: Group) -> set[int]:
     return set((len(group.units) - rounding.table(group, 0.0)).tolist())
 
 
-FIRM = Rounding(None, liked=16, undo=True, firm=True)
+@given(st.integers(1, 200), st.integers(1, 64), st.sampled_from([1, 2, 4, 8, 16, 32]), st.floats(0, 1), st.booleans())
+def test_a_firm_multiple_is_kept_where_it_is_little(
+    units: int, width: int, liked: int, share: float, deep: bool
+) -> None:
+    (group,) = found = groups(units, width=width)
+    rounding = Rounding(None, liked=liked).firm(found, costs(found, share))
+    table = (rounding.deepest() if deep else rounding).table(group, 0.0)
+    kept = units - table
+    assert (table <= np.arange(units + 1)).all()
+    assert (np.diff(table) >= 0).all()
+    if liked * 2 <= units * width and share * liked / (units * width) <= 0.0499:
+        step = liked // np.gcd(liked, width)
+        assert all(k == units or k % step == 0 or (deep and k < step and k & (k - 1) == 0) for k in kept)
+
+
+FIRM = Rounding(None, liked=16, undo=True)
 
 
 @pytest.mark.parametrize(
     ("units", "share", "step"),
-    [(64, 0.9, 16), (32, 0.09, 16), (32, 0.3, 8), (24, 0.09, 8), (24, 0.3, 4), (12, 0.09, 4), (12, 0.9, 2)],
+    [
+        (64, 0.2, 16),
+        (64, 0.4, 8),
+        (64, 0.9, 8),
+        (32, 0.09, 16),
+        (32, 0.9, 4),
+        (24, 0.09, 8),
+        (24, 0.4, 2),
+        (12, 0.11, 4),
+    ],
 )
-def test_a_step_is_small_beside_the_group_or_beside_the_model(units: int, share: float, step: int) -> None:
+def test_a_step_is_little_beside_the_group_and_the_model(units: int, share: float, step: int) -> None:
     found = groups(units, 160)
-    rounding = FIRM.shallow(found, costs(found, share, 1 - share))
-    assert not rounding.whole or units <= 16
-    if not rounding.whole:
-        assert kept(rounding, found[0]) == set(range(step, units + 1, step))
+    rounding = FIRM.firm(found, costs(found, share, 1 - share))
+    assert kept(rounding, found[0]) == set(range(step, units + 1, step))
 
 
 def test_what_is_no_wider_than_a_multiple_stays_whole_where_it_is_little() -> None:
     found = groups(16, 12, 160)
-    little = FIRM.shallow(found, costs(found, 0.05, 0.04, 0.91))
+    little = FIRM.firm(found, costs(found, 0.05, 0.04, 0.91))
     assert little.whole == {0, 1}
     assert kept(little, found[0]) == {16}
-    much = FIRM.shallow(found, costs(found, 0.05, 0.06, 0.89))
+    assert kept(little.deepest(), found[0]) == {1, 2, 4, 8, 16}
+    much = FIRM.firm(found, costs(found, 0.05, 0.06, 0.89))
     assert not much.whole
-    assert len(kept(much, found[0])) > 1
+    assert kept(much, found[0]) == {8, 16}
     alone = groups(16, 12)
-    assert not FIRM.shallow(alone, costs(alone, 0.05, 0.04)).whole
-    explicit = Rounding(16, undo=True, firm=True)
-    assert explicit.shallow(found, costs(found, 0.1, 0.1, 0.8)) == explicit
-
-
-def test_one_multiple_stays_until_the_target_needs_less() -> None:
-    found = groups(64)
-    assert min(kept(FIRM.shallow(found, costs(found, 1.0)), found[0])) == 16
-    assert kept(FIRM, found[0]) == {1, 2, 4, 8, 16, 32, 48, 64}
+    assert not FIRM.firm(alone, costs(alone, 0.05, 0.04)).whole
+    explicit = Rounding(16, undo=True)
+    assert explicit.firm(found, costs(found, 0.1, 0.1, 0.8)) == explicit
 
 
 def test_wide_layers_go_beside_the_width_that_they_share(tmp_path: Path) -> None:
@@ -134,7 +139,7 @@ def test_wide_layers_go_beside_the_width_that_they_share(tmp_path: Path) -> None
     left = {row.before: row.after for row in report.groups if row.kind == "channels"}
     assert left[64] >= 32
     assert left[96] >= 48
-    assert all(row.after % 16 == 0 for row in report.groups if row.kind == "channels")
+    assert all(row.after % 8 == 0 for row in report.groups if row.kind == "channels")
 
 
 def test_what_is_not_to_be_undone_may_stay_whole() -> None:
@@ -153,6 +158,20 @@ def test_target_is_met_by_the_shortest_run_and_guards_every_group() -> None:
     plan = by_target(found, priority, 0.1, Rounding(1), {"macs": 3.0}, cost, 6)
     assert [plan.keep[k].tolist() for k in (0, 1)] == [[False, False, True], [False, True, True]]
     assert alive_labels(found, plan, 6).sum() == 3
+
+
+def test_what_rounding_takes_too_much_is_given_back() -> None:
+    """The last unit in the line takes a step of four with it; a step of the other group is not needed then."""
+    found = groups(8, 8)
+    priority = [np.linspace(1, 2, 8), np.linspace(1.01, 2.01, 8)]
+
+    def cost(alive: np.ndarray) -> dict[str, float]:
+        return {"macs": float(alive[:8].sum() + 3 * alive[8:].sum())}
+
+    plan = by_target(found, priority, 0.0, Rounding(4, undo=True), {"macs": 20.0}, cost, 16)
+    assert left(plan, found) == [8, 4]
+    exact = by_target(found, priority, 0.0, Rounding(1), {"macs": 20.0}, cost, 16)
+    assert 17 < 1 * left(exact, found)[0] + 3 * left(exact, found)[1] <= 20
 
 
 def test_a_target_out_of_reach_says_what_can_be_reached() -> None:
