@@ -2,13 +2,17 @@
 
 Exports the architectures of exports/standard.py with random weights, brings each to shares of its MACs (counted by
 onnxprune) by us, by Torch-Pruning (as it is, and with round_to=8; exported alike) and by onnxsim, and measures all of
-them in one interleaved run on one thread. Efficiency is the MACs ratio over the latency ratio. Prints Markdown. A peer
-that fails has its reason in the table.
+them in one interleaved run on one thread. Other names are folders of ONNXPRUNE_ZOO, `zoo` is all of them: trained
+models, which Torch-Pruning cannot read. Efficiency is the MACs ratio over the latency ratio. Prints Markdown, and what
+libraries say on stderr. A peer that fails has its reason in the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +27,9 @@ from peers import bisect, count_macs
 from torch import nn
 
 import onnxprune
-from onnxprune import analysis, feeds, measure, storage
+from onnxprune import measure, verbs
+
+Arm = Callable[[Path, float, Path], Path]  # (dense model, share of its MACs, where to) -> the pruned model
 
 
 def ours(dense: Path, share: float, target: Path) -> Path:
@@ -47,7 +53,7 @@ def by_onnxsim(dense: Path, share: float, target: Path) -> Path:
     return target
 
 
-def by_torch_pruning(name: str, round_to: int | None) -> Callable[[Path, float, Path], Path]:
+def by_torch_pruning(name: str, round_to: int | None) -> Arm:
     """Group magnitudes, the same share of every layer but the classifier; heads keep their number.
 
     Its own count of MACs, which leaves out the attention products, guides the bisection.
@@ -90,31 +96,43 @@ def by_torch_pruning(name: str, round_to: int | None) -> Callable[[Path, float, 
     return arm
 
 
-def rows(name: str, shares: list[float], folder: Path, seconds: float) -> Iterator[str]:
+def networks(names: list[str], folder: Path) -> Iterator[tuple[str, Path, dict[str, Arm]]]:
+    """(name, dense model, what prunes it) for each name."""
+    zoo = Path(os.environ.get("ONNXPRUNE_ZOO", ""))
+    for name in names:
+        if name in ARCHITECTURES:
+            torch.manual_seed(0)
+            dense = write(ARCHITECTURES[name].build(False).eval(), name, folder / f"{name}.onnx")
+            peers = {
+                "Torch-Pruning": by_torch_pruning(name, None),
+                "Torch-Pruning, round_to=8": by_torch_pruning(name, 8),
+            }
+            yield name, dense, {"onnxprune": ours, **peers, "onnxsim": by_onnxsim}
+            continue
+        for dense in sorted(zoo.glob("*/*.onnx" if name == "zoo" else f"{name}/*.onnx")):
+            yield f"{dense.parent.name}/{dense.stem}", dense, {"onnxprune": ours, "onnxsim": by_onnxsim}
+
+
+def timed(paths: list[Path], rounds: int, seconds: float) -> list[measure.Latency]:
+    """Latency of models of one interface, interleaved."""
+    return verbs.measure_models([str(path) for path in paths], {}, "cpu", 1, rounds, seconds)
+
+
+def rows(name: str, dense: Path, arms: dict[str, Arm], shares: list[float], folder: Path, most: float) -> Iterator[str]:
     """The table of one network."""
-    torch.manual_seed(0)
-    dense = write(ARCHITECTURES[name].build(False).eval(), name, folder / f"{name}.onnx")
     whole = count_macs(dense)
-    arms = {
-        "onnxprune": ours,
-        "Torch-Pruning": by_torch_pruning(name, None),
-        "Torch-Pruning, round_to=8": by_torch_pruning(name, 8),
-        "onnxsim": by_onnxsim,
-    }
-    model = storage.read_model(dense)[0]
-    feed = feeds.random_feed(model.graph, analysis.cost_shapes(model, {}), 0)
     for share in shares:
         made: dict[str, Path] = {}
         for k, (arm, prune) in enumerate(arms.items()):
             try:
-                path = prune(dense, share, folder / f"{name}_{share}_{k}.onnx")
-                measure.measure([path], feed, rounds=1, seconds=1.0)
+                path = prune(dense, share, folder / f"{name.replace('/', '_')}_{share}_{k}.onnx")
+                timed([path], 1, 1.0)
             except Exception as error:  # a peer's own failure, or that of what it wrote, is a result too
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:60]
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100].replace("|", "/")
                 yield f"| {name} | {share:g} | {arm} | {reason} | | | |"
             else:
                 made[arm] = path
-        found = measure.measure([dense, *made.values()], feed, rounds=60, seconds=seconds)
+        found = timed([dense, *made.values()], 60, most)
         for (arm, path), row in zip(made.items(), found[1:], strict=True):
             macs, took = count_macs(path) / whole, row.ms / found[0].ms
             yield f"| {name} | {share:g} | {arm} | {macs:.3f} | {took:.3f} | {macs / took:.2f} | {row.spread:.1%} |"
@@ -132,10 +150,11 @@ def main() -> None:
     shares = [float(share) for share in given.shares.split(",")]
     print("| network | wanted | by | MACs ratio | latency ratio | efficiency | spread |")
     print("| --- | ---: | --- | ---: | ---: | ---: | ---: |")
-    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        for name in given.names:
-            for row in rows(name, shares, Path(folder), given.seconds):
-                print(row, flush=True)
+    out = sys.stdout
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder, contextlib.redirect_stdout(sys.stderr):
+        for name, dense, arms in networks(given.names, Path(folder)):
+            for row in rows(name, dense, arms, shares, Path(folder), given.seconds):
+                print(row, flush=True, file=out)
 
 
 if __name__ == "__main__":
