@@ -128,7 +128,8 @@ def rows(name: str, dense: Path, arms: dict[str, Arm], shares: list[float], fold
                 path = prune(dense, share, folder / f"{name.replace('/', '_')}_{share}_{k}.onnx")
                 timed([path], 1, 1.0)
             except Exception as error:  # a peer's own failure, or that of what it wrote, is a result too
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100].replace("|", "/")
+                text = str(getattr(error, "message", error)).strip() or type(error).__name__
+                reason = text.splitlines()[0][:100].replace("|", "/")
                 yield f"| {name} | {share:g} | {arm} | {reason} | | | |"
             else:
                 made[arm] = path
