@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("names", nargs="*", default=["resnet50", "mobilenet_v2", "vit_b", "bert"])
     parser.add_argument("--shares", default="0.7,0.5,0.3")
+    parser.add_argument("--by", default="", help="how the names of those begin that are to prune (all)")
     parser.add_argument("--seconds", type=float, default=60.0, help="for each run of a dense model and all pruned ones")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
@@ -154,7 +155,8 @@ def main() -> None:
     out = sys.stdout
     with tempfile.TemporaryDirectory(dir=given.folder) as folder, contextlib.redirect_stdout(sys.stderr):
         for name, dense, arms in networks(given.names, Path(folder)):
-            for row in rows(name, dense, arms, shares, Path(folder), given.seconds):
+            some = {arm: prune for arm, prune in arms.items() if arm.startswith(given.by)}
+            for row in rows(name, dense, some, shares, Path(folder), given.seconds):
                 print(row, flush=True, file=out)
 
 
