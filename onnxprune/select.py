@@ -19,6 +19,7 @@ LIKED = 16  # positions that runtimes compute at once: lanes of AVX-512, rows of
 TWICE = 2  # times that a firm multiple must fit into a group,
 FEW = 8  # or so often if
 STEP = 0.05  # it is more than this share of the model
+BACK = 32  # steps that each group may get back
 NARROW = 0.1  # share of the model that may stay whole because no more than one multiple fits into it
 SLACK = 1.1  # what is not firm takes a coarser multiple only while it keeps at most this many times what was asked
 
@@ -131,7 +132,8 @@ def by_target(
 ) -> Plan:
     """The shortest run of units, in order of priority, without which every target is met.
 
-    What rounding makes of it may be more than is needed: then steps are given back, the last in that order first.
+    What rounding makes of it may be more than is needed: then each group gets some steps back while that holds, the
+    last unit in that order first.
     `targets` and `cost` are in absolute numbers. Raises OutOfReachError, with what can be reached.
     """
     orders = [np.argsort(scores, kind="stable") for scores in priority]
@@ -161,14 +163,15 @@ def by_target(
         middle = (low + high) // 2
         low, high = (middle, high) if missed(goes(middle)) else (low, middle)
     found = goes(high)
-    live = {k for k, count in enumerate(found) if count}
-    while live:
-        backs = {k: [count if i != k else _before(tables[k], count) for i, count in enumerate(found)] for k in live}
-        live = {k for k, gone in backs.items() if not missed(gone)}  # what does not fit now never will
-        if live:
-            last = max(sorted(live), key=lambda k: priority[k][orders[k][found[k] - 1]])
-            found = backs[last]
-            live -= {last} if not found[last] else set()
+    live = [k for k, count in enumerate(found) if count]
+    for _ in range(BACK):
+        fits = []
+        for k in sorted(live, key=lambda k: float(priority[k][orders[k][found[k] - 1]]), reverse=True):
+            gone = [*found[:k], _before(tables[k], found[k]), *found[k + 1 :]]
+            if not missed(gone):  # what does not fit now never will
+                found = gone
+                fits += [k] if gone[k] else []
+        live = fits
     return plan(found)
 
 
