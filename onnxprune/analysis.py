@@ -13,7 +13,7 @@ import numpy as np
 
 from onnxprune import feeds, plugin, storage, verify
 from onnxprune import select as selection
-from onnxprune.branches import Branches, Dropped, Sides, drop, find_branches, with_branches
+from onnxprune.branches import Branches, Dropped, Sides, drop, find_branches, find_caches, with_branches
 from onnxprune.cost import Cost, Costs
 from onnxprune.dims import DimGraph, couple
 from onnxprune.errors import InputError, PruneError
@@ -33,7 +33,8 @@ class Analysis:
     Labels are those of coupling, and after them one for each branch. An axis of heads is cut by heads, or inside every
     head where `remove` names `head-dim` and not `heads`; normalised groups go whole, or in part where `remove` names
     `width` and not `channels`. With `interface`, graph inputs and outputs that lie inside a
-    branch may go with it. `read` is the model and its source, where it is not the one in the file.
+    branch may go with it, and caches may lose positions. `read` is the model and its source, where it is not the one in
+    the file.
     """
 
     def __init__(
@@ -53,7 +54,8 @@ class Analysis:
         inside_norms = "width" in remove and not {"channels", "all"} & set(remove)
         probes, types = (self.prepared.facts.shapes, self.prepared.other.shapes), self.prepared.facts.types
         around = Sides(self.view, probes, types).around
-        self.dims: DimGraph = named(path, lambda: couple(self.view, inside_heads, around, inside_norms))
+        caches = find_caches(self.view, probes[0], types) if interface else ()
+        self.dims: DimGraph = named(path, lambda: couple(self.view, inside_heads, around, inside_norms, caches))
         self.branches: Branches = find_branches(self.view, probes, types, interface, self.dims.tied)
         coupled = find_groups(self.dims, self.view)
         self.groups: tuple[Group, ...] = with_branches(coupled, self.branches, len(self.dims.frozen))

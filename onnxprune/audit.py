@@ -42,8 +42,8 @@ def verify(dense: str, pruned: str, plan: str, input_shape: Mapping[str, Shape],
     remove = report.recipe.get("remove", ())
     if not isinstance(remove, list | tuple) or not all(isinstance(kind, str) for kind in remove):
         raise InputError("not a list of kinds", file=Path(plan).name, object="recipe.remove")
-    lost = report.interface.inputs or report.interface.outputs
-    analysis = Analysis(dense, input_shape, remove=remove, interface=bool(lost))
+    consent = report.recipe.get("allow-interface-change") is True
+    analysis = Analysis(dense, input_shape, remove=remove, interface=consent)
     small, _ = storage.read_model(pruned)
     if analysis.source.sha256 != report.dense.sha256:
         raise ImpossibleError("is not the model that the report speaks of (sha256)", file=dense)

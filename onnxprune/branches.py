@@ -284,7 +284,7 @@ def find_branches(
     """
     view = _main(view)
     flow = _Flow(view)
-    caches = _caches(view, probes[0], types)
+    caches = find_caches(view, probes[0], types)
     roles = {name: stored.role for name, stored in view.stored.items()}
     found: list[tuple[_Candidate, tuple[str, ...], tuple[str, ...]]] = []
     refused = []
@@ -342,7 +342,7 @@ def _only(readers: Iterable[Edge], inside: Collection[int]) -> bool:
     return all(i in inside for i, _ in readers)
 
 
-def _caches(view: View, shapes: Mapping[str, Shape], types: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
+def find_caches(view: View, shapes: Mapping[str, Shape], types: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
     """(input, output) pairs of one type and shape, but for the length of one axis."""
     free: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for name in view.inputs:

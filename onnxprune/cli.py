@@ -306,7 +306,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "force": {"is_flag": True, "help": "Replace an existing output."},
     "allow-interface-change": {
         "is_flag": True,
-        "help": "KV-cache inputs and outputs may go with the layer that they serve.",
+        "help": "KV-cache inputs and outputs may go with the layer that they serve, or lose heads.",
     },
     "report": {"multiple": True, "metavar": "PATH", "help": "Report as .json, .md or .html."},
 }  # that several verbs share

@@ -109,13 +109,15 @@ def couple(
     inside_heads: bool = False,
     around: Callable[[str], Sequence[Side]] = lambda value: (),
     inside_norms: bool = False,
+    caches: Sequence[tuple[str, str]] = (),
 ) -> DimGraph:
     """Relate every node, decide the cuts, label all positions.
 
     On request an axis of heads is cut inside each head, and one of normalised groups inside each group.
     `around` says which operands a value serves alone, the innermost first: they may go with a position that it picks.
+    `caches` are pairs of a graph input and output that may lose positions, of no dynamic axis.
     """
-    relations = Relations(view)
+    relations = Relations(view, caches)
     sizes = np.array(relations.sizes, np.int64)
     classes, products = _classes(relations)
     composed = {merged for merged, _ in products}

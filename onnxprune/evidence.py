@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune import plugin, quality
+from onnxprune import interface, plugin, quality
 from onnxprune.analysis import Analysis
 from onnxprune.branches import PLAIN, SKIP_NORMS
 from onnxprune.calibrate import Columns, Gate, Gather, Moments, MomentsOf, Profile, ProfileOf, Reads, RowsOf, masked
@@ -333,10 +333,12 @@ class _Losses:
             if not keep[k].any():
                 return float("inf")
         try:
-            outputs = self._outputs(self.analysis.rewrite(self.analysis.settled(Plan(keep))))
+            smaller = self.analysis.rewrite(self.analysis.settled(Plan(keep)))
+            outputs = self._outputs(smaller)
         except (InternalError, InputError, ImpossibleError):
             return float("inf")
-        return float(score(outputs, self.dense))
+        narrowed = interface.noted(smaller.metadata_props)
+        return float(score(outputs, [interface.narrow(wanted, narrowed) for wanted in self.dense]))
 
     def _gates(self, group: Group) -> list[tuple[Gate, Array]] | None:
         """Where units can be switched off, with what says which; None where masks would not be the removal.

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnxprune import interface
 from onnxprune.infer import bodies, walk
 from onnxprune.runtime import ort
 from onnxprune.sites import Slot, stored
@@ -74,6 +75,8 @@ class Flow:
         self.done = [False] * len(self.nodes)
         self.outputs = {str(value.name) for value in model.graph.outputs if value.type is not None} | set(pinned)
         given = {str(value.name) for value in model.graph.inputs} - set(self.stored)
+        narrowed = interface.noted(model.metadata_props)
+        feeds = [interface.narrow(feed, narrowed) for feed in feeds]
         self.live: dict[str, list[Array]] = {name: [np.asarray(feed[name]) for feed in feeds] for name in given}
         self.count = len(feeds)
         self.held: Counter[str] = Counter()  # bytes in memory

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune import cache, feeds, pace, plugin, quality, runtime, storage, verify
+from onnxprune import cache, feeds, interface, pace, plugin, quality, runtime, storage, verify
 from onnxprune import measure as latency
 from onnxprune import report as reports
 from onnxprune import select as selection
@@ -635,7 +635,14 @@ def changes(
         "precision": proven.precision,
         "kept": _kept(analysis, proven.gone),
         "bypass": list(dropped.bypass),
-        "interface": reports.InterfaceRow(inputs=list(dropped.inputs), outputs=list(dropped.outputs)),
+        "interface": reports.InterfaceRow(
+            inputs=list(dropped.inputs),
+            outputs=list(dropped.outputs),
+            narrowed={
+                name: {axis: at.tolist() for axis, at in axes.items()}
+                for name, axes in interface.noted(proven.model.metadata_props).items()
+            },
+        ),
     }
 
 
@@ -662,6 +669,10 @@ def _warnings(analysis: Analysis, proven: Proven, options: Options, rows: Sequen
         found.append("layers were cut from a model that generates; judge it by what it generates, not by one step")
     if lost := (*dropped.inputs, *dropped.outputs):
         found.append(f"the interface changed: {', '.join(lost)} went with the layers that they serve")
+    if narrower := interface.noted(proven.model.metadata_props):
+        found.append(
+            f"the interface changed: {', '.join(narrower)} lost positions; the model's metadata say which stay"
+        )
     return found
 
 
@@ -825,7 +836,11 @@ def _quality(
         dense, pruned = (prover.runner(worker)(model, samples) for model in both)
     else:
         dense, pruned = (prover.outputs(worker, model) for model in both)
-    dense = [{name: wanted[name] for name in outputs} for wanted, outputs in zip(dense, pruned, strict=True)]
+    narrowed = interface.noted(pruned_model.metadata_props)
+    dense = [
+        interface.narrow({name: wanted[name] for name in outputs}, narrowed)
+        for wanted, outputs in zip(dense, pruned, strict=True)
+    ]
     found: dict[str, Any] = {"relative-error": quality.relative_error(pruned, dense, None)}
     found["data"] = "evaluation" if samples else "calibration" if options.calibration else "random inputs"
     name = options.metric or ("accuracy" if labels is not None else None)

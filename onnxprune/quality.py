@@ -50,12 +50,15 @@ def relative_error(outputs: Outputs, dense: Outputs, labels: Array | None) -> fl
 
 
 def cosine(outputs: Outputs, dense: Outputs, labels: Array | None) -> float:
-    """Mean cosine between both models' first outputs, sample by sample."""
-    x, y = (_first(o).astype(np.float64) for o in (outputs, dense))
-    x, y = x.reshape(len(x), -1), y.reshape(len(y), -1)
-    with np.errstate(all="ignore"):  # outputs that are not finite have no angle
-        norms = np.maximum(np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1), 1e-30)
-        return float(np.mean((x * y).sum(axis=1) / norms))
+    """Mean cosine between both models' first outputs, sample by sample; feeds may differ in length."""
+    name, found = next(iter(outputs[0])), []
+    for pair in zip(outputs, dense, strict=True):
+        x, y = (np.atleast_1d(feed[name]).astype(np.float64) for feed in pair)
+        x, y = x.reshape(len(x), -1), y.reshape(len(y), -1)
+        with np.errstate(all="ignore"):  # outputs that are not finite have no angle
+            norms = np.maximum(np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1), 1e-30)
+            found.append((x * y).sum(axis=1) / norms)
+    return float(np.mean(np.concatenate(found)))
 
 
 def divergence(found: Outputs, dense: Outputs) -> float:

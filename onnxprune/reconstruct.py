@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx_ir as ir
 
-from onnxprune import quality
+from onnxprune import interface, quality
 from onnxprune.feeds import samples_in
 from onnxprune.flow import Flow, Sessions
 from onnxprune.infer import attributes
@@ -230,7 +230,9 @@ class _Dense:
             return float("nan")  # every output is a map
         names = set(flow.outputs) & set(self._outputs[0])
         found = [{name: row[name] for name in names} for row in self._results(flow)]
-        return quality.divergence(found[-len(self._outputs) :], self._outputs)
+        narrowed = interface.noted(flow.model.metadata_props)
+        dense = [interface.narrow(outputs, narrowed) for outputs in self._outputs]
+        return quality.divergence(found[-len(dense) :], dense)
 
     @staticmethod
     def _results(flow: Flow) -> list[dict[str, Array]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -60,9 +60,12 @@ class Pick(NamedTuple):
 
 
 class Relations:
-    """Everything that the rules said, with axes numbered; axes of size one carry nothing and have no number."""
+    """Everything that the rules said, with axes numbered; axes of size one carry nothing and have no number.
 
-    def __init__(self, view: View) -> None:
+    Graph inputs and outputs stay as they are, but for `caches`, pairs of an input and an output.
+    """
+
+    def __init__(self, view: View, caches: Sequence[tuple[str, str]] = ()) -> None:
         self.view = view
         self.shapes: dict[str, Shape] = dict(view.shapes)
         self.axes: list[Axis] = []
@@ -86,10 +89,11 @@ class Relations:
             for index, size in enumerate(shape):
                 if size > 1:
                     self.add(Axis(value, index), size)
+        free = self.narrowing(caches)
         for name in view.outputs:
-            self.freeze(name, None, "graph output")
+            self.freeze(name, None, "graph output", free=free)
         for name in view.inputs:
-            self.freeze(name, None, "graph input")
+            self.freeze(name, None, "graph input", free=free)
         for name, stored in view.stored.items():
             if stored.role == "index" and "INT" in stored.dtype and stored.slot not in RENUMBERED:
                 self.freeze(name, None, "an integer table numbers these positions")
@@ -109,10 +113,28 @@ class Relations:
         rank = len(self.shapes.get(value, ()))
         return [self.number[a] for k in range(rank) if (a := Axis(value, k)) in self.number]
 
-    def freeze(self, value: str, axis: int | None, reason: str, positions: Positions | None = None) -> None:
-        """Record that positions of a value's axis (None: of all axes) stay."""
+    def narrowing(self, caches: Sequence[tuple[str, str]]) -> set[int]:
+        """Axes that a cache has going in and coming out: tied, they may lose positions together."""
+        found: set[int] = set()
+        for given, made in caches:
+            for a in self.axes_of(given):
+                b = self.number.get(Axis(made, self.axes[a].index))
+                if b is not None and self.sizes[a] == self.sizes[b]:
+                    self.tie([a, b], f"a cache, '{given}' and '{made}'")
+                    found |= {a, b}
+        return found
+
+    def freeze(
+        self,
+        value: str,
+        axis: int | None,
+        reason: str,
+        positions: Positions | None = None,
+        free: Collection[int] = (),
+    ) -> None:
+        """Record that positions of a value's axis (None: of all axes but `free` ones) stay."""
         for number in self.axes_of(value):
-            if axis is None or self.axes[number].index == axis:
+            if (axis is None or self.axes[number].index == axis) and number not in free:
                 self.freezes.append((number, positions, reason))
 
     def relate(self, node: OpNode) -> None:

@@ -81,10 +81,14 @@ class RemovedRow(Strict):
 
 
 class InterfaceRow(Strict):
-    """Graph inputs and outputs that went with a branch; only with --allow-interface-change."""
+    """Graph inputs and outputs that went with a branch, or lost positions; only with --allow-interface-change.
+
+    `narrowed` has {name: {axis: positions that stay}}.
+    """
 
     inputs: list[str] = []
     outputs: list[str] = []
+    narrowed: dict[str, dict[int, list[int]]] = {}
 
 
 class PrecisionRow(Strict):

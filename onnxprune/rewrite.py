@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from onnxprune import ops
+from onnxprune import interface, ops
 from onnxprune.branches import SKIP_NORMS, Branches, cut_edges, operands
 from onnxprune.dims import DimGraph, keep_of
 from onnxprune.errors import InternalError
@@ -42,20 +42,35 @@ def apply(prepared: Prepared, dims: DimGraph, view: View, alive: Mask, branches:
         for name, shape in view.shapes.items()
     }
     _slice_initializers(model.graph, view, wanted, keep)
+    _narrow_interface(model, view, wanted, keep)
     if branches is not None and (goes := branches.gone(alive)).any():
         _bypass(model, nodes, branches, goes)
     _drop_pieces(model.graph, view, keep)
     _resize_nodes(model, prepared, dims, view, wanted, keep)
-    interface = set(model.graph.outputs)
+    outputs = set(model.graph.outputs)
     for node in walk(model.graph):
         inner = [value for body in bodies(node).values() for value in (*body.inputs, *body.outputs)]
         for value in node.outputs:
-            if value not in interface:  # what exporters wrote down is stale now
+            if value not in outputs:  # what exporters wrote down is stale now
                 value.shape, value.type = None, None
         for value in inner:  # a round's number is a scalar or not, as is written down
             if (name := str(value.name)) in wanted and wanted[name] != view.shapes[name]:
                 value.shape = None
     return model
+
+
+def _narrow_interface(model: ir.Model, view: View, wanted: Mapping[str, Shape], keep: Keep) -> None:
+    """Caches that lose positions: their shapes as declared, and what is left of them noted in the metadata."""
+    model.metadata_props.pop(interface.KEY, None)  # it spoke of what the dense model was made from
+    narrowed: dict[str, dict[int, Positions]] = {}
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        name = str(value.name)
+        masks = {k: keep(Axis(name, k)) for k in range(len(view.shapes[name]))} if name in view.shapes else {}
+        left = {k: np.flatnonzero(mask) for k, mask in masks.items() if not mask.all()}
+        if left and value.shape is not None:
+            value.shape = ir.Shape([wanted[name][k] if k in left else dim for k, dim in enumerate(value.shape)])
+            narrowed[name] = left
+    model.metadata_props.update(interface.note(narrowed))
 
 
 def _slice_initializers(graph: ir.Graph, view: View, wanted: Mapping[str, Shape], keep: Keep) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune import feeds, ops, plugin, quality, runtime, storage
+from onnxprune import feeds, interface, ops, plugin, quality, runtime, storage
 from onnxprune import measure as latency
 from onnxprune.analysis import Analysis, cost_shapes, named, samples_of
 from onnxprune.errors import ImpossibleError, InputError
@@ -81,6 +81,8 @@ def compare_models(
         results = []
         for name, model in (("dense", analysis.dense), ("pruned", other)):
             results.append(worker.call(ort.run, str(storage.dump(model, folder, name)), list(inputs)))
+    narrowed = interface.noted(other.metadata_props)
+    results[0] = [interface.narrow(outputs, narrowed) for outputs in results[0]]
     found: dict[str, Any] = {
         "relative-error": quality.relative_error(results[1], results[0], None),
         "cosine": quality.cosine(results[1], results[0], None),

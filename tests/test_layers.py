@@ -22,7 +22,7 @@ PACKAGE = "onnxprune"
 LAYERS = (
     ("errors", "types"),
     ("ops", "ops.*", "plugin", "lsq", "budget", "greedy", "passes", "passes.*"),
-    ("indexing", "outcome", "cache"),
+    ("indexing", "outcome", "cache", "interface"),
     ("relate",),
     ("dims", "groups", "branches", "select", "cost", "infer", "quality"),
     ("probes",),

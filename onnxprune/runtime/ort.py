@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnxprune.errors import InputError, MachineError, PruneError
+from onnxprune.interface import narrow, noted
 from onnxprune.types import Array, Signature
 
 if TYPE_CHECKING:
@@ -131,7 +132,8 @@ class OrtSession:
         for port in self.interface.inputs:
             if port.name not in feed:
                 raise InputError("there is no value for this input", object=port.name)
-        return {port.name: feed[port.name] for port in self.interface.inputs}
+        given = {port.name: feed[port.name] for port in self.interface.inputs}
+        return narrow(given, noted(self.made.get_modelmeta().custom_metadata_map))
 
 
 def _guarded(step: Callable[[], Any]) -> Callable[[], Any]:
