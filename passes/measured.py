@@ -15,6 +15,7 @@ KINDS = 4  # of which every combination is tried as a start
 LONGEST = 30  # halvings of a bracket
 SECOND = 8  # plans that are looked at once more in the end
 PAIRS = 3  # of the cheapest knobs, and of the dearest, that trade with each other
+SIZES = np.array([2.0, 1.0, 0.5, 0.25])  # of a step, that moves are tried in; far ones where few rounds are paid for
 FREE = 4.0  # how far, as a logarithm, the others may move to make up for a coarse knob
 COARSE = 8  # steps, up to which a knob turns by itself
 FEW = 64  # steps, up to which knobs that turn at once overshoot the target
@@ -26,12 +27,15 @@ class Measured:
 
     Every judgement is the divergence at the output after repair, on samples the repair does not see, at the state that
     is to be improved: where much has gone, other cuts are the cheap ones. A round measures each knob turned a bit
-    further, and moves all of them by how their damage per cost compares with one price that meets the target. Knobs of
-    few steps (a branch, a handful of heads) are flipped one by one, and the others make up for it; the cheapest knobs
-    trade with the dearest in pairs. A second opinion on other samples decides in the end. Source: METHODS C7
-    (distortions measured at the output), with the equal-slope condition of rate-distortion theory. `rounds` and `step`
-    (a factor of what is kept, as a logarithm) say how long and how far, `trials` how many plans may be measured, fewer
-    where the effort does not pay for them; without rounds it is the equal share of all kinds, and nothing is measured.
+    further, and moves all of them, far and less far, by how their damage per cost compares with one price that meets
+    the target. Knobs of few steps (a branch, a handful of heads) are flipped one by one, and the others make up for it.
+    Where two rounds are paid for, the cheapest knobs also trade with the dearest in pairs, and a second opinion on other
+    samples decides in the end. Source: METHODS C7 (distortions measured at the output), with the equal-slope condition
+    of rate-distortion theory.
+
+    `rounds` and `step` (a factor of what is kept, as a logarithm) say how long and how far, `trials` how many plans may
+    be measured, fewer where the effort does not pay for them; without rounds it is the equal share of all kinds, and
+    nothing is measured.
     """
 
     rounds: int = 6
@@ -49,18 +53,20 @@ class Measured:
         found = problem.damage(starts)
         seen = dict(zip(map(tuple, starts), found.tolist(), strict=True))
         state, best, step = starts[int(np.argmin(found))], float(found.min()), self.step
+        rich = left >= 2 * (len(problem.knobs) + len(SIZES) + PAIRS**2) + SECOND + 1
+        pairs, reserve = (PAIRS, SECOND + 1) if rich else (0, 0)
         for _ in range(self.rounds):
             fine = [k for k, knob in enumerate(problem.knobs) if not _coarse(knob) and state[k] < knob.most]
             flips = [
                 turned for k, knob in enumerate(problem.knobs) if _coarse(knob) for turned in _flips(state, k, knob)
             ]
-            left -= len(fine) + len(flips) + 3 + PAIRS**2
-            if left < (SECOND + 1 if problem.confirm else 0):
+            left -= len(fine) + len(flips) + len(SIZES) + pairs**2
+            if left < reserve:
                 break
             prices = self._prices(problem, state, best, fine, step)
-            wishes = [_balanced(problem, state, prices, size) for size in (step, step / 2, step / 4)]
+            wishes = [_balanced(problem, state, prices, size) for size in SIZES * step]
             wishes += [_balanced(problem, flip, np.ones(len(state)), FREE) for flip in flips]
-            wishes += _trades(problem, state, prices, step)
+            wishes += _trades(problem, state, prices, step, pairs)
             wishes = [wish for wish in wishes if problem.cost(wish) <= 1]
             found = problem.damage(wishes)
             seen |= zip(map(tuple, wishes), found.tolist(), strict=True)
@@ -68,7 +74,8 @@ class Measured:
                 state, best = wishes[int(np.argmin(found))], float(found.min())
             else:
                 step /= 2
-        return self._confirmed(problem, starts[int(np.argmin([seen[tuple(s)] for s in starts]))], state, seen)
+        start = starts[int(np.argmin([seen[tuple(s)] for s in starts]))]
+        return self._confirmed(problem, start, state, seen) if rich else state
 
     @staticmethod
     def _confirmed(
@@ -147,13 +154,13 @@ def _balanced(problem: Search, state: Sequence[int], prices: Array, step: float)
     return _least(at, problem, finite.min() - 2 * step, finite.max() + 2 * step)
 
 
-def _trades(problem: Search, state: Sequence[int], prices: Array, step: float) -> list[list[int]]:
+def _trades(problem: Search, state: Sequence[int], prices: Array, step: float, pairs: int) -> list[list[int]]:
     """States with one of the cheapest knobs turned further, and one of the dearest back as far as that pays for."""
     order = [k for k in np.argsort(prices, kind="stable").tolist() if np.isfinite(prices[k])]
     found = []
-    for cheap in order[:PAIRS]:
+    for cheap in order[:pairs]:
         cut = _turned(state, cheap, _moved(problem, state, cheap, step))
-        for dear in order[: -PAIRS - 1 : -1]:
+        for dear in order[: -pairs - 1 : -1]:
             levels = [level for level in np.unique(problem.knobs[dear].table).tolist() if level < state[dear]]
             room = [level for level in levels if problem.cost(_turned(cut, dear, level)) <= 1]
             if dear != cheap and room:

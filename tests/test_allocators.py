@@ -72,6 +72,18 @@ def test_an_equal_share_does_not_overshoot_where_knobs_jump_together() -> None:
     assert found[:6] == sorted(found[:6], reverse=True)  # of what costs the same, the least worth goes
 
 
+def test_one_round_goes_far() -> None:
+    knobs = [knob(*[1.0] * 200), knob(*[1.0] * 200)]
+
+    def damage(states: Sequence[Sequence[int]]) -> np.ndarray:
+        return np.array([0.01 * a + b for a, b in states])  # all is better taken from the first
+
+    problem = Search(tuple(knobs), linear(knobs, [1, 1], 200).cost, damage, 7)  # one round
+    found = Measured().search(problem)
+    assert problem.cost(found) <= 1
+    assert 200 - found[0] <= 100 * np.exp(-2 * Measured().step) + 1
+
+
 def test_knapsack_beats_density() -> None:
     items = [knob(6), knob(10), knob(12)]
     assert Knapsack().search(linear(items, [1, 2, 3], 5)) == [1, 0, 0]  # 22 stays; by density 16 would
