@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune import pipeline, quality, reconstruct, runtime, storage
+from onnxprune import interface, pipeline, quality, reconstruct, runtime, storage
 from onnxprune import select as selection
 from onnxprune.allocate import TRIAL_ROWS, started
 from onnxprune.analysis import Analysis
@@ -253,7 +253,9 @@ class _Bench:
         return self._error(pruned), None if self.fitted is None else self._error(self._repaired(plan, pruned))
 
     def _error(self, model: Model) -> float:
-        return quality.relative_error(self.run(model, self.feeds), self.dense, None)
+        narrowed = interface.noted(model.metadata_props)
+        dense = [interface.narrow(outputs, narrowed) for outputs in self.dense]
+        return quality.relative_error(self.run(model, self.feeds), dense, None)
 
     def _repaired(self, plan: Plan, pruned: Model) -> Model:
         recovery = self.recovery
