@@ -29,9 +29,9 @@ class Measured:
     is to be improved: where much has gone, other cuts are the cheap ones. A round measures each knob turned a bit
     further, and moves all of them, far and less far, by how their damage per cost compares with one price that meets
     the target. Knobs of few steps (a branch, a handful of heads) are flipped one by one, and the others make up for it.
-    Where two rounds are paid for, the cheapest knobs also trade with the dearest in pairs, and a second opinion on other
-    samples decides in the end. Source: METHODS C7 (distortions measured at the output), with the equal-slope condition
-    of rate-distortion theory.
+    Where two rounds are paid for, the cheapest knobs also trade with the dearest in pairs, and a second opinion on
+    other samples decides in the end. Source: METHODS C7 (distortions measured at the output), with the equal-slope
+    condition of rate-distortion theory.
 
     `rounds` and `step` (a factor of what is kept, as a logarithm) say how long and how far, `trials` how many plans may
     be measured, fewer where the effort does not pay for them; without rounds it is the equal share of all kinds, and
