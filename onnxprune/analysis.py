@@ -18,7 +18,7 @@ from onnxprune.cost import Cost, Costs
 from onnxprune.dims import DimGraph, couple
 from onnxprune.errors import InputError, PruneError
 from onnxprune.groups import find_frozen, find_groups
-from onnxprune.infer import initializers
+from onnxprune.infer import initializers, true_inputs
 from onnxprune.masked import narrowed
 from onnxprune.model import Graph, Model, Prepared, input_sizes, prepare, view
 from onnxprune.probes import cost_facts
@@ -159,16 +159,24 @@ def cost_of(model: Model, given: Mapping[str, int], size: int) -> Cost:
     return Cost(round(found["params"]), size, round(found["macs"]))
 
 
+def data_files(*paths: str | Path | None) -> list[Path]:
+    """The files of calibration and evaluation data, as far as they are there."""
+    found = []
+    for path in (Path(path) for path in paths if path is not None):
+        found += [path] if path.is_file() else sorted(path.glob("*.npz")) if path.is_dir() else []
+    return found
+
+
 def samples_of(graph: Graph, path: str | None) -> tuple[list[dict[str, Array]], Array | None]:
     """(feeds, labels) of a calibration or evaluation file or folder; nothing without a path."""
     if path is None:
         return [], None
     folder = Path(path)
+    wanted = {"labels", *(str(value.name) for value in true_inputs(graph))}
     if folder.is_dir():
-        files = sorted(folder.glob("*.npz"))
+        files = data_files(folder)
         if not files:
             raise InputError("the folder holds no .npz file", file=folder.name)
-        found = [storage.read_arrays(file) for file in files]
-        return [feeds.complete(graph, arrays, file.name) for arrays, file in zip(found, files, strict=True)], None
-    arrays = storage.read_arrays(path)
+        return [feeds.complete(graph, storage.read_arrays(file, wanted), file.name) for file in files], None
+    arrays = storage.read_arrays(path, wanted)
     return feeds.batches(graph, arrays, folder.name), arrays.get("labels")

@@ -33,7 +33,9 @@ from onnxprune.types import Axis, Mask, Plan, Shape
 from onnxprune.worker import Worker
 
 
-def verify(dense: str, pruned: str, plan: str, input_shape: Mapping[str, Shape], seed: int) -> dict[str, Any]:
+def verify(
+    dense: str, pruned: str, plan: str, input_shape: Mapping[str, Shape], seed: int, timeout: float = 600.0
+) -> dict[str, Any]:
     """Apply the plan to DENSE, prove that, and check that PRUNED is the same up to the repaired values.
 
     Raises ImpossibleError (a gate that fails) with the object at fault.
@@ -48,7 +50,7 @@ def verify(dense: str, pruned: str, plan: str, input_shape: Mapping[str, Shape],
     if analysis.source.sha256 != report.dense.sha256:
         raise ImpossibleError("is not the model that the report speaks of (sha256)", file=dense)
     if "tolerance" in report.recipe:
-        return _realized(report, dense, small, Path(pruned).name, seed)
+        return _realized(report, dense, small, Path(pruned).name, seed, timeout)
     removals = [
         proof.Removal(
             row.initializer,
@@ -69,7 +71,7 @@ def verify(dense: str, pruned: str, plan: str, input_shape: Mapping[str, Shape],
         text = "its role, group, positions or readers are not those of the units that go"
         raise ImpossibleError(text, file=Path(plan).name, object=min(row.initializer for row in odd))
     rebuilt = apply(analysis.prepared, analysis.dims, analysis.view, alive, analysis.branches)
-    with Worker() as worker:
+    with Worker(seconds=timeout) as worker:
         prover = Prover(analysis, [], seed)
         prover.check_dense(worker)
         differences = prover.prove(worker, rebuilt, removals, alive)
@@ -82,7 +84,7 @@ def verify(dense: str, pruned: str, plan: str, input_shape: Mapping[str, Shape],
     _part(rebuilt.graph, small.graph, repaired)
     if report.precision is not None:
         types = analysis.prepared.facts.types
-        with Worker() as worker:
+        with Worker(seconds=timeout) as worker:
             signatures = worker.call(ort.signatures, precision.foreign(rebuilt))
         again = precision.cast(rebuilt, report.precision.to, types, signatures, kept=report.precision.kept)
         rebuilt = again.model
@@ -95,7 +97,9 @@ def verify(dense: str, pruned: str, plan: str, input_shape: Mapping[str, Shape],
     return {"proven": True, "inputs": len(prover.feeds), "differences": [asdict(d) for d in differences]}
 
 
-def _realized(report: reports.Report, dense: str, small: ir.Model, file: str, seed: int) -> dict[str, Any]:
+def _realized(
+    report: reports.Report, dense: str, small: ir.Model, file: str, seed: int, timeout: float
+) -> dict[str, Any]:
     """Take out once more what has no effect, and prove it; the model in the file must be that, up to noise."""
     recipe = report.recipe
     shape = {name: tuple(sizes) for name, sizes in recipe.get("input-shape", {}).items()}
@@ -108,12 +112,13 @@ def _realized(report: reports.Report, dense: str, small: ir.Model, file: str, se
             ignore=tuple(recipe.get("ignore", ())),
             input_shape=shape,
             seed=seed,
+            timeout=timeout,
             measure=False,
         )
     except (KeyError, TypeError, AttributeError):
         raise InputError("not the options of a run of 'realize'", file=file, object="recipe") from None
     _same(again.model, small, frozenset(initializers(again.model.graph)), file)
-    with Worker() as worker:
+    with Worker(seconds=timeout) as worker:
         prover = Prover(Analysis(dense, shape), [], seed)
         prover.check_dense(worker)
         differences = prover.compare(worker, again.model, small)

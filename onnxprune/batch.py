@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,12 @@ def models_of(place: str | Path, folder: str | Path) -> list[tuple[Path, Path]]:
         found = [(path, Path(path.name)) for path in paths]
     if not found:
         raise InputError("there are no models in it", file=place)
-    names = [name for _, name in found]
-    if twice := [name for k, name in enumerate(names) if name in names[:k]]:
-        raise InputError(
-            "two models have this name, and would be written to one place", file=place, object=str(twice[0])
-        )
+    names: set[Path] = set()
+    for _, name in found:
+        if name in names:
+            raise InputError("two models have this name, and would be written to one place", file=place,
+                             object=str(name))  # fmt: skip
+        names.add(name)
     return found
 
 
@@ -79,15 +81,18 @@ def batch(
     place: str | Path,
     folder: str | Path,
     options: Options,
+    inputs: Sequence[str | Path] = (),
     progress: Callable[[str], None] = lambda text: None,
     command: Sequence[str] = (),
 ) -> list[Row]:
     """Prune every model of a folder or list into `folder`, each with its JSON report beside it.
 
-    Raises InputError for options that contradict each other, or where there is no model.
+    `inputs` are files that no output may be, as the models and their list. Raises InputError for options that
+    contradict each other, or where there is no model.
     """
     check(options)
     found = models_of(place, folder)
+    inputs = [file for file in (*inputs, place, *(model for model, _ in found)) if Path(file).is_file()]
     rows = []
     for k, (model, name) in enumerate(found):
         output = Path(folder) / name
@@ -95,12 +100,18 @@ def batch(
         def said(stage: str, done: str = f"{k + 1} of {len(found)}: {name}") -> None:
             progress(f"{done}: {stage}")
 
+        fresh = [] if options.dry_run else [f for f in (output.parent, *output.parent.parents) if not f.exists()]
         try:
-            if not options.dry_run:
-                output.parent.mkdir(parents=True, exist_ok=True)
-            reports = [[output.with_suffix(".json")]]
-            result = pipeline.family(model, [output], [options], reports, progress=said, command=command)[0]
+            for missing in reversed(fresh):
+                missing.mkdir(exist_ok=True)
+            told: dict[str, Any] = {"inputs": inputs, "progress": said, "command": command}
+            result = pipeline.family(model, [output], [options], [[output.with_suffix(".json")]], **told)[0]
             rows.append(Row(model, output, result.report))
-        except Exception as error:
+        except BaseException as error:
+            for empty in fresh:
+                with suppress(OSError):
+                    empty.rmdir()
+            if not isinstance(error, Exception):
+                raise
             rows.append(Row(model, output, error=ours(error)))
     return rows

@@ -7,11 +7,12 @@ import json
 import logging
 import os
 import re
+import resource
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from functools import wraps
 from pathlib import Path
@@ -108,7 +109,13 @@ def run() -> None:
     """The program: `main`, but the exit code of an interrupted run is 130 whatever else the interrupt met.
 
     Python ends itself by SIGINT instead where the KeyboardInterrupt passed through a piece of native code on its way.
+    Neither this process nor its children take more memory than the machine has to give: the system would choose whom
+    to kill.
     """
+    if (spare := _spare_memory()) is not None:
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        most = spare if hard == resource.RLIM_INFINITY else min(spare, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     try:
         main()
     except SystemExit as end:
@@ -117,6 +124,21 @@ def run() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(130)
+
+
+SPARE = 0.9  # of the memory that is free
+
+
+def _spare_memory() -> int | None:
+    """Bytes that this machine, or the container that we are in, has left; None where nobody says so."""
+    found = []
+    with suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    with suppress(OSError, ValueError):
+        most, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current"))
+        found.append(int(most) - int(used))
+    return int(SPARE * max(min(found), 0)) if found else None
 
 
 def common(command: Command) -> Command:
@@ -216,23 +238,24 @@ def stages(quiet: bool) -> Iterator[Callable[[str], None]]:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("start")
-        yield lambda stage: bar.update(task, description=stage)
+        yield lambda stage: bar.update(task, description=printable(stage))
 
 
 def table(title: str, columns: list[str], rows: list[tuple[object, ...]]) -> None:
     """A table on stdout; numbers lean right."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    drawn = Table(title=title or None, title_justify="left", box=None, header_style="bold")
+    drawn = Table(title=Text(title) if title else None, title_justify="left", box=None, header_style="bold")
     for k, name in enumerate(columns):
         right = bool(rows) and all(re.fullmatch(r"-?[\d,.%e+]*", str(row[k])) for row in rows)
         drawn.add_column(name, justify="right" if right else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*(str(cell).replace("[", "\\[") for cell in row))
+        drawn.add_row(*(Text(printable(cell)) for cell in row))  # names may look like markup
     width = None if sys.stdout.isatty() else 140
     Console(width=width, highlight=False).print(drawn)
 
@@ -335,7 +358,6 @@ def takes(*names: str) -> Callable[[Command], Command]:
 def prune(model: str, **given: Any) -> None:
     """Score, select, remove, prove, measure and write."""
     from onnxprune import pipeline, recipe
-    from onnxprune.storage import check_output, write_text
 
     if given["output"] is None:
         raise InputError("say where to write with -o", object="prune")
@@ -347,16 +369,13 @@ def prune(model: str, **given: Any) -> None:
                 raise InputError("several targets need {target} in the file's name", object=path)
     outputs = [given["output"].replace("{target}", name) for name in names]
     beside = [[path.replace("{target}", name) for path in given["report"]] for name in names]
-    saved = given["save_recipe"]
-    if saved is not None:
-        if Path(saved).exists() and Path(saved).samefile(model):
-            raise InputError("is the input; choose another file", file=saved)
-        check_output(saved, None, force=variants[0].force)
-    with stages(given["quiet"]) as progress:
-        results = pipeline.family(model, outputs, variants, beside, progress=progress, command=sys.argv[1:])
-    if saved is not None and not variants[0].dry_run:
+    texts: dict[str | Path, str] = {}
+    if (saved := given["save_recipe"]) is not None:
         whole = {k: ",".join(dict.fromkeys(str(v.target[k]) for v in variants)) for k in variants[0].target}
-        write_text(Path(saved), recipe.dump(replace(variants[0], target=whole)), force=variants[0].force)
+        texts[saved] = recipe.dump(replace(variants[0], target=whole))
+    told: dict[str, Any] = {"texts": texts, "inputs": _recipes(given), "command": sys.argv[1:]}
+    with stages(given["quiet"]) as progress:
+        results = pipeline.family(model, outputs, variants, beside, progress=progress, **told)
     for text in dict.fromkeys(text for result in results for text in result.report.warnings):
         warn(text)
     if given["as_json"]:
@@ -387,7 +406,7 @@ def batch(models: str, **given: Any) -> None:
     if len(variants) > 1:
         raise InputError("one target at a time", object="batch")
     with stages(given["quiet"]) as progress:
-        rows = verb.batch(models, given["output"], variants[0], progress, sys.argv[1:])
+        rows = verb.batch(models, given["output"], variants[0], _recipes(given), progress, sys.argv[1:])
     if given["as_json"]:
         say_json({"models": [row.data() for row in rows]})
     else:
@@ -509,6 +528,11 @@ def _print_frozen(rows: list[tuple[str, str, int]]) -> None:
     )
 
 
+def _recipes(given: dict[str, Any]) -> list[str]:
+    """The recipe that was read, if there was one."""
+    return [given["recipe"]] if given["recipe"] is not None else []
+
+
 def _variants(given: dict[str, Any]) -> list[Options]:
     """The options of each target: defaults, then the recipe, then what the command line says."""
     from onnxprune import recipe
@@ -614,7 +638,7 @@ def explain(model: str, a: str, b: str, as_json: bool, verbose: bool, quiet: boo
 @main.command()
 @click.argument("dense")
 @click.argument("pruned")
-@takes("evaluation", "metric")
+@takes("evaluation", "metric", "timeout")
 @click.option("--max-relative-error", type=float, metavar="X", help="Fail (exit 3) above this output difference.")
 @takes("input-shape")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -624,7 +648,13 @@ def compare(dense: str, pruned: str, as_json: bool, verbose: bool, quiet: bool, 
     from onnxprune import verbs
 
     found = verbs.compare_models(
-        dense, pruned, given["evaluation"], given["metric"], parse_shapes(given["input_shape"]), given["seed"]
+        dense,
+        pruned,
+        given["evaluation"],
+        given["metric"],
+        parse_shapes(given["input_shape"]),
+        given["seed"],
+        given["timeout"],
     )
     limit = given["max_relative_error"]
     if limit is not None and not limit >= 0:
@@ -653,14 +683,14 @@ def compare(dense: str, pruned: str, as_json: bool, verbose: bool, quiet: bool, 
 @click.argument("dense")
 @click.argument("pruned")
 @click.option("--plan", required=True, metavar="REPORT", help="The JSON report of the run that wrote PRUNED.")
-@takes("input-shape")
+@takes("input-shape", "timeout")
 @click.option("--seed", type=int, default=0, show_default=True)
 @common
 def verify(dense: str, pruned: str, plan: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) -> None:
     """Repeat the proof from the report, without trusting the run that wrote it."""
     from onnxprune import audit
 
-    found = audit.verify(dense, pruned, plan, parse_shapes(given["input_shape"]), given["seed"])
+    found = audit.verify(dense, pruned, plan, parse_shapes(given["input_shape"]), given["seed"], given["timeout"])
     if as_json:
         say_json(found)
     else:
@@ -675,7 +705,7 @@ def verify(dense: str, pruned: str, plan: str, as_json: bool, verbose: bool, qui
 @click.option("--rounds", type=int, default=30, show_default=True)
 @click.option("--seconds", type=float, default=20.0, show_default=True, help="Most time to spend.")
 @click.option("--trust-engine", is_flag=True, help="Run engines that others built: they are native code.")
-@takes("input-shape")
+@takes("input-shape", "timeout")
 @common
 def measure(models: tuple[str, ...], as_json: bool, verbose: bool, quiet: bool, **given: Any) -> None:
     """Latency of one or more models, interleaved, with spread; ratios to the first."""
@@ -691,6 +721,7 @@ def measure(models: tuple[str, ...], as_json: bool, verbose: bool, quiet: bool, 
         given["rounds"],
         given["seconds"],
         given["trust_engine"],
+        given["timeout"],
     )
     ratios = [row.cpu_ms / rows[0].cpu_ms if rows[0].cpu_ms else float("nan") for row in rows]
     if as_json:

@@ -19,14 +19,11 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from onnxprune.errors import MachineError
-from onnxprune.relate import Pick, Relations
+from onnxprune.relate import MOST, Pick, Relations, too_many
 from onnxprune.types import Array, Axis, Mask, Positions, Side, View
 
 if TYPE_CHECKING:
     import networkx as nx
-
-MOST = 1 << 26  # positions of all axes together: a few arrays of this length must fit in memory
 
 
 @dataclass(frozen=True)
@@ -135,9 +132,7 @@ def couple(
     class_sizes = np.zeros(count, np.int64)
     class_sizes[classes] = sizes
     if (wanted := float(class_sizes.sum(dtype=np.float64))) > MOST:
-        longest = relations.axes[int(sizes.argmax())]
-        raise MachineError(f"an axis of {sizes.max():,} positions; {wanted:,.0f} in all are too many to tell apart",
-                           object=str(longest))  # fmt: skip
+        raise too_many(relations.axes[int(sizes.argmax())], int(sizes.max()), wanted)
     offsets = np.concatenate([[0], np.cumsum(class_sizes)])
     a, b = [], []
     for piece, whole, positions in relations.takes:

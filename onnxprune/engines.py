@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxprune import export, precision, storage
-from onnxprune.analysis import Analysis, named, samples_of
+from onnxprune.analysis import Analysis, data_files, named, samples_of
 from onnxprune.errors import InputError, InternalError
 from onnxprune.infer import symbol, true_inputs
 from onnxprune.model import input_sizes, write_sizes
@@ -69,10 +69,10 @@ def build(
     analysis = Analysis(model, {name: profile.usual for name, profile in profiles.items()})
     source = analysis.source
     finals = (output.with_name(f"{output.name}.json"), output)
-    for path in finals:
-        storage.check_output(path, source, force=force, engine=True)
+    read = [*source.files, *data_files(calibration)]
+    storage.check_outputs(finals, read, force=force, engine=True)
     whole = named(source.path, lambda: complete(analysis, profiles))
-    cache = _cache(timing_cache)
+    cache = _cache(timing_cache, read)
     samples, _ = samples_of(analysis.dense.graph, calibration)
     usual: dict[str, Shape] = {name: profile.usual for name, profile in whole.items()}
     graph = analysis.dense.clone()
@@ -173,12 +173,11 @@ def complete(analysis: Analysis, profiles: Mapping[str, Profile]) -> dict[str, P
     return found
 
 
-def _cache(path: str | None) -> bytes | None:
-    """A timing cache, empty where there is no file yet."""
+def _cache(path: str | None, inputs: Sequence[Path]) -> bytes | None:
+    """A timing cache, which is written again, empty where there is no file yet."""
     if path is None:
         return None
-    if not Path(path).exists():
-        storage.check_output(path, None, force=False)
+    if not storage.check_output(path, inputs, force=True).exists():
         return b""
     return storage.read_bytes(path, CACHE_LIMIT)
 

@@ -71,6 +71,10 @@ class MachineError(PruneError):
     code = 4
 
 
+class LateError(MachineError):
+    """Over a time limit."""
+
+
 class InternalError(PruneError):
     """Our bug, or a native library crashed."""
 

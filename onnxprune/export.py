@@ -10,7 +10,7 @@ from pathlib import Path
 
 from onnxprune import precision as precisions
 from onnxprune import storage
-from onnxprune.analysis import Analysis, named, samples_of
+from onnxprune.analysis import Analysis, data_files, named, samples_of
 from onnxprune.errors import InputError, InternalError
 from onnxprune.model import write_sizes
 from onnxprune.precision import Difference
@@ -69,8 +69,7 @@ def export(
     analysis = Analysis(model, input_shape)
     source = analysis.source
     finals = [output, output.with_suffix(".bin")] if to == "openvino" else [output]
-    for path in finals:
-        storage.check_output(path, source, force=force)
+    storage.check_outputs(finals, [*source.files, *data_files(calibration)], force=force)
     samples, _ = samples_of(analysis.dense.graph, calibration)
     fixed = analysis.dense.clone()
     write_sizes(fixed, analysis.given)

@@ -18,7 +18,9 @@ import onnx_ir as ir
 
 from onnxprune import ops
 from onnxprune.outcome import (
+    ALIKE,
     GRAPHS,
+    POINTWISE,
     VALUE_LIMIT,
     Attributes,
     Content,
@@ -369,13 +371,6 @@ def _declared(facts: Facts, seen: Seen) -> None:
             facts.shapes.setdefault(name, shape)
 
 
-ALIKE = frozenset("Identity Reshape Transpose Squeeze Unsqueeze Flatten Concat Split Slice Gather Expand".split())
-POINTWISE = frozenset(
-    """Abs Add And Cast Ceil Div Equal Exp Floor Greater GreaterOrEqual Less LessOrEqual Log Max Min Mod Mul Neg Not Or
-    Pow Reciprocal Round Sign Sqrt Sub Where Xor""".split()
-)
-
-
 def moving(nodes: Iterable[Seen], first: Facts, second: Facts) -> dict[str, Mask]:
     """{computed value: bool mask of its elements that follow a dynamic size}, also where two probes happen to agree.
 
@@ -630,7 +625,7 @@ def _counted(facts: Facts, node: ir.Node, trips: int, opset: int) -> int | None:
         name = pending.pop()
         maker = within.get(name)
         if maker is not None:
-            if maker.domain not in ("", "ai.onnx") or bodies(maker) or maker.op_type in RANDOM:
+            if maker.domain not in ("", "ai.onnx"):
                 return None
             if maker not in made:
                 made.add(maker)
@@ -645,6 +640,10 @@ def _counted(facts: Facts, node: ir.Node, trips: int, opset: int) -> int | None:
             given[name] = facts.values[name]
         elif name not in (*carry, counter):
             return None
+    elements = prod(array.size for array in (*given.values(), *state.values()))
+    allowed = POINTWISE | {"Identity"} | (ALIKE - {"Concat", "Expand"} if elements == 1 else frozenset())
+    if elements > VALUE_LIMIT or any(maker.op_type not in allowed for maker in made):  # might grow from round to round
+        return None
     rank = len(facts.shapes[counter])
     wanted = [condition, *(carry[name][1] for name in state)]
     unknown = onnx.TensorProto.UNDEFINED

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from onnxprune import ops
 from onnxprune.types import Array, OpNode, Shape
 
 VALUE_LIMIT = 1 << 16  # elements of a value that is worth knowing
+TERMS = 1 << 22  # products of elements that an operator may have to go through to give such a value
 KEPT = 1 << 13  # answers
 SHORT = 1 << 13  # bytes of values up to which an answer is kept
 STAND_IN_OPSET = 13
@@ -101,8 +103,35 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+ALIKE = frozenset("Identity Reshape Transpose Squeeze Unsqueeze Flatten Concat Split Slice Gather Expand".split())
+POINTWISE = frozenset(
+    """Abs Add And Cast Ceil Div Equal Exp Floor Greater GreaterOrEqual Less LessOrEqual Log Max Min Mod Mul Neg Not Or
+    Pow Reciprocal Round Sign Sqrt Sub Where Xor""".split()
+)
+
+
+PRODUCTS = frozenset(  # take time for every pair of elements
+    """Attention Conv ConvInteger ConvTranspose DFT DeformConv Det Einsum Gemm GridSample GRU LSTM MatMul MatMulInteger
+    NonMaxSuppression QLinearConv QLinearMatMul RNN STFT""".split()
+)
+
+
+def _small(asked: Question) -> bool:
+    """Whether the outputs are worth computing: no larger than what is kept, and not out of all proportion in time."""
+    sizes = [prod(known.shape or ()) for known in asked.inputs if known]
+    quick = asked.op_type in POINTWISE or (asked.op_type in ALIKE and asked.op_type != "Expand")
+    if quick and prod(sizes) <= VALUE_LIMIT:
+        return True
+    if asked.op_type in PRODUCTS and prod(sizes) > TERMS:
+        return False
+    outputs = shaped(asked).outputs
+    return all(prod(found[1]) <= VALUE_LIMIT for found in outputs if found is not None and found[1] is not None)
+
+
 def computed(asked: Question) -> tuple[Array, ...] | None:
-    """The outputs, read-only, of a node whose inputs are all known; None if the reference has no such operator."""
+    """The outputs, read-only, of a node whose inputs are all known; None where there is no reference, or too much."""
+    if not _small(asked):
+        return None
     return (_computed if asked.short else _computed.__wrapped__)(asked)
 
 

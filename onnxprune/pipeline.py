@@ -5,12 +5,13 @@ from __future__ import annotations
 import fnmatch
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from onnxprune import measure as latency
 from onnxprune import report as reports
 from onnxprune import select as selection
 from onnxprune.allocate import Trials
-from onnxprune.analysis import Analysis, cost_of, cost_shapes, named, samples_of
+from onnxprune.analysis import Analysis, cost_of, cost_shapes, data_files, named, samples_of
 from onnxprune.bases import Bases
 from onnxprune.cost import Cost
 from onnxprune.errors import ImpossibleError, InputError, InternalError
@@ -283,23 +284,23 @@ def family(
     variants: Sequence[Options],
     beside: Sequence[Sequence[str | Path]] = (),
     *,
+    texts: Mapping[str | Path, str] = MappingProxyType({}),
+    inputs: Sequence[str | Path] = (),
     progress: Progress = lambda stage: None,
     command: Sequence[str] = (),
 ) -> list[Result]:
     """Several targets from one analysis; nothing is written before all of them are reached and proven.
 
-    `beside` has the reports of each target, in the format that their suffix names.
+    `beside` has the reports of each target, in the format that their suffix names, `texts` other files to be written
+    with them. `inputs` are files that were read for this besides those that the options name: no output may be one.
     """
     for options in variants:
         check(options)
     beside = beside or [()] * len(variants)
-    written = [Path(path) for path in (*outputs, *chain(*beside)) if path is not None]
-    if twice := [path for k, path in enumerate(written) if path in written[:k]]:
-        raise InputError("would be written twice; put {target} in its name", file=twice[0])
     clock = Clock(progress)
     first = variants[0]
     with clock.stage("read and analyse"):
-        this = opened(model, outputs, beside, first)
+        this = opened(model, outputs, beside, first, texts, inputs)
     analysis, results = this.analysis, []
     analysis.source.hash_ahead()
     variants = [replace(options, remove=this.remove) for options in variants]
@@ -320,7 +321,7 @@ def family(
             )
     if not first.dry_run:
         with clock.stage("write"):
-            results = write(results, this.paths, beside, analysis, first, prover.feeds)
+            results = write(results, this.paths, beside, analysis, first, prover.feeds, texts)
     return results
 
 
@@ -352,17 +353,21 @@ class Opened:
 
 
 def opened(
-    model: str | Path, outputs: Sequence[str | Path | None], beside: Sequence[Sequence[str | Path]], options: Options
+    model: str | Path,
+    outputs: Sequence[str | Path | None],
+    beside: Sequence[Sequence[str | Path]],
+    options: Options,
+    texts: Iterable[str | Path] = (),
+    inputs: Sequence[str | Path] = (),
 ) -> Opened:
     """Read and analyse; refuse outputs that may not be written, and with --strict operators without a rule."""
     for report in chain(*beside):
         reports.check_format(report)
     analysis, remove = _analysed(model, options)
-    data = tuple(Path(p) for p in (options.calibration, options.evaluation) if p is not None and Path(p).is_file())
-    inputs = replace(analysis.source, files=analysis.source.files + data)
-    paths = [storage.check_output(p, inputs, force=options.force) if p is not None else None for p in outputs]
-    for report in chain(*beside):
-        storage.check_output(report, inputs, force=options.force)
+    read = [*analysis.source.files, *data_files(options.calibration, options.evaluation), *map(Path, inputs)]
+    written = [path for path in (*outputs, *chain(*beside), *texts) if path is not None]
+    storage.check_outputs(written, read, force=options.force)
+    paths = [None if path is None else Path(path) for path in outputs]
     calibration, _ = samples_of(analysis.dense.graph, options.calibration)
     evaluation = samples_of(analysis.dense.graph, options.evaluation)
     if options.strict and analysis.dims.relations.unknown:
@@ -397,7 +402,7 @@ def _analysed(model: str | Path, options: Options) -> tuple[Analysis, tuple[str,
 def check_dense(prover: Prover, worker: Worker, options: Options) -> None:
     """Find inputs that the dense model accepts: what does not run is not analysed further, and cannot be proven."""
     try:
-        prover.check_dense(worker)
+        named(prover.analysis.source.path, lambda: prover.check_dense(worker))
     except (InputError, ImpossibleError) as error:
         if not options.unproven:
             message = f"{error.message}; --unproven writes without proof"
@@ -883,12 +888,13 @@ def write(
     analysis: Analysis,
     options: Options,
     inputs: plugin.Feeds,
+    texts: Mapping[str | Path, str] = MappingProxyType({}),
 ) -> list[Result]:
-    """Write models and reports; where one of them cannot be written, none that is new stays.
+    """Write models, reports and `texts`; where one of them cannot be written, none that is new stays.
 
     What is too large to be loaded as a whole is run on the first of `inputs`.
     """
-    folders = {Path(path).parent for path in (*paths, *chain(*beside)) if path is not None}
+    folders = {Path(path).parent for path in (*paths, *chain(*beside), *texts) if path is not None}
     before = {file for folder in folders for file in folder.iterdir()}
     done: list[Path] = []
     found = []
@@ -901,6 +907,9 @@ def write(
                 storage.write_text(name, reports.rendered(result.report, name.suffix), force=options.force)
                 done.append(name)
             found.append(result)
+        for place, text in texts.items():
+            storage.write_text(Path(place), text, force=options.force)
+            done.append(Path(place))
     except BaseException:
         for file in done:
             if file not in before:

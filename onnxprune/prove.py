@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from math import prod
 
 import numpy as np
 
 from onnxprune import feeds, interface, verify
 from onnxprune.analysis import Analysis, cost_shapes
-from onnxprune.errors import ImpossibleError, InputError, MachineError, PruneError
-from onnxprune.infer import control, walk
+from onnxprune.errors import ImpossibleError, InputError, LateError, MachineError, PruneError
+from onnxprune.infer import control, true_inputs, walk
 from onnxprune.infer import seed as seed_facts
 from onnxprune.model import Model, normalise
 from onnxprune.probes import alternatives, short_batches, single_lengths
@@ -21,6 +23,10 @@ RANDOM = 2  # random feeds that a proof runs on, of those that the dense model a
 Run = Callable[[Sequence[Mapping[str, Array]]], list[dict[str, Array]]]
 MEMORY = 3 * 10**9  # bytes of weights above which a model is not loaded as a whole
 SAMPLES = 2  # feeds of the user's own data that it runs on as well
+FIRST = 0.075  # of the time limit, for a model that nobody has seen running yet
+SLOWEST = 1e7, 2e8  # bytes of weights, and MACs, that even a busy machine gets done in a second
+TIMES = 8  # what random inputs may take of what those take that MACs are counted for
+FASTEST = 1e13  # MACs that no machine gets done in a second
 
 
 class Prover:
@@ -41,17 +47,18 @@ class Prover:
         self.feeds: list[Mapping[str, Array]] = []
         self.seed = seed
         self.sizes: list[Mapping[str, Shape]] = []
+        self.usual: Mapping[str, Shape] = {}
         self.unseen: list[dict[str, int]] = []
         self.problem: PruneError | None = None
         try:
-            usual = cost_shapes(analysis.prepared.model, analysis.given, analysis.view.shapes)
-            sizes: list[Mapping[str, Shape]] = [analysis.prepared.facts.shapes, analysis.prepared.other.shapes, usual]
+            self.usual = cost_shapes(analysis.prepared.model, analysis.given, analysis.view.shapes)
+            prepared = analysis.prepared
+            sizes: list[Mapping[str, Shape]] = [prepared.facts.shapes, prepared.other.shapes, self.usual]
             for k, shapes in enumerate(sizes):
                 feeds.random_feed(graph, shapes, seed + k)
             if any(control(node) == "If" for node in walk(graph)):
                 sizes += [seed_facts(graph, s).shapes for s in single_lengths(analysis.dense, analysis.given)]
             if memory_of(analysis.dense) > memory:
-                prepared = analysis.prepared
                 few = short_batches(analysis.dense, (prepared.sizes, prepared.other_sizes), analysis.given)
                 sizes = [*(seed_facts(graph, one).shapes for one in few), *sizes]
             self.sizes = sizes
@@ -104,7 +111,7 @@ class Prover:
         if self.feeds:
             return  # asked before, for another target
         dense = self.analysis.dense
-        with self.runner(worker).ready(dense) as run:
+        with self._at_first(worker), self.runner(worker).ready(dense) as run:
             found = [*zip(self.samples, run(self.samples) if self.samples else [], strict=True), *self._random(run)]
             if not found and self.sizes:
                 plain = dense.clone()
@@ -117,6 +124,21 @@ class Prover:
         if not self.feeds:
             problem = self.problem or InputError("it accepts no input")
             raise type(problem)(problem.message, file=self.analysis.source.path, object=problem.object)
+
+    def _at_first(self, worker: Worker) -> AbstractContextManager[None]:
+        """Limits until it is known that the model comes to an end. Raises LateError if it cannot within the time limit.
+
+        Loops may be endless, and functions explode when they are inlined: what weighs little is not waited for.
+        """
+        work = self.analysis.costs.of(np.ones(self.analysis.labels, np.bool_))
+        if work["macs"] / FASTEST > worker.seconds:
+            raise LateError(f"{work['macs']:.1e} MACs take longer than {worker.seconds:g} s; raise --timeout",
+                            file=self.analysis.source.path)  # fmt: skip
+        usual = sum(prod(self.usual.get(str(value.name), ())) for value in true_inputs(self.analysis.dense.graph))
+        given = sum(array.size for feed in self.samples for array in feed.values())
+        times = max(TIMES, given / max(usual, 1))
+        due = work["size"] / SLOWEST[0] + times * work["macs"] / SLOWEST[1]
+        return worker.within(FIRST * worker.seconds + due, 2 * max(self.memory, MEMORY))
 
     def _random(self, run: Run) -> list[Ran]:
         """Random feeds that the dense model accepts, for every combination of choices."""
@@ -144,6 +166,8 @@ class Prover:
             for part in (made, *([feed] for feed in made)) if len(made) > 1 else (made,) if made else ():
                 try:
                     ran = run(part)
+                except LateError:
+                    raise
                 except (InputError, MachineError) as error:  # what is too large at one size may fit at another
                     self.problem = error
                     continue

@@ -180,9 +180,11 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [key.value for key, _ in node.value]
-        if twice := [str(key) for k, key in enumerate(keys) if key in keys[:k]]:
-            raise yaml.YAMLError(f"'{twice[0]}' is given twice")
+        keys: set[str] = set()
+        for key in (str(key.value) for key, _ in node.value):
+            if key in keys:
+                raise yaml.YAMLError(f"'{key}' is given twice")
+            keys.add(key)
         return super().construct_mapping(node, deep)
 
 

@@ -10,10 +10,12 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from onnxprune import ops
+from onnxprune.errors import MachineError
 from onnxprune.indexing import numbered
 from onnxprune.types import Axis, Freeze, Named, Numbers, OpNode, Pattern, Positions, Shape, Take, View, Virtual
 
 Token = str | tuple[str, ...]
+MOST = 1 << 26  # positions of all axes together: a few arrays of this length must fit in memory
 RENUMBERED = frozenset({"Gather.1", "Equal.0", "Equal.1"})  # tables of numbers that follow the survivors
 
 
@@ -59,6 +61,12 @@ class Pick(NamedTuple):
     text: str
 
 
+def too_many(axis: Axis, size: int, total: float) -> MachineError:
+    """The error for axes of which the positions do not fit into memory."""
+    text = f"an axis of {size:,} positions; {total:,.0f} in all are too many to tell apart"
+    return MachineError(text, object=str(axis))
+
+
 class Relations:
     """Everything that the rules said, with axes numbered; axes of size one carry nothing and have no number.
 
@@ -74,6 +82,7 @@ class Relations:
         self.ties: list[tuple[int, int]] = []
         self.composites: list[Composite] = []
         self.takes: list[tuple[int, int, Positions]] = []
+        self.taken = 0
         self.picks: list[Pick] = []
         self.freezes: list[tuple[int, Positions | None, str]] = []
         self.mixing: list[Mixing] = []
@@ -89,6 +98,8 @@ class Relations:
             for index, size in enumerate(shape):
                 if size > 1:
                     self.add(Axis(value, index), size)
+        if self.sizes and (longest := max(self.sizes)) > MOST:
+            raise too_many(self.axes[self.sizes.index(longest)], longest, longest)
         free = self.narrowing(caches)
         for name in view.outputs:
             self.freeze(name, None, "graph output", free=free)
@@ -218,6 +229,9 @@ class Relations:
             if len(take.positions):
                 self.picks.append(Pick(take.piece, whole, int(take.positions[0]), f"{label}: a position by itself"))
             return {whole}
+        self.taken += len(take.positions)
+        if self.taken > MOST:
+            raise too_many(self.axes[whole], self.sizes[whole], self.taken)
         self.takes.append((piece, whole, take.positions))
         self.edges.append((piece, whole, label))
         return {piece, whole}

@@ -17,7 +17,7 @@ import numpy as np
 from onnxprune import interface, pipeline, quality, reconstruct, runtime, storage
 from onnxprune import select as selection
 from onnxprune.allocate import TRIAL_ROWS, started
-from onnxprune.analysis import Analysis
+from onnxprune.analysis import Analysis, data_files
 from onnxprune.errors import InputError, InternalError, MachineError, printable, shown, shown_path
 from onnxprune.model import Model
 from onnxprune.prove import Prover
@@ -142,10 +142,7 @@ def sensitivity(
     opened = pipeline.opened(model, [None], [], chosen)
     analysis = opened.analysis
     files = [Path(path) for path in (csv, plot) if path is not None]
-    if len(set(files)) < len(files):
-        raise InputError("would be written twice", file=files[0])
-    for path in files:
-        storage.check_output(path, analysis.source, force=chosen.force)
+    storage.check_outputs(files, [*analysis.source.files, *data_files(chosen.calibration)], force=chosen.force)
     with Worker(seconds=chosen.timeout) as worker:
         if backend is not None:
             worker.call(runtime.backend, backend)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import secrets
 import stat
 import tokenize
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -25,6 +26,7 @@ from onnxprune.weights import contents, lifted, standing
 __all__ = [
     "Source",
     "check_output",
+    "check_outputs",
     "digest",
     "dump",
     "read_arrays",
@@ -41,6 +43,7 @@ ALIGN = 4096
 ENGINES = (".engine", ".plan")
 DIGITS = 12  # of the content's hash in the name of a data file
 DATA_LIMIT = 16 * 2**30  # bytes of arrays that a data file may hold
+HEADER_LIMIT = 1 << 16  # bytes of what says how one of them is laid out
 
 
 def digest(files: Sequence[Path]) -> str:
@@ -52,8 +55,23 @@ def digest(files: Sequence[Path]) -> str:
     return total.hexdigest()
 
 
-def check_output(path: str | Path, source: Source | None, *, force: bool, engine: bool = False) -> Path:
-    """Refuse an output that cannot or must not be written. Raises InputError, MachineError."""
+def check_outputs(
+    outputs: Iterable[str | Path], inputs: Sequence[Path], *, force: bool, engine: bool = False
+) -> list[Path]:
+    """Refuse outputs of which one cannot or must not be written, or two are one place. Raises InputError, MachineError.
+
+    No output may be one of `inputs`, however its path is spelled.
+    """
+    found: dict[tuple[Path, str], Path] = {}
+    for output in outputs:
+        path = check_output(output, inputs, force=force, engine=engine)
+        if found.setdefault((path.parent.resolve(), path.name), path) is not path:
+            raise InputError("would be written twice; give it another name, or put {target} in it", file=path)
+    return list(found.values())
+
+
+def check_output(path: str | Path, inputs: Sequence[Path] = (), *, force: bool, engine: bool = False) -> Path:
+    """Refuse one output. Raises InputError, MachineError."""
     path = Path(path)
     try:
         if path.suffix.lower() in ENGINES and not engine:
@@ -63,12 +81,8 @@ def check_output(path: str | Path, source: Source | None, *, force: bool, engine
         if path.is_dir():
             raise InputError("is a folder", file=path)
         if os.path.lexists(path):
-            if source is not None and path.exists():
-                here = path.stat()
-                for file in source.files:
-                    there = file.stat()
-                    if (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino):
-                        raise InputError("is the input; choose another output", file=path)
+            if path.exists() and any(path.samefile(file) for file in inputs):
+                raise InputError("is an input; choose another output", file=path)
             if path.is_symlink() or not stat.S_ISREG(path.lstat().st_mode):
                 raise InputError("exists and is not a regular file; choose another output", file=path)
             if not force:
@@ -94,7 +108,8 @@ def _disk(path: Path) -> Iterator[None]:
 @contextmanager
 def _temporary(path: Path, durable: bool = True) -> Iterator[tuple[Path, IO[bytes]]]:
     """A new file beside the target under a random name; synced when the block ends, gone if it fails."""
-    name = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
+    start = os.fsencode(path.name)[:100].decode(errors="ignore")  # a name may have 255 bytes, this one has 22 more
+    name = path.with_name(f".{start}.{secrets.token_hex(8)}.tmp")
     descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -189,11 +204,11 @@ def write_model(
     file, the single point of commitment, is renamed. Returns the files. Raises InputError, MachineError.
     """
     data: Path | None = None
-    fresh = False
+    made: int | None = None
     with _disk(path):
         try:
             if external or _weight(model) > INLINE:
-                proto, data, fresh = _with_data(model, path, durable)
+                proto, data, made = _with_data(model, path, durable)
             else:
                 proto = _message(model)
             content = proto.SerializeToString(deterministic=True)
@@ -207,9 +222,10 @@ def write_model(
                     raise
             _commit(temporary, path, force, durable)
         except BaseException:
-            if data is not None and fresh:
+            if data is not None and made is not None:
                 with suppress(OSError):
-                    data.unlink()
+                    if data.stat().st_ino == made:  # else another run has put its copy there, and relies on it
+                        data.unlink()
             raise
     return (path,) if data is None else (path, data)
 
@@ -235,8 +251,11 @@ def _apart(model: ir.Model) -> tuple[ir.Model, dict[str, ir.TensorProtocol], dic
     return skeleton, tensors, starts | {"": offset}
 
 
-def _with_data(model: ir.Model, path: Path, durable: bool) -> tuple[onnx.ModelProto, Path, bool]:
-    """Stream large initializers to a data file named by its content: (the model that refers to it, the file, new?)."""
+def _with_data(model: ir.Model, path: Path, durable: bool) -> tuple[onnx.ModelProto, Path, int | None]:
+    """Stream large initializers to a data file named by its content.
+
+    Gives the model that refers to it, the file, and what the system knows it by where it was not there before.
+    """
     skeleton, tensors, starts = _apart(model)
     content = hashlib.sha256()
     with _temporary(path, durable) as (temporary, file):
@@ -245,11 +264,21 @@ def _with_data(model: ir.Model, path: Path, durable: bool) -> tuple[onnx.ModelPr
                 file.write(part)
                 content.update(part)
     final = path.with_name(f"{path.name}.{content.hexdigest()[:DIGITS]}.data")
-    fresh = not final.exists()
+    made = None if os.path.lexists(final) else temporary.stat().st_ino
+    if made is None and not _holds(final, content.digest()):
+        temporary.unlink()
+        raise InputError("exists and holds something else; choose another output", file=final)
     _commit(temporary, final, True, durable)
     for name, tensor in tensors.items():
         skeleton.graph.initializers[name].const_value = standing(tensor, name, final.name, starts[name])
-    return _message(skeleton), final, fresh
+    return _message(skeleton), final, made
+
+
+def _holds(path: Path, digest: bytes) -> bool:
+    """Whether a file is a regular one with this sha256."""
+    with suppress(InputError, MachineError), os.fdopen(open_regular(path), "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest() == digest
+    return False
 
 
 def size_of(model: ir.Model, name: str, *, external: bool) -> int:
@@ -270,8 +299,11 @@ def _weight(model: ir.Model) -> int:
 # Data files ------------------------------------------------------------------------------------------------------
 
 
-def read_arrays(path: str | Path) -> dict[str, Array]:
-    """Arrays of a .npz by name, or of a .npy under the name "". Never pickles. Raises InputError, MachineError."""
+def read_arrays(path: str | Path, wanted: Container[str] | None = None) -> dict[str, Array]:
+    """Arrays of a .npz by name, or of a .npy under the name "". Never pickles. Raises InputError, MachineError.
+
+    Arrays that are not `wanted` are not read: they are empty.
+    """
     path = Path(path)
     with os.fdopen(open_regular(path, follow=True), "rb") as file:
         try:
@@ -280,12 +312,15 @@ def read_arrays(path: str | Path) -> dict[str, Array]:
             found: dict[str, Array] = {}
             with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
-                if sum(m.file_size for m in members) > DATA_LIMIT:
-                    raise InputError(f"holds more than {DATA_LIMIT:,} bytes", file=path)
                 for member in members:
                     name = member.filename.removesuffix(".npy")
                     if name in found:
                         raise InputError("stored twice", file=path, object=name)
+                    if wanted is not None and name not in wanted:
+                        found[name] = np.zeros(0)
+                        continue
+                    if sum(array.nbytes for array in found.values()) + member.file_size > DATA_LIMIT:
+                        raise InputError(f"holds more than {DATA_LIMIT:,} bytes", file=path)
                     with archive.open(member) as stream:
                         found[name] = _array(stream, path, name, member.file_size)
             return found
@@ -301,8 +336,11 @@ def _array(stream: IO[bytes], path: Path, name: str, size: int) -> Array:
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
     if read is None:
         raise InputError("a version of the .npy format that is not supported", file=path, object=name)
+    size_of_header = stream.read(2 if version == (1, 0) else 4)
+    if (most := int.from_bytes(size_of_header, "little")) > HEADER_LIMIT:
+        raise InputError("its header is damaged", file=path, object=name)
     try:
-        shape, fortran, dtype = read(stream)
+        shape, fortran, dtype = read(io.BytesIO(size_of_header + stream.read(most)))
     except (tokenize.TokenError, SyntaxError, TypeError, RecursionError, MemoryError):  # of Python's own parser
         raise InputError("its header is damaged", file=path, object=name) from None
     if dtype.hasobject or dtype.names is not None:

@@ -14,7 +14,7 @@ from onnxprune import measure as latency
 from onnxprune.analysis import Analysis, cost_shapes, named, samples_of
 from onnxprune.errors import ImpossibleError, InputError
 from onnxprune.model import Model, input_sizes
-from onnxprune.prove import Prover
+from onnxprune.prove import FIRST, Prover
 from onnxprune.recipe import KINDS
 from onnxprune.runtime import ort, tensorrt
 from onnxprune.types import Array, Axis, Shape
@@ -64,7 +64,13 @@ def _axes(analysis: Analysis, text: str) -> list[Any]:
 
 
 def compare_models(
-    dense: str, pruned: str, evaluation: str | None, metric: str | None, input_shape: Mapping[str, Shape], seed: int
+    dense: str,
+    pruned: str,
+    evaluation: str | None,
+    metric: str | None,
+    input_shape: Mapping[str, Shape],
+    seed: int,
+    timeout: float = 600.0,
 ) -> dict[str, Any]:
     """Relative error over all outputs, cosine of the first, and the metric where there is data for it."""
     compute = quality.metric(metric) if metric else None
@@ -73,7 +79,7 @@ def compare_models(
     if [v.name for v in other.graph.outputs] != [v.name for v in analysis.dense.graph.outputs]:
         raise InputError("the two models have different outputs", file=Path(pruned).name)
     samples, labels = samples_of(analysis.dense.graph, evaluation)
-    with Worker() as worker, tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+    with Worker(seconds=timeout) as worker, tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
         prover = Prover(analysis, samples, seed)
         if not samples:
             prover.check_dense(worker)
@@ -107,6 +113,7 @@ def measure_models(
     rounds: int,
     seconds: float,
     trust_engine: bool = False,
+    timeout: float = 600.0,
 ) -> list[latency.Latency]:
     """Interleaved latency of models with one interface, at the given sizes (else batch 1 and stated defaults).
 
@@ -125,20 +132,34 @@ def measure_models(
             raise InputError(what, file=path)
     if threads < 1 or rounds < 1 or not seconds > 0:
         raise InputError("--threads, --rounds and --seconds are positive", object="measure")
-    read = [storage.read_model(path)[0] for path in models if Path(path).suffix.lower() not in storage.ENGINES]
-    feed = _accepted(models[0], read[0], input_shape, threads)
-    return latency.measure(models, feed, backend=backend, threads=threads, rounds=rounds, seconds=seconds)
+    with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+        copies, first = [], None
+        for k, path in enumerate(models):  # a runtime that is given the file itself opens what it refers to by name
+            if Path(path).suffix.lower() in storage.ENGINES:
+                copies.append(Path(path))
+                continue
+            model, source = storage.read_model(path)
+            first = first or model
+            copies.append(storage.dump(model, folder, f"{k}", external=source.external))
+        assert first is not None
+        with Worker(seconds=timeout) as worker:
+            feed = _accepted(models[0], str(copies[0]), first, input_shape, threads, worker)
+        return latency.measure(
+            copies, feed, backend=backend, threads=threads, rounds=rounds, seconds=seconds, timeout=timeout
+        )
 
 
-def _accepted(path: str, model: Model, input_shape: Mapping[str, Shape], threads: int) -> Mapping[str, Array]:
+def _accepted(
+    path: str, copy: str, model: Model, input_shape: Mapping[str, Shape], threads: int, worker: Worker
+) -> Mapping[str, Array]:
     """Random inputs that a model runs on: of the usual sizes, else of those that are found to be accepted."""
     given = named(path, lambda: input_sizes(model, input_shape))
-    with Worker() as worker:
-        try:
-            feed = feeds.random_feed(model.graph, cost_shapes(model, given), 0)
-            worker.call(ort.run, path, [feed], threads=threads)
-        except (InputError, ImpossibleError):
-            prover = Prover(Analysis(path, input_shape), [], 0, threads)
-            prover.check_dense(worker)
-            return prover.feeds[0]
+    try:
+        feed = feeds.random_feed(model.graph, cost_shapes(model, given), 0)
+        with worker.within(FIRST * worker.seconds):
+            worker.call(ort.run, copy, [feed], threads=threads)
+    except (InputError, ImpossibleError):
+        prover = Prover(Analysis(path, input_shape), [], 0, threads)
+        prover.check_dense(worker)
+        return prover.feeds[0]
     return feed

@@ -15,15 +15,15 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import FileIO
 from types import TracebackType
 from typing import Any, cast
 
-from onnxprune.errors import InternalError, MachineError, PruneError
+from onnxprune.errors import InternalError, LateError, MachineError, PruneError
 
 # Not `-m onnxprune.worker`, which would look for modules in the current folder first, beside a stranger's model.
-BOOT = "import sys; sys.path[:] = sys.argv[3:]; from onnxprune.worker import serve; serve(*map(int, sys.argv[1:3]))"
+BOOT = "import sys; sys.path[:] = sys.argv[2:]; from onnxprune.worker import serve; serve(int(sys.argv[1]))"
 CHATTER = 1 << 16  # bytes of what native code printed that are kept: what a pipe holds
 MOST_THREADS = 1024  # that a model may be told to run in
 NUMBER = struct.Struct(">Q")
@@ -32,7 +32,7 @@ Frames = Sequence[bytes | bytearray | memoryview]
 
 
 class Worker:
-    """One child process that answers calls in turn, within `seconds` for each and `memory` bytes in all.
+    """One child process that answers calls in turn, within `seconds` and `memory` bytes for each.
 
     It starts with the first call, and anew after a call that it did not survive. Use it in the thread that made it:
     Linux ends the child with the thread that started it.
@@ -62,6 +62,17 @@ class Worker:
                 with contextlib.suppress(OSError):
                     pipe.close()
 
+    @contextlib.contextmanager
+    def within(self, seconds: float, memory: int | None = None) -> Iterator[None]:
+        """Tighter limits for the calls inside."""
+        before = self.seconds, self.memory
+        self.seconds = min(seconds, self.seconds)
+        self.memory = min((limit for limit in (memory, self.memory) if limit), default=None)
+        try:
+            yield
+        finally:
+            self.seconds, self.memory = before
+
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """function(*args, **kwargs) in the child; the function is a module's own, so that the child can import it.
 
@@ -69,7 +80,7 @@ class Worker:
         the child crashed or the function failed in a way that nobody foresaw (notes hold where), TypeError for a
         function or an argument that cannot travel.
         """
-        request = _packed((_importable(function), args, kwargs))
+        request = _packed((self.memory or 0, _importable(function), args, kwargs))
         child = self._started()
         late = threading.Event()
 
@@ -108,7 +119,7 @@ class Worker:
         os.set_blocking(self._chatter, False)
         try:
             self._child = subprocess.Popen(
-                [sys.executable, "-P", "-c", BOOT, str(self.memory or 0), str(os.getpid()), *sys.path],
+                [sys.executable, "-P", "-c", BOOT, str(os.getpid()), *sys.path],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=end,
@@ -134,7 +145,7 @@ class Worker:
             said = os.read(self._chatter, CHATTER)
         self.close()
         if killed:
-            return MachineError(f"running the model took longer than {self.seconds:g} s; raise --timeout")
+            return LateError(f"running the model took longer than {self.seconds:.3g} s; raise --timeout")
         if self.memory and b"bad_alloc" in said:
             return _short(self.memory)
         if code == -signal.SIGKILL:
@@ -228,9 +239,9 @@ def _exactly(pipe: FileIO, size: int) -> bytearray:
 # The child's end ---------------------------------------------------------------------------------------------------
 
 
-def serve(memory: int, parent: int) -> None:
+def serve(parent: int) -> None:
     """Answer calls until the pipe closes. Nothing that native code prints can reach the pipe."""
-    _confine(memory, parent)
+    _confine(parent)
     incoming, outgoing = FileIO(os.dup(0), "r"), FileIO(os.dup(1), "w")
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
@@ -241,16 +252,17 @@ def serve(memory: int, parent: int) -> None:
         except EOFError:
             os._exit(0)
         except MemoryError:
-            _send(outgoing, _packed(("fatal", _short(memory))))
+            _send(outgoing, _packed(("fatal", _short(0))))
             os._exit(0)
-        _send(outgoing, _answer(request, memory))
+        _send(outgoing, _answer(request))
 
 
-def _answer(request: Frames, memory: int) -> Frames:
+def _answer(request: Frames) -> Frames:
     """Result or error of one call. After a fatal one the child is not called again."""
-    status = "fatal"
+    status, memory = "fatal", 0
     try:
-        function, args, kwargs = _unpacked(request)
+        memory, function, args, kwargs = _unpacked(request)
+        _limit(memory)
         return _packed(("result", function(*args, **kwargs)))
     except PruneError as ours:
         status, error = "error", ours
@@ -265,8 +277,8 @@ def _answer(request: Frames, memory: int) -> Frames:
     return _packed((status, error))
 
 
-def _confine(memory: int, parent: int) -> None:
-    """No orphan, no core file, no interrupt of its own, no more memory than allowed."""
+def _confine(parent: int) -> None:
+    """No orphan, no core file, no interrupt of its own."""
     import ctypes
     import faulthandler
     import resource
@@ -278,10 +290,17 @@ def _confine(memory: int, parent: int) -> None:
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if memory:
-        # What may be written to, not all that is mapped: RLIMIT_AS would also count files that are only read, and the
-        # address space that allocators and CUDA reserve without using it. (ONNX Runtime maps external weights
-        # writable, and packs most of them into a second copy: both count.)
-        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        limit = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def _limit(memory: int) -> None:
+    """No more memory than so many bytes, or than the system allows without a number.
+
+    What may be written to counts, not all that is mapped: RLIMIT_AS would also count files that are only read, and the
+    address space that allocators and CUDA reserve without using it. (ONNX Runtime maps external weights writable, and
+    packs most of them into a second copy: both count.)
+    """
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    limits = [limit for limit in (memory or resource.RLIM_INFINITY, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(limits, default=resource.RLIM_INFINITY), hard))

@@ -101,7 +101,7 @@ def test_openvino_measures(model: Path) -> None:
     [
         ("s.ort", "tflite", [], "unknown format"),
         ("s.onnx", "ort", [], "ends in .ort"),
-        ("m.onnx", "onnx", ["--force"], "is the input"),
+        ("m.onnx", "onnx", ["--force"], "is an input"),
         ("s.ort", "ort", ["--input-shape", "z:1"], "no such graph input"),
     ],
 )

@@ -455,7 +455,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
         (["-o", "{out}", "--tolerance", "nan"], "--tolerance nan"),
         (["-o", "{out}", "--tolerance", "much"], "--tolerance"),
         (["-o", "{out}", "--report", "{folder}/r.txt"], "--report"),
-        (["-o", "{model}"], "is the input"),
+        (["-o", "{model}"], "is an input"),
         (["-o", "{folder}/none/out.onnx"], "its folder does not exist"),
         (["-o", "{out}", "--input-shape", "z:1x5"], "no such graph input"),
         (["-o", "{out}", "--threads", "0"], "--threads 0"),

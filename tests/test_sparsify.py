@@ -545,7 +545,7 @@ def test_the_table_and_the_share_of_the_work(tmp_path: Path) -> None:
         (["-o", "{out}", "--reconstruct", "sequential", "--calibration", "{data}"], 2, "fill zeros"),
         (["-o", "{out}", "--calibration", "{folder}/none.npz"], 2, "none.npz"),
         (["-o", "{out}", "--calibration", "{odd}"], 2, "odd.npz"),
-        (["-o", "{model}"], 2, "is the input"),
+        (["-o", "{model}"], 2, "is an input"),
         (["-o", "{folder}/none/out.onnx"], 2, "its folder does not exist"),
         (["-o", "{out}", "--report", "r.txt"], 2, "r.txt"),
         (["-o", "{out}", "--pattern", "3:7"], 3, "no weight can be 3:7"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -210,11 +212,23 @@ class OrtBackend:
                 options.add_session_config_entry("session.x64quantprecision", "1")
             if not optimise:
                 options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-            with translated("load"):
-                made = onnxruntime.InferenceSession(model, options, providers=[self.provider])
+            with _spelled(model) as readable, translated("load"):
+                made = onnxruntime.InferenceSession(readable, options, providers=[self.provider])
         if self.provider not in made.get_providers():  # ONNX Runtime falls back to the CPU with a mere warning
             raise MachineError("CUDA did not start; are driver, CUDA and cuDNN there?", object=f"backend {self.name}")
         return OrtSession(made, self.name, Interface(_ports(made.get_inputs()), _ports(made.get_outputs())))
+
+
+@contextmanager
+def _spelled(model: str | bytes) -> Iterator[str | bytes]:
+    """A path in UTF-8, which is all that ONNX Runtime takes: through a link to its folder, if need be."""
+    if isinstance(model, bytes) or not any("\udc80" <= c <= "\udcff" for c in model):
+        yield model
+        return
+    folder, name = os.path.split(os.path.abspath(model))
+    with tempfile.TemporaryDirectory(prefix="onnxprune-") as here:
+        os.symlink(folder, f"{here}/folder")
+        yield f"{here}/folder/{name}"
 
 
 BACKENDS = {
