@@ -120,6 +120,7 @@ def run() -> None:
         main()
     except SystemExit as end:
         if end.code != 130:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is done, and only has to go
             raise
         sys.stdout.flush()
         sys.stderr.flush()

@@ -23,10 +23,15 @@ RANDOM = 2  # random feeds that a proof runs on, of those that the dense model a
 Run = Callable[[Sequence[Mapping[str, Array]]], list[dict[str, Array]]]
 MEMORY = 3 * 10**9  # bytes of weights above which a model is not loaded as a whole
 SAMPLES = 2  # feeds of the user's own data that it runs on as well
-FIRST = 0.075  # of the time limit, for a model that nobody has seen running yet
+FIRST = 30.0, 0.075  # seconds, and share of the time limit, for a model that nobody has seen running yet
 SLOWEST = 1e7, 2e8  # bytes of weights, and MACs, that even a busy machine gets done in a second
 TIMES = 8  # what random inputs may take of what those take that MACs are counted for
 FASTEST = 1e13  # MACs that no machine gets done in a second
+
+
+def allowance(seconds: float) -> float:
+    """Seconds of a time limit after which a model that weighs nothing is taken to have no end."""
+    return max(FIRST[0], FIRST[1] * seconds)
 
 
 class Prover:
@@ -138,7 +143,7 @@ class Prover:
         given = sum(array.size for feed in self.samples for array in feed.values())
         times = max(TIMES, given / max(usual, 1))
         due = work["size"] / SLOWEST[0] + times * work["macs"] / SLOWEST[1]
-        return worker.within(FIRST * worker.seconds + due, 2 * max(self.memory, MEMORY))
+        return worker.within(allowance(worker.seconds) + due, 2 * max(self.memory, MEMORY))
 
     def _random(self, run: Run) -> list[Ran]:
         """Random feeds that the dense model accepts, for every combination of choices."""

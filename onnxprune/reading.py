@@ -489,8 +489,10 @@ def _map_external(proto: onnx.ModelProto, path: Path) -> tuple[dict[str, Mapped]
     descriptors: dict[str, int] = {}
     mapped: dict[str, Mapped] = {}
     folder = os.path.abspath(path.parent)
+    room = LIMIT
 
     def resolve(tensor: onnx.TensorProto, keep_mapped: bool) -> None:
+        nonlocal room
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             return
         title = f"tensor '{shown(tensor.name)}'"
@@ -510,6 +512,9 @@ def _map_external(proto: onnx.ModelProto, path: Path) -> tuple[dict[str, Mapped]
             mapped[tensor.name] = Mapped.at(file, place, kind, shape, tensor.name)
             _empty(tensor)
         else:
+            room -= length
+            if room < 0:
+                raise InputError("with it, tensors that cannot stay in their files take more than 2 GB", object=title)
             tensor.raw_data = os.pread(file, length, offset)
 
     try:

@@ -207,7 +207,7 @@ def write_model(
     made: int | None = None
     with _disk(path):
         try:
-            if external or _weight(model) > INLINE:
+            if _beside(model, external):
                 proto, data, made = _with_data(model, path, durable)
             else:
                 proto = _message(model)
@@ -283,7 +283,7 @@ def _holds(path: Path, digest: bytes) -> bool:
 
 def size_of(model: ir.Model, name: str, *, external: bool) -> int:
     """Bytes of the files that `write_model` would write under this name."""
-    if not external and _weight(model) <= INLINE:
+    if not _beside(model, external):
         return _message(model).ByteSize()
     skeleton, tensors, starts = _apart(model)
     file = f"{name}.{'0' * DIGITS}.data"
@@ -292,8 +292,11 @@ def size_of(model: ir.Model, name: str, *, external: bool) -> int:
     return _message(skeleton).ByteSize() + starts[""]
 
 
-def _weight(model: ir.Model) -> int:
-    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+def _beside(model: ir.Model, external: bool) -> bool:
+    """Whether weights go to a file of their own: where that is wished and some are large, or all are too many."""
+    held = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    sizes = [tensor.nbytes for tensor in held if tensor.dtype != ir.DataType.STRING]
+    return sum(sizes) > INLINE or (external and max(sizes, default=0) > SMALL)
 
 
 # Data files ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from onnxprune import measure as latency
 from onnxprune.analysis import Analysis, cost_shapes, named, samples_of
 from onnxprune.errors import ImpossibleError, InputError
 from onnxprune.model import Model, input_sizes
-from onnxprune.prove import FIRST, Prover
+from onnxprune.prove import Prover, allowance
 from onnxprune.recipe import KINDS
 from onnxprune.runtime import ort, tensorrt
 from onnxprune.types import Array, Axis, Shape
@@ -156,7 +156,7 @@ def _accepted(
     given = named(path, lambda: input_sizes(model, input_shape))
     try:
         feed = feeds.random_feed(model.graph, cost_shapes(model, given), 0)
-        with worker.within(FIRST * worker.seconds):
+        with worker.within(allowance(worker.seconds)):
             worker.call(ort.run, copy, [feed], threads=threads)
     except (InputError, ImpossibleError):
         prover = Prover(Analysis(path, input_shape), [], 0, threads)

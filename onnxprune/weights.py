@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import onnx_ir as ir
@@ -32,6 +33,9 @@ class Place:
     length: int
 
 
+_maps: WeakValueDictionary[tuple[int, int, int], mmap.mmap] = WeakValueDictionary()  # each holds a descriptor
+
+
 class Mapped(ir.Tensor[Any]):
     """A tensor in a file; `place` says where."""
 
@@ -50,9 +54,11 @@ class Mapped(ir.Tensor[Any]):
         """A range of an open file, read only."""
         if not place.length:
             return cls(np.zeros(shape, dtype.numpy()), dtype, name, place)
-        start = place.offset - place.offset % mmap.ALLOCATIONGRANULARITY
-        data = mmap.mmap(file, place.length + place.offset - start, access=mmap.ACCESS_READ, offset=start)
-        return cls.of(data, place.offset - start, place, dtype, shape, name)
+        info = os.fstat(file)
+        key = info.st_dev, info.st_ino, info.st_size
+        if (data := _maps.get(key)) is None:
+            data = _maps[key] = mmap.mmap(file, info.st_size, access=mmap.ACCESS_READ)
+        return cls.of(data, place.offset, place, dtype, shape, name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _again, (self.place, int(self.dtype), tuple(self.numpy().shape), self.name)
