@@ -28,6 +28,7 @@ from onnxprune.errors import ImpossibleError, InputError
 from onnxprune.infer import Facts, Inference, symbols, true_inputs
 from onnxprune.model import Model, free_name, register
 from onnxprune.probes import cost_facts, probes
+from onnxprune.running import in_pieces, memory_of, packed
 from onnxprune.runtime import ort
 from onnxprune.storage import dump
 from onnxprune.types import Array, Shape
@@ -177,6 +178,7 @@ def collect(
     seed: int = 0,
     budget: int = BUDGET,
     threads: int = 1,
+    memory: int | None = None,
     kept: Kept = NOTHING_KEPT,
     progress: Progress = lambda done, total: None,
 ) -> Answers:
@@ -188,7 +190,7 @@ def collect(
     leading axes are batch and length (or their product), and samples without any token altogether. A sample of rows
     takes its share from every sample, evenly spread over its rows, drawn with `seed`. `budget` is in bytes: second
     moments and rows take half of it in one pass, the matrices of one batch the other half; what is larger alone is
-    run alone.
+    run alone. Copies whose weights would take more than `memory` bytes run piece by piece.
     `kept` has the answers of passes that ran before, over the same samples of the same models.
     `progress(done, total)` counts batches.
 
@@ -214,7 +216,7 @@ def collect(
         for request in part:
             copy.add(request)
         totals = _Totals(copy)
-        with _running(worker, copy.finished(), threads) as run:
+        with _running(worker, copy.finished(), threads, memory) as run:
             for batch in batches:
                 totals.add(run(batch.feed | samples.picks(batch, copy.pickers, seed)))
                 done += 1
@@ -257,7 +259,13 @@ Masked = Callable[[Feed, Sequence[Array]], dict[str, Array]]
 
 @contextmanager
 def masked(
-    worker: Worker, model: Model, gates: Sequence[Gate], *, outputs: Sequence[str] | None = None, threads: int = 1
+    worker: Worker,
+    model: Model,
+    gates: Sequence[Gate],
+    *,
+    outputs: Sequence[str] | None = None,
+    threads: int = 1,
+    memory: int | None = None,
 ) -> Iterator[Masked]:
     """A function (feed, masks) -> {output: array}, of one loaded copy in which each gate's mask is an input.
 
@@ -272,7 +280,7 @@ def masked(
     values = _values(graph)
     facts = cost_facts(model, {})
     ports = [_gate(graph, facts, _known(values, gate.value), gate, k) for k, gate in enumerate(gates)]
-    with _running(worker, copy, threads) as run:
+    with _running(worker, copy, threads, memory) as run:
 
         def call(feed: Feed, masks: Sequence[Array]) -> dict[str, Array]:
             given = {port: np.asarray(mask, np.float32) for port, mask in zip(ports, masks, strict=True)}
@@ -327,8 +335,20 @@ Run = Callable[..., dict[str, Array]]
 
 
 @contextmanager
-def _running(worker: Worker, model: Model, threads: int) -> Iterator[Run]:
-    """A function (feed, outputs=None) that runs the model in the child, where it stays loaded until the end."""
+def _running(worker: Worker, model: Model, threads: int, memory: int | None) -> Iterator[Run]:
+    """A function (feed, outputs=None) that runs the model in the child, where it stays loaded until the end.
+
+    Where its weights would take more than `memory` bytes, they are read anew for each feed, a few nodes' at a time.
+    """
+    if memory is not None and memory_of(model) > memory:
+        sent = packed(model)
+
+        def run_in_pieces(feed: Feed, outputs: Sequence[str] | None = None) -> dict[str, Array]:
+            (found,) = worker.call(in_pieces, sent, [dict(feed)], threads, memory)
+            return {name: array for name, array in found.items() if outputs is None or name in outputs}
+
+        yield run_in_pieces
+        return
     with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
         path = str(dump(model, folder, "copy"))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +16,8 @@ from onnxprune.branches import PLAIN, SKIP_NORMS
 from onnxprune.calibrate import Columns, Gate, Gather, Moments, MomentsOf, Profile, ProfileOf, Reads, RowsOf, masked
 from onnxprune.errors import ImpossibleError, InputError, InternalError
 from onnxprune.plugin import Levels
-from onnxprune.runtime import ort
+from onnxprune.running import MEMORY, Runner
 from onnxprune.sites import Operator, Slot, find_sites
-from onnxprune.storage import dump
 from onnxprune.types import Array, Axis, Group, Mask, OpNode, Plan
 from onnxprune.worker import Worker
 
@@ -60,6 +58,7 @@ class Runs:
     worker: Worker
     feeds: Feeds
     threads: int = 1
+    memory: int = MEMORY
 
     @cached_property
     def taken(self) -> Feeds:
@@ -297,12 +296,7 @@ class _Losses:
         return np.array([self._cut(each, score) for each in levels])
 
     def _outputs(self, model: Any) -> list[dict[str, Array]]:
-        with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-            path = str(dump(model, folder, "copy"))
-            found: list[dict[str, Array]] = self.runs.worker.call(
-                ort.run, path, list(self.runs.taken), threads=self.runs.threads
-            )
-        return found
+        return Runner(self.runs.worker, self.runs.threads, self.runs.memory)(model, self.runs.taken)
 
     def _gated(self, levels: Sequence[Levels], gates: Mapping[int, list[tuple[Gate, Array]]]) -> Any:
         """The outputs at each of the levels."""
@@ -310,7 +304,7 @@ class _Losses:
         shapes = self.analysis.prepared.facts.shapes
         order = list(places)
         model = self.analysis.prepared.model
-        with masked(self.runs.worker, model, order, threads=self.runs.threads) as call:
+        with masked(self.runs.worker, model, order, threads=self.runs.threads, memory=self.runs.memory) as call:
             for each in levels:
                 masks = {g: np.ones(() if g.axis is None else shapes[g.value][g.axis], np.float32) for g in order}
                 for k, level in each.items():

@@ -15,13 +15,12 @@ from onnxprune.infer import control, true_inputs, walk
 from onnxprune.infer import seed as seed_facts
 from onnxprune.model import Model, normalise
 from onnxprune.probes import alternatives, short_batches, single_lengths
-from onnxprune.running import Runner, memory_of
+from onnxprune.running import MEMORY, Runner, memory_of
 from onnxprune.types import Array, Mask, Shape
 from onnxprune.worker import Worker
 
 RANDOM = 2  # random feeds that a proof runs on, of those that the dense model accepts
 Run = Callable[[Sequence[Mapping[str, Array]]], list[dict[str, Array]]]
-MEMORY = 3 * 10**9  # bytes of weights above which a model is not loaded as a whole
 SAMPLES = 2  # feeds of the user's own data that it runs on as well
 FIRST = 30.0, 0.075  # seconds, and share of the time limit, for a model that nobody has seen running yet
 SLOWEST = 1e7, 2e8  # bytes of weights, and MACs, that even a busy machine gets done in a second

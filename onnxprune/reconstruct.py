@@ -9,7 +9,6 @@ the models does so in the child process; the dense side is kept there from one c
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -23,8 +22,8 @@ from onnxprune.infer import attributes
 from onnxprune.lsq import Regression
 from onnxprune.model import Model, add_initializer, free_name
 from onnxprune.plugin import Problem, Reconstructor, Runs, Solution, Sparsifier, trait
+from onnxprune.running import MEMORY, Packed, limits, packed, unpacked
 from onnxprune.sites import Operator, Site, Slot, stored
-from onnxprune.storage import dump, read_model
 from onnxprune.types import Array, Mask, Positions
 from onnxprune.verify import spread
 from onnxprune.worker import Worker
@@ -111,11 +110,20 @@ class Thinning:
 
 
 def begin(
-    worker: Worker, dense: Model, feeds: Feeds, sampling: Sampling, *, judged: Feeds = (), threads: int = 1
+    worker: Worker,
+    dense: Model,
+    feeds: Feeds,
+    sampling: Sampling,
+    *,
+    judged: Feeds = (),
+    threads: int = 1,
+    memory: int = MEMORY,
 ) -> None:
-    """Hand the dense model to the child, with the samples to fit to, and those to judge by."""
-    with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-        worker.call(_begin, str(dump(dense, folder, "dense")), list(feeds), list(judged), sampling, threads)
+    """Hand the dense model to the child, with the samples to fit to, and those to judge by.
+
+    What takes more than `memory` bytes is run a few operators at a time, with values on disk.
+    """
+    worker.call(_begin, packed(dense), list(feeds), list(judged), sampling, threads, limits(dense, memory))
 
 
 def repair(
@@ -137,13 +145,11 @@ def repair(
 
     Raises what Worker.call raises.
     """
-    with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-        path = str(dump(pruned, folder, "pruned"))
-        worker.call(_load, path, list(sites) if reconstructor else [], dict(start or {}), keep)
-        for k in range(len(sites) if reconstructor else 0):
-            worker.call(_fit, k, reconstructor, dict(ridges or {}))
-            progress(k + 1, len(sites))
-        found: Repair = worker.call(_finish, judge)
+    worker.call(_load, packed(pruned), list(sites) if reconstructor else [], dict(start or {}), keep)
+    for k in range(len(sites) if reconstructor else 0):
+        worker.call(_fit, k, reconstructor, dict(ridges or {}))
+        progress(k + 1, len(sites))
+    found: Repair = worker.call(_finish, judge)
     return found
 
 
@@ -195,19 +201,25 @@ def apply(model: Model, changes: Mapping[Slot, Array]) -> list[str]:
 class _Dense:
     """The dense model over all samples: rows of its values, each computed once."""
 
-    def __init__(self, path: str, fitted: Feeds, judged: Feeds, sampling: Sampling, threads: int) -> None:
-        self.model, self.feeds, self.sampling = read_model(path)[0], [*fitted, *judged], sampling
-        self.fitted = len(fitted)
+    def __init__(
+        self, sent: Packed, fitted: Feeds, judged: Feeds, sampling: Sampling, threads: int, limits: Mapping[str, int]
+    ) -> None:
+        self.model, self.feeds, self.sampling = unpacked(sent), [*fitted, *judged], sampling
+        self.fitted, self.limits = len(fitted), limits
         self.sessions = Sessions(threads)
         self.counts = [samples_in(feed, self.model.graph) for feed in fitted]
         self._outputs: list[dict[str, Array]] = []
         self.rows: dict[tuple[str, int, int], Array] = {}
         self.flow: Flow | None = None
 
+    def run(self, model: Model, feeds: Feeds, pinned: Collection[str] = ()) -> Flow:
+        """A model that is run on these feeds, within the limits."""
+        return Flow(model, feeds, self.sessions, pinned, **self.limits)
+
     def values(self, names: Sequence[str], pinned: Collection[str]) -> list[list[Array]] | None:
         """For each name its arrays, None where one is not the dense model's; those of `pinned` stay for later."""
         if self.flow is None or any(self.flow.gone(name) for name in names):
-            self.flow = Flow(self.model, self.feeds[: self.fitted], self.sessions, pinned)
+            self.flow = self.run(self.model, self.feeds[: self.fitted], pinned)
         known = all(map(self.flow.knows, names))
         return [arrays[: self.fitted] for arrays in self.flow.values(names)] if known else None
 
@@ -225,7 +237,7 @@ class _Dense:
     def divergence(self, flow: Flow) -> float:
         """How far a model's outputs are from the dense ones on the samples that are judged by."""
         if not self._outputs:
-            self._outputs = self._results(Flow(self.model, self.feeds[self.fitted :], self.sessions))
+            self._outputs = self._results(self.run(self.model, self.feeds[self.fitted :]))
         if not self._outputs:
             return float("nan")  # every output is a map
         names = set(flow.outputs) & set(self._outputs[0])
@@ -327,15 +339,17 @@ _dense: _Dense | None = None
 _task: _Task | None = None
 
 
-def _begin(path: str, fitted: Feeds, judged: Feeds, sampling: Sampling, threads: int) -> None:
+def _begin(
+    sent: Packed, fitted: Feeds, judged: Feeds, sampling: Sampling, threads: int, limits: Mapping[str, int]
+) -> None:
     global _dense
-    _dense = _Dense(path, fitted, judged, sampling, threads)
+    _dense = _Dense(sent, fitted, judged, sampling, threads, limits)
 
 
-def _load(path: str, sites: Sequence[Site], start: Mapping[Slot, Array], keep: bool) -> None:
+def _load(sent: Packed, sites: Sequence[Site], start: Mapping[Slot, Array], keep: bool) -> None:
     global _task
     assert _dense is not None
-    flow = Flow(read_model(path)[0], _dense.feeds, _dense.sessions)
+    flow = _dense.run(unpacked(sent), _dense.feeds)
     _task = _Task(flow, sites, keep)
     for slot, array in start.items():
         _task.changes[slot] = np.ascontiguousarray(array, flow.array(slot).dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import filter as matching
@@ -25,10 +24,9 @@ from onnxprune.infer import true_inputs
 from onnxprune.model import Model
 from onnxprune.plugin import Reconstructor
 from onnxprune.recipe import Methods, Options
-from onnxprune.runtime import ort
+from onnxprune.running import Runner
 from onnxprune.select import Rounding, parse_size
 from onnxprune.sites import fitting
-from onnxprune.storage import dump
 from onnxprune.types import Array, Group, Mask, Plan
 from onnxprune.worker import Worker
 
@@ -62,6 +60,7 @@ class Recovery:
         progress: Progress = lambda text: None,
     ) -> None:
         self.analysis, self.options, self.worker, self.progress = analysis, options, worker, progress
+        self.memory = parse_size(options.memory)
         name = Methods.of(options).reconstruct
         built = plugin.build("reconstructors", name) if name else None
         padding = padding_of(analysis.dense.graph, feeds)
@@ -79,13 +78,11 @@ class Recovery:
         short = trimmed(graph, feeds, padding, self.options.seed)
         if sum(feed[padding].size for feed in short) == sum(feed[padding].size for feed in feeds):
             return feeds
-        with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-            path = str(dump(self.analysis.dense, folder, "dense"))
-            shortest = min(short, key=lambda feed: feed[padding].size)
-            try:
-                self.worker.call(ort.run, path, [shortest], threads=self.options.threads)
-            except InputError:
-                return feeds
+        shortest = min(short, key=lambda feed: feed[padding].size)
+        try:
+            Runner(self.worker, self.options.threads, self.memory)(self.analysis.dense, [shortest])
+        except InputError:
+            return feeds
         return short
 
     @cached_property
@@ -132,16 +129,17 @@ class Recovery:
             requests,
             padding=self.samples.padding,
             seed=self.options.seed,
-            budget=parse_size(self.options.memory) // SHARE,
+            budget=self.memory // SHARE,
             threads=self.options.threads,
+            memory=self.memory,
             kept=self.kept,
             progress=lambda done, total: self.progress(f"statistics ({done} of {total})"),
         )
 
     def evidence(self, groups: Sequence[Group]) -> plugin.Evidence:
         """What criteria may look at."""
-        gather, budget = self.gather if self.given else None, parse_size(self.options.memory) // SHARE
-        run = Runs(self.worker, self.given, self.options.threads)
+        gather, budget = self.gather if self.given else None, self.memory // SHARE
+        run = Runs(self.worker, self.given, self.options.threads, self.memory)
         return evidence(self.analysis, groups, self.options.seed, gather, budget, run)
 
     def trials(
@@ -244,7 +242,8 @@ class Recovery:
     def _begin(self, fitted: Any, judged: Any, rows: int) -> None:
         model = self.analysis.prepared.model
         sampling = self.samples.sampling(rows)
-        reconstruct.begin(self.worker, model, fitted, sampling, judged=judged, threads=self.options.threads)
+        told = {"judged": judged, "threads": self.options.threads, "memory": self.memory}
+        reconstruct.begin(self.worker, model, fitted, sampling, **told)
 
 
 WORK = {"default": 1e13, "thorough": 1e14}  # MACs that trials may take together

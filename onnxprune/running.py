@@ -23,6 +23,7 @@ from onnxprune.worker import Worker
 
 Feeds = Sequence[Mapping[str, Array]]
 HALVES = ("FLOAT16", "BFLOAT16")  # of which ONNX Runtime makes single precision on a CPU
+MEMORY = 3 * 10**9  # bytes of weights above which a model is not loaded as a whole
 PIECE = 1 << 28  # bytes of weights in a piece, at most a quarter of the memory: one is cast while it is used
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 BESIDE = 1 << 28  # bytes from which weights are streamed to a file beside the model
@@ -64,23 +65,39 @@ class Runner:
                 path = str(dump(model, folder, "model", external=memory_of(model) > BESIDE))
                 yield lambda feeds: self.worker.call(ort.run, path, list(feeds), threads=self.threads)
             return
-        skeleton, tensors = lifted(model, SMALL)
-        message = serialized(skeleton).SerializeToString()
+        sent = packed(model)
         threads = max(self.threads, len(os.sched_getaffinity(0)))
-        yield lambda feeds: self.worker.call(in_pieces, message, tensors, list(feeds), threads, self.memory)
+        yield lambda feeds: self.worker.call(in_pieces, sent, list(feeds), threads, self.memory)
 
 
-def in_pieces(
-    message: bytes,
-    tensors: Mapping[str, ir.TensorProtocol],
-    feeds: Feeds,
-    threads: int,
-    memory: int,
-) -> list[dict[str, Array]]:
-    """In the child: outputs for each feed, with the weights of a few nodes at a time."""
-    _reuse()
+Packed = tuple[bytes, Mapping[str, ir.TensorProtocol]]
+
+
+def packed(model: ir.Model) -> Packed:
+    """A model as it travels to the child: weights that lie in a file stay there."""
+    skeleton, tensors = lifted(model, SMALL)
+    return serialized(skeleton).SerializeToString(), tensors
+
+
+def unpacked(sent: Packed) -> ir.Model:
+    """In the child: the model again."""
+    message, tensors = sent
     model = deserialized(onnx.ModelProto.FromString(message))
     attach(model, tensors)
+    return model
+
+
+def limits(model: ir.Model, memory: int) -> dict[str, int]:
+    """What a Flow may take of a model's weights and values at a time; no limits where all of the model fits."""
+    if memory_of(model) <= memory:
+        return {}
+    return {"most": min(PIECE, memory // 4), "room": memory // 4}
+
+
+def in_pieces(sent: Packed, feeds: Feeds, threads: int, memory: int) -> list[dict[str, Array]]:
+    """In the child: outputs for each feed, with the weights of a few nodes at a time."""
+    _reuse()
+    model = unpacked(sent)
     names = [str(value.name) for value in model.graph.outputs]
     inputs = [str(value.name) for value in model.graph.inputs if value.name not in model.graph.initializers]
     if missing := [name for feed in feeds for name in inputs if name not in feed]:

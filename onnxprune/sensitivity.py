@@ -241,7 +241,8 @@ class _Bench:
             self.fitted, self.feeds = samples.fitted, samples.feeds[1::2] or samples.feeds
             dense = analysis.prepared.model
             sampling = samples.sampling(TRIAL_ROWS)
-            reconstruct.begin(worker, dense, self.fitted, sampling, threads=recovery.options.threads)
+            told = {"threads": recovery.options.threads, "memory": recovery.memory}
+            reconstruct.begin(worker, dense, self.fitted, sampling, **told)
         self.dense: Outputs = self.run(analysis.dense, self.feeds)
 
     def errors(self, plan: Plan) -> tuple[float, float | None]:

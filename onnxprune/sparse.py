@@ -304,6 +304,7 @@ class _Run:
             samples.feeds,
             samples.sampling(),
             threads=options.threads,
+            memory=self.recovery.memory,
         )
         found = reconstruct.repair(
             self.worker,

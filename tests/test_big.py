@@ -22,10 +22,11 @@ from zoo import ZOO
 
 from onnxprune import feeds, plugin, prune, reading, storage, weights, wire
 from onnxprune.analysis import Analysis
+from onnxprune.calibrate import Columns, MomentsOf, ProfileOf, Reads, RowsOf, collect
 from onnxprune.errors import ImpossibleError, MachineError
 from onnxprune.flow import Flow, Sessions
 from onnxprune.model import normalise, prepare
-from onnxprune.running import Runner, in_pieces, memory_of
+from onnxprune.running import Runner, in_pieces, memory_of, packed
 from onnxprune.sparsify import sparsify
 from onnxprune.types import Member
 from onnxprune.worker import Worker, call
@@ -148,8 +149,7 @@ def test_a_message_cut_short_is_refused_in_the_same_words(
 
 
 def pieces(model: ir.Model, feed: dict[str, np.ndarray], memory: int) -> dict[str, np.ndarray]:
-    skeleton, tensors = weights.lifted(model, 8)
-    return in_pieces(reading.serialized(skeleton).SerializeToString(), tensors, [feed], 1, memory)[0]
+    return in_pieces(packed(model), [feed], 1, memory)[0]
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name.startswith(("mlp", "head", "conv", "resid", "lstm"))])
@@ -211,6 +211,38 @@ def test_little_memory_is_enough_for_a_pattern(tmp_path: Path) -> None:
         assert (report.pruned.latency is None) == (memory == "1MB")
         written.append({file.name: file.read_bytes() for file in folder.iterdir()})
     assert written[0] == written[1]
+
+
+def test_statistics_are_the_same_piece_by_piece(tmp_path: Path) -> None:
+    model = Analysis(wide(tmp_path, np.float32)).prepared.model
+    batches = [{"x": np.random.default_rng(k).standard_normal((7, 67)).astype(np.float32)} for k in range(3)]
+    asked = [ProfileOf(Reads("y")), MomentsOf(Reads("a"), Columns("y")), RowsOf(Columns("b"), 5)]
+    with Worker() as worker:
+        whole, parts = (collect(worker, model, batches, asked, memory=memory) for memory in (None, 1000))
+    for request in asked[:2]:
+        found, right = (each[request] for each in (parts, whole))
+        for name in ("mean", "variance", "xx", "xy", "yy", "largest"):
+            if hasattr(right, name):
+                np.testing.assert_array_equal(getattr(found, name), getattr(right, name))
+    np.testing.assert_array_equal(parts[asked[2]], whole[asked[2]])
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_little_memory_is_enough_for_repair(kind: type[np.generic], tmp_path: Path) -> None:
+    path, data = wide(tmp_path, kind), tmp_path / "c.npz"
+    np.savez(data, x=np.random.default_rng(3).standard_normal((64, 67)).astype(kind))
+    found = []
+    for memory in ("1MB", "1GB"):
+        folder = tmp_path / memory
+        folder.mkdir()
+        given = {"ratio": 0.5, "criterion": "mag", "memory": memory, "calibration": str(data), "no_cache": True}
+        report = prune(path, folder / "o.onnx", **given).report
+        assert report.verification.proven and report.repaired
+        stored = reading.read_model(folder / "o.onnx")[0].graph.initializers
+        found.append((report.removed, {name: value.const_value.numpy() for name, value in stored.items()}))
+    assert found[0][0] == found[1][0]
+    for name, array in found[1][1].items():
+        np.testing.assert_allclose(found[0][1][name], array, atol=1e-3)
 
 
 def test_size_is_known_before_it_is_written(tmp_path: Path) -> None:
