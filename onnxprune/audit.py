@@ -29,12 +29,18 @@ from onnxprune.rewrite import apply
 from onnxprune.rms import by_root_mean_square
 from onnxprune.runtime import ort
 from onnxprune.sites import stored as stored_in
-from onnxprune.types import Axis, Mask, Plan, Shape
+from onnxprune.types import Axis, Mask, Plan, Progress, Shape, quietly
 from onnxprune.worker import Worker
 
 
 def verify(
-    dense: str, pruned: str, plan: str, input_shape: Mapping[str, Shape], seed: int, timeout: float = 600.0
+    dense: str,
+    pruned: str,
+    plan: str,
+    input_shape: Mapping[str, Shape],
+    seed: int,
+    timeout: float = 600.0,
+    progress: Progress = quietly,
 ) -> dict[str, Any]:
     """Apply the plan to DENSE, prove that, and check that PRUNED is the same up to the repaired values.
 
@@ -45,12 +51,13 @@ def verify(
     if not isinstance(remove, list | tuple) or not all(isinstance(kind, str) for kind in remove):
         raise InputError("not a list of kinds", file=Path(plan).name, object="recipe.remove")
     consent = report.recipe.get("allow-interface-change") is True
+    progress("read and analyse")
     analysis = Analysis(dense, input_shape, remove=remove, interface=consent)
     small, _ = storage.read_model(pruned)
     if analysis.source.sha256 != report.dense.sha256:
         raise ImpossibleError("is not the model that the report speaks of (sha256)", file=dense)
     if "tolerance" in report.recipe:
-        return _realized(report, dense, small, Path(pruned).name, seed, timeout)
+        return _realized(report, dense, small, Path(pruned).name, seed, timeout, progress)
     removals = [
         proof.Removal(
             row.initializer,
@@ -71,9 +78,11 @@ def verify(
         text = "its role, group, positions or readers are not those of the units that go"
         raise ImpossibleError(text, file=Path(plan).name, object=min(row.initializer for row in odd))
     rebuilt = apply(analysis.prepared, analysis.dims, analysis.view, alive, analysis.branches)
-    with Worker(seconds=timeout) as worker:
+    with Worker(seconds=timeout, progress=progress) as worker:
         prover = Prover(analysis, [], seed)
+        progress("run the dense model")
         prover.check_dense(worker)
+        progress("prove")
         differences = prover.prove(worker, rebuilt, removals, alive)
         _check(differences, "differs from the dense model without the removed units", Path(pruned).name)
         if report.norms:
@@ -84,7 +93,7 @@ def verify(
     _part(rebuilt.graph, small.graph, repaired)
     if report.precision is not None:
         types = analysis.prepared.facts.types
-        with Worker(seconds=timeout) as worker:
+        with Worker(seconds=timeout, progress=progress) as worker:
             signatures = worker.call(ort.signatures, precision.foreign(rebuilt))
         again = precision.cast(rebuilt, report.precision.to, types, signatures, kept=report.precision.kept)
         rebuilt = again.model
@@ -98,7 +107,7 @@ def verify(
 
 
 def _realized(
-    report: reports.Report, dense: str, small: ir.Model, file: str, seed: int, timeout: float
+    report: reports.Report, dense: str, small: ir.Model, file: str, seed: int, timeout: float, progress: Progress
 ) -> dict[str, Any]:
     """Take out once more what has no effect, and prove it; the model in the file must be that, up to noise."""
     recipe = report.recipe
@@ -113,12 +122,13 @@ def _realized(
             input_shape=shape,
             seed=seed,
             timeout=timeout,
+            progress=progress,
             measure=False,
         )
     except (KeyError, TypeError, AttributeError):
         raise InputError("not the options of a run of 'realize'", file=file, object="recipe") from None
     _same(again.model, small, frozenset(initializers(again.model.graph)), file)
-    with Worker(seconds=timeout) as worker:
+    with Worker(seconds=timeout, progress=progress) as worker:
         prover = Prover(Analysis(dense, shape), [], seed)
         prover.check_dense(worker)
         differences = prover.compare(worker, again.model, small)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from onnxprune import pipeline, storage
 from onnxprune.errors import InputError, PruneError, ours
 from onnxprune.recipe import Options, check
 from onnxprune.report import Report
+from onnxprune.types import Progress, quietly
 
 LIST_LIMIT = 1 << 24  # bytes of a list of models
 
@@ -82,7 +84,7 @@ def batch(
     folder: str | Path,
     options: Options,
     inputs: Sequence[str | Path] = (),
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Progress = quietly,
     command: Sequence[str] = (),
 ) -> list[Row]:
     """Prune every model of a folder or list into `folder`, each with its JSON report beside it.
@@ -93,12 +95,14 @@ def batch(
     check(options)
     found = models_of(place, folder)
     inputs = [file for file in (*inputs, place, *(model for model, _ in found)) if Path(file).is_file()]
-    rows = []
+    rows, start = [], time.monotonic()
     for k, (model, name) in enumerate(found):
         output = Path(folder) / name
 
-        def said(stage: str, done: str = f"{k + 1} of {len(found)}: {name}") -> None:
-            progress(f"{done}: {stage}")
+        left = f" ({(time.monotonic() - start) / k * (len(found) - k) / 60:.0f} min left)" if k else ""
+
+        def said(stage: str, done: int = 0, total: int = 0, at: str = f"{k + 1} of {len(found)}{left}: {name}") -> None:
+            progress(f"{at}: {stage}", done, total)
 
         fresh = [] if options.dry_run else [f for f in (output.parent, *output.parent.parents) if not f.exists()]
         try:

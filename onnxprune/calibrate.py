@@ -35,7 +35,6 @@ from onnxprune.types import Array, Shape
 from onnxprune.worker import Worker
 
 Feed = Mapping[str, Array]
-Progress = Callable[[int, int], None]
 T = TypeVar("T")
 NOTHING_KEPT = Kept()
 BUDGET = 1 << 30  # bytes
@@ -180,7 +179,7 @@ def collect(
     threads: int = 1,
     memory: int | None = None,
     kept: Kept = NOTHING_KEPT,
-    progress: Progress = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Answers:
     """Run the samples through a copy of each model and answer all requests, in as many passes as `budget` asks for.
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from onnxprune.pipeline import Result
     from onnxprune.recipe import Options
     from onnxprune.report import Report, SparsityRow
-    from onnxprune.types import Profile
+    from onnxprune.types import Profile, Progress
 
 Command = Callable[..., Any]
 
@@ -231,18 +231,37 @@ def parse_targets(texts: tuple[str, ...]) -> list[dict[str, str]]:
 
 
 @contextmanager
-def stages(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A spinner on stderr that names the stage, on a terminal only."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda stage: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+def stages(hidden: bool) -> Iterator[Progress]:
+    """A line on stderr that names the stage, its time, and what is left where that is known; on a terminal only."""
+    from onnxprune.types import quietly
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("start")
-        yield lambda stage: bar.update(task, description=printable(stage))
+    if hidden or not sys.stderr.isatty():
+        yield quietly
+        return
+    from rich import progress as rich
+    from rich.console import Console
+
+    columns = (rich.SpinnerColumn(), rich.TextColumn("{task.description}", markup=False), rich.TimeElapsedColumn(),
+               rich.TextColumn("{task.fields[left]}"))  # fmt: skip
+    with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("start", left="")
+
+        def told(stage: str, done: int = 0, total: int = 0) -> None:
+            if (text := printable(stage)) != bar.tasks[0].description:
+                bar.reset(task, description=text)
+            elapsed = bar.tasks[0].elapsed or 0.0
+            left = f"{done} of {total}, {time_left(elapsed, done, total)}" if total else ""
+            bar.update(task, left=left)
+
+        yield told
+
+
+def time_left(elapsed: float, done: int, total: int) -> str:
+    """What is left to wait, going by what was done in so many seconds."""
+    if not done:
+        return "time left unknown"
+    minutes, seconds = divmod(round(elapsed / done * max(total - done, 0)), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left"
 
 
 def table(title: str, columns: list[str], rows: list[tuple[object, ...]]) -> None:
@@ -375,7 +394,7 @@ def prune(model: str, **given: Any) -> None:
         whole = {k: ",".join(dict.fromkeys(str(v.target[k]) for v in variants)) for k in variants[0].target}
         texts[saved] = recipe.dump(replace(variants[0], target=whole))
     told: dict[str, Any] = {"texts": texts, "inputs": _recipes(given), "command": sys.argv[1:]}
-    with stages(given["quiet"]) as progress:
+    with stages(given["quiet"] or given["as_json"]) as progress:
         results = pipeline.family(model, outputs, variants, beside, progress=progress, **told)
     for text in dict.fromkeys(text for result in results for text in result.report.warnings):
         warn(text)
@@ -406,7 +425,7 @@ def batch(models: str, **given: Any) -> None:
     variants = _variants(given)
     if len(variants) > 1:
         raise InputError("one target at a time", object="batch")
-    with stages(given["quiet"]) as progress:
+    with stages(given["quiet"] or given["as_json"]) as progress:
         rows = verb.batch(models, given["output"], variants[0], _recipes(given), progress, sys.argv[1:])
     if given["as_json"]:
         say_json({"models": [row.data() for row in rows]})
@@ -452,7 +471,7 @@ def _written(name: str, make: Callable[..., Result], model: str, given: dict[str
         raise InputError("say where to write with -o", object=name)
     kept["measure"] = not kept.pop("no_measure")
     kept["input_shape"] = parse_shapes(kept["input_shape"])
-    with stages(given["quiet"]) as progress:
+    with stages(given["quiet"] or given["as_json"]) as progress:
         result = make(model, given["output"], progress=progress, command=sys.argv[1:], **kept)
     for text in result.report.warnings:
         warn(text)
@@ -648,15 +667,11 @@ def compare(dense: str, pruned: str, as_json: bool, verbose: bool, quiet: bool, 
     """Output differences between two models, and task quality where there are labels."""
     from onnxprune import verbs
 
-    found = verbs.compare_models(
-        dense,
-        pruned,
-        given["evaluation"],
-        given["metric"],
-        parse_shapes(given["input_shape"]),
-        given["seed"],
-        given["timeout"],
-    )
+    shapes = parse_shapes(given["input_shape"])
+    with stages(quiet or as_json) as progress:
+        found = verbs.compare_models(
+            dense, pruned, given["evaluation"], given["metric"], shapes, given["seed"], given["timeout"], progress
+        )
     limit = given["max_relative_error"]
     if limit is not None and not limit >= 0:
         raise InputError("a number of at least 0", object="--max-relative-error")
@@ -691,7 +706,9 @@ def verify(dense: str, pruned: str, plan: str, as_json: bool, verbose: bool, qui
     """Repeat the proof from the report, without trusting the run that wrote it."""
     from onnxprune import audit
 
-    found = audit.verify(dense, pruned, plan, parse_shapes(given["input_shape"]), given["seed"], given["timeout"])
+    shapes = parse_shapes(given["input_shape"])
+    with stages(quiet or as_json) as progress:
+        found = audit.verify(dense, pruned, plan, shapes, given["seed"], given["timeout"], progress)
     if as_json:
         say_json(found)
     else:
@@ -714,16 +731,9 @@ def measure(models: tuple[str, ...], as_json: bool, verbose: bool, quiet: bool, 
 
     from onnxprune import verbs
 
-    rows = verbs.measure_models(
-        models,
-        parse_shapes(given["input_shape"]),
-        given["backend"],
-        given["threads"],
-        given["rounds"],
-        given["seconds"],
-        given["trust_engine"],
-        given["timeout"],
-    )
+    given["input_shape"] = parse_shapes(given["input_shape"])
+    with stages(quiet or as_json) as progress:
+        rows = verbs.measure_models(models, progress=progress, **given)
     ratios = [row.cpu_ms / rows[0].cpu_ms if rows[0].cpu_ms else float("nan") for row in rows]
     if as_json:
         data = [{"path": m, **asdict(r), "ratio": q} for m, r, q in zip(models, rows, ratios, strict=True)]
@@ -760,7 +770,7 @@ def export(model: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) 
         raise InputError("say where to write with -o, and what with --to", object="export")
     given["input_shape"] = parse_shapes(given["input_shape"])
     _check_scales(given["precision"], given["calibration"])
-    with stages(quiet) as progress:
+    with stages(quiet or as_json) as progress:
         found = verb.export(model, output, to, progress=progress, **given)
     if as_json:
         say_json({
@@ -806,7 +816,7 @@ def build(model: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) -
         raise InputError("say where to write with -o", object="build")
     profiles, to = parse_profiles(given.pop("input_shape")), given.pop("precision")
     _check_scales(to, given["calibration"])
-    with stages(quiet) as progress:
+    with stages(quiet or as_json) as progress:
         found = verb.build(model, output, profiles, to=to, progress=progress, command=sys.argv[1:], **given)
     if as_json:
         say_json(found.record)
@@ -836,7 +846,7 @@ def sensitivity(model: str, as_json: bool, verbose: bool, quiet: bool, **given: 
     given["remove"] = tuple(kind.strip() for kind in given["remove"].split(","))
     given["levels"] = parse_numbers(given["levels"], "--levels")
     given["input_shape"] = parse_shapes(given["input_shape"])
-    with stages(quiet) as progress:
+    with stages(quiet or as_json) as progress:
         found = verb.sensitivity(model, progress=progress, **given)
     if given["calibration"] is None:
         warn("errors are those on random inputs; pass --calibration")

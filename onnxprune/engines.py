@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ from onnxprune.errors import InputError, InternalError
 from onnxprune.infer import symbol, true_inputs
 from onnxprune.model import input_sizes, write_sizes
 from onnxprune.runtime import tensorrt
-from onnxprune.types import Array, Profile, Shape
+from onnxprune.types import Array, Profile, Progress, Shape, quietly
 from onnxprune.worker import Worker
 
 SCHEMA = 1
@@ -47,7 +47,7 @@ def build(
     seed: int = 0,
     threads: int = 1,
     timeout: float = 3600.0,
-    progress: Callable[[str], None] = lambda stage: None,
+    progress: Progress = quietly,
     command: Sequence[str] = (),
 ) -> Engine:
     """Write an engine of a model in a precision, and OUTPUT.json: what it was made of, and how far outputs differ.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from onnxprune.errors import ImpossibleError, InputError, InternalError
 from onnxprune.plugin import Levels
 from onnxprune.running import MEMORY, Runner
 from onnxprune.sites import Operator, Slot, find_sites
-from onnxprune.types import Array, Axis, Group, Mask, OpNode, Plan
+from onnxprune.types import Array, Axis, Group, Mask, OpNode, Plan, Progress, quietly
 from onnxprune.worker import Worker
 
 Feeds = Sequence[Mapping[str, Array]]
@@ -39,6 +39,7 @@ def evidence(
     gather: Gather | None,
     budget: int,
     runs: Runs | None = None,
+    progress: Progress = quietly,
 ) -> plugin.Evidence:
     """Evidence about these groups; second moments are gathered for as many operators at once as `budget` (bytes) holds.
 
@@ -47,7 +48,7 @@ def evidence(
     if gather is None:
         return plugin.Evidence(analysis.weights, seed)
     found = _Statistics(analysis, groups, gather, budget)
-    loss = _Losses(analysis, groups, found.operators, runs).of if runs is not None else None
+    loss = _Losses(analysis, groups, found.operators, runs, progress).of if runs is not None else None
     return plugin.Evidence(analysis.weights, seed, found.readers, found.junctions, found.router, loss)
 
 
@@ -277,8 +278,10 @@ class _Losses:
     by the rewriter instead.
     """
 
-    def __init__(self, analysis: Analysis, groups: Sequence[Group], operators: Operators, runs: Runs) -> None:
-        self.analysis, self.operators, self.runs = analysis, operators, runs
+    def __init__(
+        self, analysis: Analysis, groups: Sequence[Group], operators: Operators, runs: Runs, progress: Progress
+    ) -> None:
+        self.analysis, self.operators, self.runs, self.progress = analysis, operators, runs, progress
         self.by_id = {group.id: group for group in (*analysis.groups, *groups)}
 
     @cached_property
@@ -293,7 +296,12 @@ class _Losses:
         gates = {k: found for k in known if (found := self._gates(self.by_id[k])) is not None}
         if gates.keys() == known.keys():
             return np.array([score(outputs, self.dense) for outputs in self._gated(levels, gates)])
-        return np.array([self._cut(each, score) for each in levels])
+        return np.array([self._cut(each, score) for each in self._counted(levels)])
+
+    def _counted(self, levels: Sequence[Levels]) -> Iterator[Levels]:
+        for k, each in enumerate(levels):
+            self.progress("measure losses", k, len(levels))
+            yield each
 
     def _outputs(self, model: Any) -> list[dict[str, Array]]:
         return Runner(self.runs.worker, self.runs.threads, self.runs.memory)(model, self.runs.taken)
@@ -305,7 +313,7 @@ class _Losses:
         order = list(places)
         model = self.analysis.prepared.model
         with masked(self.runs.worker, model, order, threads=self.runs.threads, memory=self.runs.memory) as call:
-            for each in levels:
+            for each in self._counted(levels):
                 masks = {g: np.ones(() if g.axis is None else shapes[g.value][g.axis], np.float32) for g in order}
                 for k, level in each.items():
                     for gate, units in gates[k]:

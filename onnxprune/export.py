@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from onnxprune.model import write_sizes
 from onnxprune.precision import Difference
 from onnxprune.prove import Prover
 from onnxprune.runtime import backend, openvino, ort
-from onnxprune.types import Array, Shape
+from onnxprune.types import Array, Progress, Shape, quietly
 from onnxprune.worker import Worker
 
 FORMATS: Mapping[str, str] = {"onnx": ".onnx", "ort": ".ort", "openvino": ".xml"}
@@ -50,7 +50,7 @@ def export(
     seed: int = 0,
     threads: int = 1,
     timeout: float = 600.0,
-    progress: Callable[[str], None] = lambda stage: None,
+    progress: Progress = quietly,
 ) -> Exported:
     """Write a model in another format or precision, sizes in `input_shape` fixed, once its runtime has run it.
 

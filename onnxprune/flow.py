@@ -10,7 +10,7 @@ import math
 import mmap
 import tempfile
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -51,7 +51,7 @@ class Flow:
     """What a model computes from a list of feeds, as far as it was asked for.
 
     No piece reads more than `most` bytes of weights, but for those of a single node; values take up to `room` bytes of
-    memory.
+    memory. `told` counts nodes that ran, of those that were asked for.
     """
 
     def __init__(
@@ -63,8 +63,9 @@ class Flow:
         *,
         most: float = math.inf,
         room: int = ROOM,
+        told: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        self.model, self.sessions = model, sessions
+        self.model, self.sessions, self.told = model, sessions, told
         self.most, self.room = most, room
         self.nodes = list(model.graph)
         self.functions = [ir.serde.serialize_function(function) for function in model.functions.values()]
@@ -102,8 +103,11 @@ class Flow:
         """For each name its arrays, one for each feed."""
         wanted = [name for name in names if name not in self.live and name not in self.stored]
         if wanted:
-            for part in self._parts(self._ancestors(wanted)):
+            todo, done = self._ancestors(wanted), 0
+            for part in self._parts(todo):
                 self._run(part, set(wanted))
+                done += len(part)
+                self.told(done, len(todo))
         return [self.live[n] if n in self.live else [self._stored(n)] * self.count for n in names]
 
     def _stored(self, name: str) -> Array:

@@ -24,7 +24,7 @@ from onnxprune.model import Model
 from onnxprune.recipe import Options
 from onnxprune.report import Report
 from onnxprune.select import parse_target
-from onnxprune.types import Array, Group
+from onnxprune.types import Array, Group, Progress, quietly
 from onnxprune.worker import Worker
 
 MOST = 1.03  # times a target at which it is still met
@@ -97,7 +97,7 @@ class Stopwatch:
         feed: Mapping[str, Array],
         options: Options,
         cache: Cache,
-        progress: Callable[[str], None] = lambda text: None,
+        progress: Progress = quietly,
     ) -> None:
         self.analysis, self.feed, self.options, self.cache = analysis, feed, options, cache
         self.where = place(options)
@@ -112,7 +112,7 @@ class Stopwatch:
         operators = timing.Operators(analysis, shapes, movable)
         with alone(options, cache) as clock:
             table, self.multiple = timing.tabulate(
-                operators, clock, lambda done, total: progress(f"measure operators ({done} of {total})")
+                operators, clock, lambda done, total: progress("measure operators", done, total)
             )
         progress("measure the dense model")
         self.dense_ms = self.whole(analysis.dense)[0]

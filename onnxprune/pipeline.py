@@ -34,10 +34,8 @@ from onnxprune.recovery import Recovery, Repaired
 from onnxprune.running import Runner, memory_of
 from onnxprune.runtime import ort
 from onnxprune.sparse import Sparse, sparsified, timed
-from onnxprune.types import Array, Axis, Frozen, Group, Mask, Plan
+from onnxprune.types import Array, Axis, Frozen, Group, Mask, Plan, Progress, quietly
 from onnxprune.worker import Worker
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -266,7 +264,7 @@ def prune(
     output: str | Path | None = None,
     *,
     report: str | Path | Sequence[str | Path] = (),
-    progress: Progress = lambda stage: None,
+    progress: Progress = quietly,
     command: Sequence[str] = (),
     **options: Any,
 ) -> Result:
@@ -286,7 +284,7 @@ def family(
     *,
     texts: Mapping[str | Path, str] = MappingProxyType({}),
     inputs: Sequence[str | Path] = (),
-    progress: Progress = lambda stage: None,
+    progress: Progress = quietly,
     command: Sequence[str] = (),
 ) -> list[Result]:
     """Several targets from one analysis; nothing is written before all of them are reached and proven.
@@ -305,7 +303,7 @@ def family(
     analysis.source.hash_ahead()
     variants = [replace(options, remove=this.remove) for options in variants]
     first = variants[0]
-    with Worker(seconds=first.timeout) as worker:
+    with Worker(seconds=first.timeout, progress=progress) as worker:
         if first.measure and not first.dry_run:
             worker.call(runtime.backend, first.backend)  # before hours of work for a latency that cannot be had
         prover = Prover(analysis, this.calibration, first.seed, first.threads, selection.parse_size(first.memory))

@@ -25,7 +25,7 @@ from onnxprune.prove import Prover
 from onnxprune.recipe import Options, check, recorded
 from onnxprune.recovery import Repaired
 from onnxprune.relate import parse
-from onnxprune.types import Array, Axis, Group, Mask, OpNode, Pattern, Plan, Positions
+from onnxprune.types import Array, Axis, Group, Mask, OpNode, Pattern, Plan, Positions, Progress, quietly
 from onnxprune.worker import Worker
 
 RECORDED = frozenset("approximate no-new-bias ignore input-shape backend measure strict unproven seed threads".split())
@@ -453,7 +453,7 @@ def realize(
     *,
     tolerance: float = TOLERANCE,
     report: str | Path | Sequence[str | Path] = (),
-    progress: pipeline.Progress = lambda stage: None,
+    progress: Progress = quietly,
     command: Sequence[str] = (),
     **options: Any,
 ) -> pipeline.Result:
@@ -472,7 +472,7 @@ def realize(
     with clock.stage("read and analyse"):
         opened = pipeline.opened(model, [output], [beside], chosen)
     analysis = opened.analysis
-    with Worker(seconds=chosen.timeout) as worker:
+    with Worker(seconds=chosen.timeout, progress=progress) as worker:
         prover = Prover(analysis, opened.calibration, chosen.seed, chosen.threads)
         with clock.stage("run the dense model"):
             pipeline.check_dense(prover, worker, chosen)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -202,7 +203,7 @@ class _Dense:
     """The dense model over all samples: rows of its values, each computed once."""
 
     def __init__(
-        self, sent: Packed, fitted: Feeds, judged: Feeds, sampling: Sampling, threads: int, limits: Mapping[str, int]
+        self, sent: Packed, fitted: Feeds, judged: Feeds, sampling: Sampling, threads: int, limits: Mapping[str, Any]
     ) -> None:
         self.model, self.feeds, self.sampling = unpacked(sent), [*fitted, *judged], sampling
         self.fitted, self.limits = len(fitted), limits
@@ -340,7 +341,7 @@ _task: _Task | None = None
 
 
 def _begin(
-    sent: Packed, fitted: Feeds, judged: Feeds, sampling: Sampling, threads: int, limits: Mapping[str, int]
+    sent: Packed, fitted: Feeds, judged: Feeds, sampling: Sampling, threads: int, limits: Mapping[str, Any]
 ) -> None:
     global _dense
     _dense = _Dense(sent, fitted, judged, sampling, threads, limits)

@@ -27,11 +27,10 @@ from onnxprune.recipe import Methods, Options
 from onnxprune.running import Runner
 from onnxprune.select import Rounding, parse_size
 from onnxprune.sites import fitting
-from onnxprune.types import Array, Group, Mask, Plan
+from onnxprune.types import Array, Group, Mask, Plan, Progress, quietly
 from onnxprune.worker import Worker
 
 Feeds = Sequence[Mapping[str, Array]]
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Recovery:
         feeds: Feeds,
         options: Options,
         worker: Worker,
-        progress: Progress = lambda text: None,
+        progress: Progress = quietly,
     ) -> None:
         self.analysis, self.options, self.worker, self.progress = analysis, options, worker, progress
         self.memory = parse_size(options.memory)
@@ -133,14 +132,14 @@ class Recovery:
             threads=self.options.threads,
             memory=self.memory,
             kept=self.kept,
-            progress=lambda done, total: self.progress(f"statistics ({done} of {total})"),
+            progress=lambda done, total: self.progress("statistics", done, total),
         )
 
     def evidence(self, groups: Sequence[Group]) -> plugin.Evidence:
         """What criteria may look at."""
         gather, budget = self.gather if self.given else None, self.memory // SHARE
         run = Runs(self.worker, self.given, self.options.threads, self.memory)
-        return evidence(self.analysis, groups, self.options.seed, gather, budget, run)
+        return evidence(self.analysis, groups, self.options.seed, gather, budget, run, self.progress)
 
     def trials(
         self,
@@ -168,7 +167,7 @@ class Recovery:
             floor,
             self.stays,
             self.bases,
-            lambda done: self.progress(f"measure plans ({done})"),
+            lambda done: self.progress("measure plans", done, int(affordable)),
             affordable,
             kept=self.kept,
             asked=asked,
@@ -217,7 +216,7 @@ class Recovery:
             start.sites,
             self.reconstructor,
             start=start.arrays,
-            progress=lambda done, total: self.progress(f"repair ({done} of {total})"),
+            progress=lambda done, total: self.progress("repair", done, total),
         )
         model = start.model.clone()
         names = reconstruct.apply(model, found.changes)

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import onnx
 import onnx_ir as ir
@@ -19,7 +20,7 @@ from onnxprune.runtime import ort
 from onnxprune.storage import dump
 from onnxprune.types import Array
 from onnxprune.weights import attach, lifted
-from onnxprune.worker import Worker
+from onnxprune.worker import Worker, tell
 
 Feeds = Sequence[Mapping[str, Array]]
 HALVES = ("FLOAT16", "BFLOAT16")  # of which ONNX Runtime makes single precision on a CPU
@@ -102,7 +103,8 @@ def in_pieces(sent: Packed, feeds: Feeds, threads: int, memory: int) -> list[dic
     inputs = [str(value.name) for value in model.graph.inputs if value.name not in model.graph.initializers]
     if missing := [name for feed in feeds for name in inputs if name not in feed]:
         raise InputError("there is no value for this input", object=missing[0])
-    flow = Flow(model, feeds, Sessions(threads, 1), names, most=min(PIECE, memory // 4), room=memory // 4)
+    most, told = min(PIECE, memory // 4), partial(tell, "run it in pieces")
+    flow = Flow(model, feeds, Sessions(threads, 1), names, most=most, room=memory // 4, told=told)
     return [dict(zip(names, row, strict=True)) for row in zip(*flow.values(names), strict=True)]
 
 

@@ -23,7 +23,7 @@ from onnxprune.model import Model
 from onnxprune.prove import Prover
 from onnxprune.recipe import Options, check
 from onnxprune.recovery import Recovery
-from onnxprune.types import Array, Group, Plan
+from onnxprune.types import Array, Group, Plan, Progress, quietly
 from onnxprune.worker import Worker
 
 LEVELS = (0.25, 0.5, 0.75)  # shares of a group's units
@@ -119,7 +119,7 @@ def sensitivity(
     reconstruct: str | None = None,
     csv: str | Path | None = None,
     plot: str | Path | None = None,
-    progress: pipeline.Progress = lambda stage: None,
+    progress: Progress = quietly,
     **options: Any,
 ) -> Sensitivity:
     """Take a share of the least important units out of one group at a time, and compare outputs with the dense model.
@@ -143,7 +143,7 @@ def sensitivity(
     analysis = opened.analysis
     files = [Path(path) for path in (csv, plot) if path is not None]
     storage.check_outputs(files, [*analysis.source.files, *data_files(chosen.calibration)], force=chosen.force)
-    with Worker(seconds=chosen.timeout) as worker:
+    with Worker(seconds=chosen.timeout, progress=progress) as worker:
         if backend is not None:
             worker.call(runtime.backend, backend)
         found = _found(opened, replace(chosen, remove=opened.remove), worker, levels, backend, progress)
@@ -163,7 +163,7 @@ def _found(
     worker: Worker,
     levels: Sequence[float],
     backend: str | None,
-    progress: pipeline.Progress,
+    progress: Progress,
 ) -> Sensitivity:
     """Every group at every level."""
     analysis = opened.analysis
@@ -183,7 +183,7 @@ def _found(
     for k, (group, scores) in enumerate(zip(groups, importance, strict=True)):
         known: dict[int, tuple[float, float | None]] = {0: (0.0, None if bench.fitted is None else 0.0)}
         for level in levels:
-            progress(f"remove {level:.0%} of group {group.id} ({k} of {len(groups)} groups)")
+            progress("remove part of one group after the other", k, len(groups))
             plan = selection.by_ratio([group], [scores], level, rounding)
             removed = int((~plan.keep[group.id]).sum())
             plan = pipeline.over_all_units(analysis, [group], plan)
@@ -241,7 +241,7 @@ class _Bench:
             self.fitted, self.feeds = samples.fitted, samples.feeds[1::2] or samples.feeds
             dense = analysis.prepared.model
             sampling = samples.sampling(TRIAL_ROWS)
-            told = {"threads": recovery.options.threads, "memory": recovery.memory}
+            told: dict[str, Any] = {"threads": recovery.options.threads, "memory": recovery.memory}
             reconstruct.begin(worker, dense, self.fitted, sampling, **told)
         self.dense: Outputs = self.run(analysis.dense, self.feeds)
 

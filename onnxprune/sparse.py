@@ -311,7 +311,7 @@ class _Run:
             self.model,
             self._sites,
             thin,
-            progress=lambda done, total: self.recovery.progress(f"thin out ({done} of {total})"),
+            progress=lambda done, total: self.recovery.progress("thin out", done, total),
         )
         self.names |= set(reconstruct.apply(self.model, found.changes))
         left = set(nm.broken(self.model, self.nm, {(one.initializer, one.axis) for one in self.free}))

@@ -13,7 +13,7 @@ from onnxprune.prove import Prover
 from onnxprune.recipe import Options, check, recorded
 from onnxprune.recovery import Recovery, Repaired
 from onnxprune.select import parse_size
-from onnxprune.types import Plan
+from onnxprune.types import Plan, Progress, quietly
 from onnxprune.worker import Worker
 
 RECORDED = frozenset(
@@ -31,7 +31,7 @@ def sparsify(
     permute: bool = False,
     reconstruct: str | None = None,
     report: str | Path | Sequence[str | Path] = (),
-    progress: pipeline.Progress = lambda stage: None,
+    progress: Progress = quietly,
     command: Sequence[str] = (),
     **options: Any,
 ) -> pipeline.Result:
@@ -54,7 +54,7 @@ def sparsify(
     with clock.stage("read and analyse"):
         opened = pipeline.opened(model, [output], [beside], chosen)
     analysis, whole = opened.analysis, Plan({})
-    with Worker(seconds=chosen.timeout) as worker:
+    with Worker(seconds=chosen.timeout, progress=progress) as worker:
         prover = Prover(analysis, opened.calibration, chosen.seed, chosen.threads, parse_size(chosen.memory))
         with clock.stage("run the dense model"):
             pipeline.check_dense(prover, worker, chosen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,17 @@ Array = NDArray[Any]
 Positions = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 Shape = tuple[int, ...]
+
+
+class Progress(Protocol):
+    """Told what a run is at, and how much of that is done where it can be counted."""
+
+    def __call__(self, stage: str, done: int = 0, total: int = 0, /) -> None:
+        """`total` is 0 where nobody knows."""
+
+
+def quietly(stage: str, done: int = 0, total: int = 0, /) -> None:
+    """A Progress that nobody watches."""
 
 
 class Axis(NamedTuple):

@@ -17,7 +17,7 @@ from onnxprune.model import Model, input_sizes
 from onnxprune.prove import Prover, allowance
 from onnxprune.recipe import KINDS
 from onnxprune.runtime import ort, tensorrt
-from onnxprune.types import Array, Axis, Shape
+from onnxprune.types import Array, Axis, Progress, Shape, quietly
 from onnxprune.worker import Worker
 
 
@@ -71,9 +71,11 @@ def compare_models(
     input_shape: Mapping[str, Shape],
     seed: int,
     timeout: float = 600.0,
+    progress: Progress = quietly,
 ) -> dict[str, Any]:
     """Relative error over all outputs, cosine of the first, and the metric where there is data for it."""
     compute = quality.metric(metric) if metric else None
+    progress("read and analyse")
     analysis = Analysis(dense, input_shape)
     other, _ = storage.read_model(pruned)
     if [v.name for v in other.graph.outputs] != [v.name for v in analysis.dense.graph.outputs]:
@@ -86,6 +88,7 @@ def compare_models(
         inputs = samples or prover.feeds
         results = []
         for name, model in (("dense", analysis.dense), ("pruned", other)):
+            progress(f"run the {name} model")
             results.append(worker.call(ort.run, str(storage.dump(model, folder, name)), list(inputs)))
     narrowed = interface.noted(other.metadata_props)
     results[0] = [interface.narrow(outputs, narrowed) for outputs in results[0]]
@@ -114,6 +117,7 @@ def measure_models(
     seconds: float,
     trust_engine: bool = False,
     timeout: float = 600.0,
+    progress: Progress = quietly,
 ) -> list[latency.Latency]:
     """Interleaved latency of models with one interface, at the given sizes (else batch 1 and stated defaults).
 
@@ -142,8 +146,10 @@ def measure_models(
             first = first or model
             copies.append(storage.dump(model, folder, f"{k}", external=source.external))
         assert first is not None
+        progress("find inputs that it runs on")
         with Worker(seconds=timeout) as worker:
             feed = _accepted(models[0], str(copies[0]), first, input_shape, threads, worker)
+        progress("measure")
         return latency.measure(
             copies, feed, backend=backend, threads=threads, rounds=rounds, seconds=seconds, timeout=timeout
         )

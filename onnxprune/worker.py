@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, cast
 
 from onnxprune.errors import InternalError, LateError, MachineError, PruneError
+from onnxprune.types import Progress, quietly
 
 # Not `-m onnxprune.worker`, which would look for modules in the current folder first, beside a stranger's model.
 BOOT = "import sys; sys.path[:] = sys.argv[2:]; from onnxprune.worker import serve; serve(int(sys.argv[1]))"
@@ -35,11 +36,11 @@ class Worker:
     """One child process that answers calls in turn, within `seconds` and `memory` bytes for each.
 
     It starts with the first call, and anew after a call that it did not survive. Use it in the thread that made it:
-    Linux ends the child with the thread that started it.
+    Linux ends the child with the thread that started it. `progress` hears what a function says by `tell`.
     """
 
-    def __init__(self, *, seconds: float = 600.0, memory: int | None = None) -> None:
-        self.seconds, self.memory = seconds, memory
+    def __init__(self, *, seconds: float = 600.0, memory: int | None = None, progress: Progress = quietly) -> None:
+        self.seconds, self.memory, self.progress = seconds, memory, progress
         self._child: subprocess.Popen[bytes] | None = None
         self._chatter = -1
 
@@ -93,7 +94,9 @@ class Worker:
             clock.start()
             with contextlib.suppress(BrokenPipeError):  # how the child ended says why
                 _send(cast(FileIO, child.stdin), request)
-            status, value = _unpacked(_received(cast(FileIO, child.stdout)))
+            while (answer := _unpacked(_received(cast(FileIO, child.stdout))))[0] == "progress":
+                self.progress(*answer[1])
+            status, value = answer
             clock.cancel()
             clock.join()
         except EOFError:
@@ -239,10 +242,21 @@ def _exactly(pipe: FileIO, size: int) -> bytearray:
 # The child's end ---------------------------------------------------------------------------------------------------
 
 
+_outgoing: FileIO | None = None
+
+
+def tell(stage: str, done: int, total: int) -> None:
+    """Say how far a call is, while it runs."""
+    if _outgoing is not None:
+        _send(_outgoing, _packed(("progress", (stage, done, total))))
+
+
 def serve(parent: int) -> None:
     """Answer calls until the pipe closes. Nothing that native code prints can reach the pipe."""
+    global _outgoing
     _confine(parent)
     incoming, outgoing = FileIO(os.dup(0), "r"), FileIO(os.dup(1), "w")
+    _outgoing = outgoing
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(2, 1)

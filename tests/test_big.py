@@ -256,8 +256,11 @@ def test_a_runner_takes_pieces_where_the_whole_is_too_large(tmp_path: Path) -> N
     model = reading.read_model(wide(tmp_path))[0]
     assert memory_of(model) == 2 * 2 * 2 * 1023 * (67 + 61)
     feed = {"x": np.ones((2, 67), np.float16)}
-    with Worker() as worker:
+    said: list[tuple[str, int, int]] = []
+    with Worker(progress=lambda *told: said.append(told)) as worker:
         whole, parts = (Runner(worker, 1, memory)(model, [feed])[0]["y"] for memory in (1 << 30, 1000))
+    assert said == [("run it in pieces", done, 3) for done in (1, 2, 3)]
+    with Worker() as worker:
         assert not Runner(worker, 1, 1000).fits(model)
     np.testing.assert_allclose(parts, whole, atol=2e-2)
 

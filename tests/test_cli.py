@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import pty
+import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxprune.cli import main
+from onnxprune.cli import main, time_left
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ROOT / "models" / "digits_cnn.onnx"
@@ -456,6 +460,42 @@ def test_a_folder_holds_complete_feeds(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "3.npz" in result.stderr
     assert "state" in result.stderr
+
+
+@pytest.mark.parametrize("more", [(), ("--json",), ("--quiet",)])
+def test_long_work_says_what_is_left_on_a_terminal_only(more: tuple[str, ...], mlp: Path, tmp_path: Path) -> None:
+    data = tmp_path / "c.npz"
+    np.savez(data, x=np.random.default_rng(0).standard_normal((64, 5)).astype(np.float32))
+    ours, theirs = pty.openpty()
+    command = ["prune", mlp, "-o", tmp_path / "s.onnx", "--target", "macs=0.6", "--calibration", data, "--no-measure"]
+    with open(ours, "rb", buffering=0) as terminal:
+        whole = [sys.executable, "-m", "onnxprune", *command, "--no-cache", *more]
+        with subprocess.Popen(whole, stdout=subprocess.DEVNULL, stderr=theirs) as process:
+            os.close(theirs)
+            said = b""
+            with suppress(OSError):  # the other end is gone
+                while part := terminal.read(1 << 16):
+                    said += part
+        assert process.returncode == 0
+    text = said.decode(errors="replace")
+    if more:
+        assert all(line.startswith("warning: ") for line in text.splitlines())
+    else:
+        assert "read and analyse" in text
+        assert re.search(r"measure plans.* \d+ of \d+, \d:\d\d:\d\d left", text)
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "done", "total", "text"),
+    [
+        (10.0, 0, 5, "time left unknown"),
+        (10.0, 1, 5, "0:00:40 left"),
+        (3600.0, 3, 9, "2:00:00 left"),
+        (1, 9, 3, "0:00:00 left"),
+    ],
+)
+def test_time_left(elapsed: float, done: int, total: int, text: str) -> None:
+    assert time_left(elapsed, done, total) == text
 
 
 def test_help_and_version_start_without_the_heavy_imports() -> None:

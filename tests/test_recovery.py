@@ -182,14 +182,14 @@ def test_a_family_is_repaired_one_by_one(mlp: Path, tmp_path: Path) -> None:
     assert [report["pruned"]["macs"] < 0.72 * report["dense"]["macs"] for report in reports] == [True] * 3
 
 
-@pytest.mark.parametrize("stage", ["statistics (", "repair ("])
+@pytest.mark.parametrize("stage", ["statistics", "repair"])
 def test_an_interrupt_leaves_nothing(mlp: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (mlp.parent / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(mlp.parent / "tmp"))
     data, out = arrays(mlp.parent, x=X), mlp.parent / "s.onnx"
 
-    def interrupted(text: str) -> None:
-        if text.startswith(stage):
+    def interrupted(text: str, done: int = 0, total: int = 0) -> None:
+        if text == stage and total:
             raise KeyboardInterrupt
 
     options = Options(target={"macs": "0.5"}, calibration=str(data), effort="quick", measure=False)
