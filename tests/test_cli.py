@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pty
 import re
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import pytest
 from click.testing import CliRunner, Result
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxprune.cli import main, time_left
+from onnxprune.cli import main, stages, time_left
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ROOT / "models" / "digits_cnn.onnx"
@@ -482,7 +484,22 @@ def test_long_work_says_what_is_left_on_a_terminal_only(more: tuple[str, ...], m
         assert all(line.startswith("warning: ") for line in text.splitlines())
     else:
         assert "read and analyse" in text
-        assert re.search(r"measure plans.* \d+ of \d+, \d:\d\d:\d\d left", text)
+
+
+def test_what_can_be_counted_shows_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "120")
+    with stages(False) as told:
+        told("repair [/red]\x1b", 1, 4)
+        time.sleep(0.4)
+        told("write")
+    text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", terminal.getvalue())
+    assert re.search(r"repair \[/red\]\\x1b 0:00:00 1 of 4, 0:00:0\d left", text)
 
 
 @pytest.mark.parametrize(
