@@ -152,8 +152,7 @@ def sensitivity(
         content[Path(csv)] = to_csv(found).encode()
     if plot is not None:
         content[Path(plot)] = drawn(found, Path(plot).suffix)
-    for path, data in content.items():
-        storage.write_bytes(path, data, force=chosen.force)
+    storage.write_files(content, force=chosen.force)
     return found
 
 

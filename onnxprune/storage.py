@@ -163,6 +163,21 @@ def write_bytes(path: Path, data: bytes, *, force: bool = True) -> None:
         _commit(temporary, path, force)
 
 
+def write_files(files: Mapping[Path, bytes], *, force: bool = True) -> None:
+    """Write small files, all of them or none: where one cannot be written, those that are new before it go again."""
+    done: list[Path] = []
+    try:
+        for path, data in files.items():
+            fresh = not os.path.lexists(path)
+            write_bytes(path, data, force=force)
+            done += [path] if fresh else []
+    except BaseException:
+        for path in done:
+            with suppress(OSError):
+                path.unlink()
+        raise
+
+
 def publish(files: Mapping[Path, Path], *, force: bool) -> None:
     """Give finished files {temporary: path} their names, the last one last; all lie on one disk. Raises as above.
 

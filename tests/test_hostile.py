@@ -163,6 +163,72 @@ def test_names_that_are_no_text_are_paths_all_the_same(tmp_path: Path) -> None:
     assert run("compare", path, out).exit_code == 0
 
 
+# Data that lies elsewhere --------------------------------------------------------------------------------------------
+
+
+def outside(shape: tuple[int, ...] = (4,), kind: int = TensorProto.FLOAT) -> TensorProto:
+    """A tensor that is said to lie in a file outside the model's folder."""
+    tensor = TensorProto(name="t", dims=shape, data_type=kind, data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="../secret")
+    return tensor
+
+
+def body(model: Model) -> None:
+    inner = helper.make_graph(
+        [helper.make_node("Add", ["y", "t"], ["b"])], "body", [], [helper.make_tensor_value_info("b", 1, None)]
+    )
+    inner.initializer.append(outside((1,)))
+    model.graph.input.append(helper.make_tensor_value_info("flag", TensorProto.BOOL, []))
+    add(model, "If", ["flag"], "z", TensorProto.FLOAT, then_branch=inner, else_branch=inner)
+
+
+def function(model: Model) -> None:
+    inside = [helper.make_node("Constant", [], ["c"], value=outside((1,))), helper.make_node("Add", ["a", "c"], ["b"])]
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("my", 1)]
+    model.functions.append(helper.make_function("my", "Shift", ["a"], ["b"], inside, opsets))
+    model.opset_import.append(opsets[1])
+    model.graph.node[1].op_type, model.graph.node[1].domain = "Shift", "my"
+
+
+def sparse(model: Model) -> None:
+    values, at = outside((2,)), outside((2,), TensorProto.INT64)
+    add(model, "Constant", [], "c", sparse_value=helper.make_sparse_tensor(values, at, [3]))
+    add(model, "Add", ["y", "c"], "z", TensorProto.FLOAT)
+
+
+def training(model: Model) -> None:
+    model.training_info.add().initialization.initializer.append(outside())
+
+
+ELSEWHERE: dict[str, Callable[[Model], object]] = {
+    "initializer": lambda m: m.graph.initializer.append(outside()),
+    "attribute": lambda m: add(m, "Constant", [], "c", value=outside()),
+    "list in an attribute": lambda m: add(m, "Foo", ["y"], "c", domain="their", given=[outside(), outside()]),
+    "body": body,
+    "function": function,
+    "sparse": sparse,
+    "training": training,
+}
+
+
+@pytest.mark.parametrize(
+    "verb", ["inspect {m}", "compare {m} {m}", "measure {m}", f"{PRUNE.format(model='{m}')} -o {{o}}"]
+)
+@pytest.mark.parametrize("place", ELSEWHERE)
+def test_no_tensor_is_read_from_outside_the_folder(place: str, verb: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret").write_bytes(b"MARKER" * 99)
+    model = mlp(opset=18, ir=9)
+    ELSEWHERE[place](model)
+    (folder / "m.onnx").write_bytes(model.SerializeToString())
+    result = run(*verb.format(m=folder / "m.onnx", o=folder / "o.onnx").split())
+    assert result.exit_code == 2, result.output
+    assert "outside the model's folder" in result.stderr
+    assert "MARKER" not in result.output
+    assert sorted(files(folder)) == ["m.onnx"]
+
+
 # Sizes that lie ------------------------------------------------------------------------------------------------------
 
 

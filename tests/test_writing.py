@@ -46,32 +46,53 @@ def files(folder: Path) -> dict[str, bytes]:
 # Failing disks ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("call", ["fsync", "link", "replace"])
-@pytest.mark.parametrize("nth", [1, 2, 3, 4, 5, 6])
+WRITING = {
+    "prune": "prune {m} -o {d}/o.onnx --ratio 0.5 --no-measure --report {d}/r.json --save-recipe {d}/r.yaml",
+    "sparsify": "sparsify {m} -o {d}/o.onnx --no-measure --report {d}/r.md",
+    "realize": "realize {m} -o {d}/o.onnx --no-measure --report {d}/r.html",
+    "sensitivity": "sensitivity {m} --csv {d}/s.csv --plot {d}/s.svg",
+    "export": "export {m} -o {d}/o.ort --to ort --input-shape x:2x5",
+    "export of two files": "export {m} -o {d}/o.xml --to openvino --input-shape x:2x5",
+    "batch": "batch {m} -o {d}/new/small --ratio 0.5 --no-measure",
+}
+
+
+@pytest.mark.parametrize("call", ["fsync", "link"])
+@pytest.mark.parametrize("verb", WRITING)
 def test_a_disk_that_fails_leaves_nothing_behind(
-    call: str, nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    verb: str, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = external(tmp_path)
-    before, real, count = files(tmp_path), getattr(os, call), 0
-
-    def failing(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        if str(args[0]).startswith(str(tmp_path)) or isinstance(args[0], int):
-            count += 1
-            if count == nth:
-                raise OSError(errno.ENOSPC, "No space left on device")
-        return real(*args, **kwargs)
-
+    model = onnx.load(path, load_external_data=False)
+    weights = numpy_helper.to_array(mlp().graph.initializer[2]) * (np.arange(16) > 2)[:, None]
+    model.graph.initializer[2].CopyFrom(numpy_helper.from_array(weights.astype(np.float32), "w2"))  # to be realized
+    path.write_bytes(model.SerializeToString())
+    (tmp_path / "list").write_text("m.onnx")
+    before, real = files(tmp_path), getattr(os, call)
     monkeypatch.setattr(storage, "SMALL", 0)  # so that there is a data file to be left behind
-    monkeypatch.setattr(storage.os, call, failing)
-    result = run("prune", path, "-o", tmp_path / "o.onnx", "--ratio", 0.5, "--no-measure",
-                 "--report", tmp_path / "r.json")  # fmt: skip
-    if count < nth:
-        assert result.exit_code == 0, result.output
-        return
-    assert result.exit_code == 4, result.output
-    assert "No space left" in result.stderr
-    assert files(tmp_path) == before
+    for nth in range(1, 9):
+        count = 0
+
+        def failing(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            if str(args[0]).startswith(str(tmp_path)) or isinstance(args[0], int):
+                count += 1
+                if count == nth:  # noqa: B023
+                    raise OSError(errno.ENOSPC, "No space left on device")
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(storage.os, call, failing)
+        given = {"m": tmp_path / "list" if verb == "batch" else path, "d": tmp_path}
+        result = run(*WRITING[verb].format(**given).split(" "))
+        monkeypatch.setattr(storage.os, call, real)
+        if count < nth:
+            assert result.exit_code == 0, result.output
+            break
+        assert result.exit_code == 4, result.output
+        assert "No space left" in result.stderr
+        assert files(tmp_path) == before
+        assert not (tmp_path / "new").exists()
+    assert nth > 1
 
 
 def test_a_report_that_cannot_be_written_takes_the_model_with_it(
