@@ -43,6 +43,7 @@ ALIVE, WORK = 4, 24  # bytes for each element of a matrix while it waits, and wh
 FLOAT, DOUBLE, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.INT64, ir.DataType.BOOL
 PICK = {"place": DOUBLE, "quota": DOUBLE, "step": INT64, "tokens": INT64, "before": INT64, "total": INT64}
 THIN = 64  # columns
+BLOCK = 1 << 22  # elements of a second moment that are added to at a time
 AXES_AS_INPUT = {"ReduceSum": 13, "ReduceMean": 18, "ReduceMax": 18}  # opset since which
 OLDEST = 9  # the oldest opset that has what the copies need
 
@@ -1031,7 +1032,7 @@ class _Totals:
             if part.how == "square":
                 total += factor * (left * right)[:, None]
             elif factor:
-                total += _outer(factor * left, _dealt(right, len(left)))
+                add_outer(total, factor * left, _dealt(right, len(left)))
 
     def answer(self, request: Request[Any]) -> Any:
         """What the sums say."""
@@ -1068,6 +1069,14 @@ class _Totals:
         return Profile(
             centre.rows, mean, variance, largest, l1, np.sqrt(np.maximum(squares, 0) + centre.rows * mean**2)
         )
+
+
+def add_outer(total: Array, x: Array, y: Array) -> None:
+    """Add to float64[groups, columns, outputs] x of each group times y, some rows at a time."""
+    step = max(1, BLOCK // max(1, len(total) * total.shape[2]))
+    for start in range(0, total.shape[1], step):
+        rows = slice(start, start + step)
+        total[:, rows] += _outer(x[:, rows], y)
 
 
 def _outer(x: Array, y: Array) -> Array:

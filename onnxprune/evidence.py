@@ -13,7 +13,19 @@ import numpy as np
 from onnxprune import interface, plugin, quality
 from onnxprune.analysis import Analysis
 from onnxprune.branches import PLAIN, SKIP_NORMS
-from onnxprune.calibrate import Columns, Gate, Gather, Moments, MomentsOf, Profile, ProfileOf, Reads, RowsOf, masked
+from onnxprune.calibrate import (
+    Columns,
+    Gate,
+    Gather,
+    Moments,
+    MomentsOf,
+    Profile,
+    ProfileOf,
+    Reads,
+    RowsOf,
+    add_outer,
+    masked,
+)
 from onnxprune.errors import ImpossibleError, InputError, InternalError
 from onnxprune.plugin import Levels
 from onnxprune.running import MEMORY, Runner
@@ -115,8 +127,9 @@ class _Statistics:
             found = self.gather(list(requests.values()))
             self.moments = {name: found[request] for name, request in requests.items()}
         moments = self.moments[node]
-        mean = moments.mean[0]
-        return mean, np.asarray(moments.xx[0] / max(moments.count, 1) + np.outer(mean, mean))
+        found = moments.xx / max(moments.count, 1)
+        add_outer(found, moments.mean, moments.mean)
+        return moments.mean[0], np.asarray(found[0])
 
     def readers(self, group: Group) -> list[plugin.Reader]:
         """See Evidence.readers."""
