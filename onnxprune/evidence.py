@@ -127,9 +127,9 @@ class _Statistics:
             found = self.gather(list(requests.values()))
             self.moments = {name: found[request] for name, request in requests.items()}
         moments = self.moments[node]
-        found = moments.xx / max(moments.count, 1)
-        add_outer(found, moments.mean, moments.mean)
-        return moments.mean[0], np.asarray(found[0])
+        second = moments.xx / max(moments.count, 1)
+        add_outer(second, moments.mean, moments.mean)
+        return moments.mean[0], np.asarray(second[0])
 
     def readers(self, group: Group) -> list[plugin.Reader]:
         """See Evidence.readers."""
@@ -292,7 +292,12 @@ class _Losses:
     """
 
     def __init__(
-        self, analysis: Analysis, groups: Sequence[Group], operators: Operators, runs: Runs, progress: Progress
+        self,
+        analysis: Analysis,
+        groups: Sequence[Group],
+        operators: Operators,
+        runs: Runs,
+        progress: Progress = quietly,
     ) -> None:
         self.analysis, self.operators, self.runs, self.progress = analysis, operators, runs, progress
         self.by_id = {group.id: group for group in (*analysis.groups, *groups)}

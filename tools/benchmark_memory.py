@@ -1,7 +1,8 @@
-"""Prune a model larger than memory, and say what that took: python tools/benchmark_memory.py FOLDER [--size 3GB].
+"""Prune a model larger than memory, and say what that took.
 
-Writes a decoder in fp16 with weights beside it, prunes it without data in a process of its own, and samples the
-anonymous memory of that process and its children. For scale, `cp` and `sync` of the same files; the page cache is
+python tools/benchmark_memory.py FOLDER [--size 3GB] [-- OPTIONS of prune, by default --target params=0.5]
+
+Writes a decoder in fp16 with weights beside it, prunes it in a process of its own, and samples the anonymous memory of that process and its children. For scale, `cp` and `sync` of the same files; the page cache is
 dropped before each where this user may. What is in FOLDER afterwards is deleted, unless `--keep`.
 """
 
@@ -164,8 +165,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", default="3GB")
     parser.add_argument("--keep", action="store_true")
-    parser.add_argument("options", nargs="*", help="for prune, after --", default=["--target", "params=0.5"])
-    given = parser.parse_args()
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    given = parser.parse_args(words[:end])
+    options = words[end + 1 :] or ["--target", "params=0.5"]
     given.folder.mkdir(exist_ok=True, parents=True)
     model = given.folder / "decoder.onnx"
     files = [model, model.with_suffix(".data")]
@@ -182,7 +185,7 @@ def main() -> None:
             (given.folder / f"{file.name}.copy").unlink()
         forget()
         prune = [sys.executable, "-m", "onnxprune", "prune", str(model), "-o", str(given.folder / "pruned.onnx"),
-                 "--no-measure", "--json", *given.options]  # fmt: skip
+                 "--no-measure", "--json", *options]  # fmt: skip
         before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
         seconds, most, said = watched(prune)
         report = json.loads(said)
