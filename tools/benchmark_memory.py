@@ -2,8 +2,9 @@
 
 python tools/benchmark_memory.py FOLDER [--size 3GB] [-- OPTIONS of prune, by default --target params=0.5]
 
-Writes a decoder in fp16 with weights beside it, prunes it in a process of its own, and samples the anonymous memory of that process and its children. For scale, `cp` and `sync` of the same files; the page cache is
-dropped before each where this user may. What is in FOLDER afterwards is deleted, unless `--keep`.
+Writes a decoder in fp16 with weights beside it, prunes it in a process of its own, and samples the anonymous memory of
+that process and its children. For scale, `cp` and `sync` of the same files; the page cache is dropped before each where
+this user may. What is in FOLDER afterwards is deleted, unless `--keep`.
 """
 
 from __future__ import annotations
