@@ -8,6 +8,7 @@ projection beside it is the shortcut.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -443,8 +444,9 @@ def _of_sum(
     """The branches among the operands of one sum, in the order of the operands; the shallowest operand never is one."""
     kept = set(flow.view.outputs)
     leaves = sorted(leaves, key=lambda leaf: flow.depth[leaf[1]])
+    depths = [flow.depth[value] for _, value in leaves]
     found = []
-    for place, (edge, value) in enumerate(leaves):
+    for edge, value in leaves:
         maker = flow.alone(value, kept)
         if maker is None or tree.parent[maker] < 0:
             continue
@@ -454,8 +456,8 @@ def _of_sum(
         shapes = flow.view.shapes
         rank = len(shapes.get(value, ()))
         starts = {n for n in starts if types.get(n) == types.get(value) and len(shapes.get(n, ())) == rank}
-        for _, other in leaves[:place]:
-            if flow.depth[other] < flow.depth[value] and _leads(flow, other, starts):
+        for _, other in leaves[: bisect_left(depths, flow.depth[value])]:
+            if _leads(flow, other, starts):
                 found.append(_Candidate(root, edge, value, cone, other))
                 break
     yield from sorted(found, key=lambda candidate: candidate.edge)

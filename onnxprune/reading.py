@@ -276,27 +276,27 @@ def _check_graph(graph: onnx.GraphProto, opsets: Mapping[str, int]) -> None:
 
     Nodes read and make as many values as their operators, if these are known, and attributes have their types.
     """
-    pending: list[tuple[onnx.GraphProto, frozenset[str], int]] = [(graph, frozenset(), 0)]
+    pending: list[tuple[onnx.GraphProto, tuple[frozenset[str], ...]]] = [(graph, ())]
     while pending:
-        current, outer, depth = pending.pop()
-        if depth > NESTING:
+        current, outer = pending.pop()
+        if len(outer) > NESTING:
             raise InputError(f"subgraphs nest deeper than {NESTING}")
         for tensor in current.initializer:
             check_tensor(tensor, f"initializer '{shown(tensor.name)}'")
-        scope = outer | _defined(current)
+        scope = (_defined(current), *outer)
         for node in current.node:
             if not all(isinstance(text, str) for text in (node.name, node.op_type, node.domain, *node.input)):
                 raise InputError("a name in it is not UTF-8", object=_title(node))
             for name in node.input:
-                if name and name not in scope:
+                if name and not any(name in names for names in scope):
                     raise InputError(f"reads '{shown(name)}', which nothing defines", object=_title(node))
             _check_node(node, opsets)
             for attribute in node.attribute:
                 for tensor in (*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors):
                     check_tensor(tensor, f"attribute '{shown(attribute.name)}' of {_title(node)}")
-            pending += [(subgraph, scope, depth + 1) for subgraph in _subgraphs(node)]
+            pending += [(subgraph, scope) for subgraph in _subgraphs(node)]
         for output in current.output:
-            if output.name not in scope:
+            if not any(output.name in names for names in scope):
                 raise InputError("graph output that nothing defines", object=output.name)
         _check_acyclic(current)
 
