@@ -417,7 +417,7 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
         runs, stays = _runs(batch, thin) if thin is not None else (None, None)
         problem = Problem(
             x=np.concatenate([part.x for part in batch], axis=2),
-            weight=np.concatenate([part.effective() for part in batch], axis=1),
+            weight=_beside([part.effective() for part in batch]),
             wanted=wanted,
             current=current,
             held_out=rows.held_out,
@@ -450,6 +450,11 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
         for slot, array in part.changes.items():
             flow.change(slot, array)
             task.changes[slot] = array
+
+
+def _beside(arrays: Sequence[Array]) -> Array:
+    """Arrays behind each other along axis 1; a single one as it is, since copies of a large weight take most memory."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=1)
 
 
 def _runs(parts: Sequence[_Part], thin: Thinning) -> tuple[Positions | None, Mask | None]:
@@ -575,7 +580,7 @@ class _Part:
 
     def effective(self) -> Array:
         """float64[groups, columns, outputs]: the weight with the gain of the steps."""
-        return self.matrix * self.gain.reshape(self.groups, 1, -1)
+        return self.matrix if (self.gain == 1).all() else self.matrix * self.gain.reshape(self.groups, 1, -1)
 
     def output(self) -> Array:
         """float32[rows, outputs]: what the operator adds to the site."""

@@ -284,6 +284,13 @@ def with_path() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
 
 
+def test_onnx_runtime_leaves_no_files_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TMPDIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    call(runtime.backend, "cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_no_descriptors_are_lost() -> None:
     folder = Path("/proc/self/fd")
     if not folder.exists():
