@@ -181,8 +181,12 @@ def _fit(
         part = Regression(x[~held_out], intercept)
         known, probe = ((wanted[rows], current[rows]) for rows in (~held_out, held_out))
         aim = part.aim(goal(*known, bounds) - known[1])
-        tried = [_rounds(part, aim, *known, bounds, each, min(rounds, 2), solve) for each in RIDGES]
-        errors = [_error(probe[0], probe[1] + change(x[held_out]), bounds) for change in tried]
+
+        def tried(ridge: float) -> float:
+            change = _rounds(part, aim, *known, bounds, ridge, min(rounds, 2), solve)
+            return _error(probe[0], probe[1] + change(x[held_out]), bounds)
+
+        errors = [tried(each) for each in RIDGES]  # one at a time: a large weight takes most memory
         best = int(np.argmin(np.nan_to_num(errors, nan=np.inf)))
         if not errors[best] < _error(probe[0], probe[1], bounds):
             return None

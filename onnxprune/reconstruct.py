@@ -9,7 +9,8 @@ the models does so in the child process; the dense side is kept there from one c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -428,28 +429,44 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
             runs=runs,
             stays=stays,
         )
-        try:
-            solution = reconstructor.solve(problem)
-        except np.linalg.LinAlgError:  # what is beyond numbers stays as it is
-            solution = None
-        if solution is None:
-            continue
-        task.ridges[site.value] = solution.ridge
-        task.rows[site.value] = problem.x.shape[1], problem.x.shape[2]
-        current = current + solution.predict(problem.x)
-        start = 0
-        for part in batch:
-            columns = slice(start, start + part.x.shape[2])
-            keep = None if solution.keep is None else solution.keep[:, columns]
-            if solution.weight[:, columns].any():
-                part.add(solution.weight[:, columns], keep)
-            start = columns.stop
-        if home is not None and solution.shift.any():
-            home.shift(solution.shift)
+        current, shift = current.copy(), np.zeros(wanted.shape[1])
+        for outputs, piece in _by_outputs(problem, dense.limits.get("most", math.inf)):
+            try:
+                solution = reconstructor.solve(piece)
+            except np.linalg.LinAlgError:  # what is beyond numbers stays as it is
+                solution = None
+            if solution is None:
+                continue
+            task.ridges[site.value] = solution.ridge
+            task.rows[site.value] = problem.x.shape[1], problem.x.shape[2]
+            current[:, outputs] += solution.predict(problem.x)
+            shift[outputs] = solution.shift
+            start = 0
+            for part in batch:
+                columns = slice(start, start + part.x.shape[2])
+                keep = None if solution.keep is None else solution.keep[:, columns]
+                if solution.weight[:, columns].any():
+                    part.add(solution.weight[:, columns], keep, outputs)
+                start = columns.stop
+        if home is not None and shift.any():
+            home.shift(shift)
     for part in parts:
         for slot, array in part.changes.items():
             flow.change(slot, array)
             task.changes[slot] = array
+
+
+def _by_outputs(problem: Problem, most: float) -> Iterator[tuple[slice, Problem]]:
+    """A problem in parts of some outputs each, if its weight takes more than `most` bytes; outputs are independent."""
+    _, columns, outputs = problem.weight.shape
+    step = int(min(outputs, max(1, most // (8 * columns))))
+    if step == outputs or len(problem.weight) > 1 or problem.runs is not None:
+        yield slice(None), problem
+        return
+    for start in range(0, outputs, step):
+        some = slice(start, start + step)
+        weight, wanted, current = problem.weight[:, :, some], problem.wanted[:, some], problem.current[:, some]
+        yield some, replace(problem, weight=weight, wanted=wanted, current=current)
 
 
 def _beside(arrays: Sequence[Array]) -> Array:
@@ -592,11 +609,14 @@ class _Part:
         channels = np.arange(self.x.shape[2] // self.patch).reshape(-1, m) * self.patch
         return np.asarray((channels[None] + np.arange(self.patch)[:, None, None]).reshape(-1, m))
 
-    def add(self, change: Array, keep: Mask | None = None) -> None:
-        """Add float64[groups, columns, outputs], with the gain in it, to the weight; all but `keep` becomes zero."""
-        gain = self.gain.reshape(self.groups, 1, -1)
-        usable = np.abs(gain) > 1e-6 * np.abs(gain).max()
-        self.matrix = self.matrix + np.divide(
+    def add(self, change: Array, keep: Mask | None = None, outputs: slice = slice(None)) -> None:
+        """Add float64[groups, columns, outputs], with the gain in it, to the weight; all but `keep` becomes zero.
+
+        `outputs` says which ones these are.
+        """
+        gain = self.gain.reshape(self.groups, 1, -1)[:, :, outputs]
+        usable = np.abs(gain) > 1e-6 * np.abs(self.gain).max()
+        self.matrix[:, :, outputs] += np.divide(
             change, gain, out=np.zeros_like(change), where=np.broadcast_to(usable, change.shape)
         )
         if keep is not None:

@@ -128,8 +128,8 @@ class Worker:
                 stderr=end,
                 bufsize=0,
                 start_new_session=True,  # a group of its own to kill, and Ctrl-C reaches us alone
-                # A pool for NumPy costs start-up, and its stacks would count against `memory` on a large machine. What ONNX
-                # Runtime would keep in the user's cache and the folder for temporary files is nobody's business.
+                # A pool for NumPy costs start-up, and its stacks would count against `memory` on a large machine. What
+                # ONNX Runtime would keep of the run in the user's cache is nobody's business.
                 env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"},
             )
         except BaseException:
