@@ -237,10 +237,9 @@ def test_little_memory_is_enough_for_repair(kind: type[np.generic], tmp_path: Pa
         folder.mkdir()
         given = {"ratio": 0.5, "criterion": "mag", "memory": memory, "calibration": str(data), "no_cache": True}
         report = prune(path, folder / "o.onnx", **given).report
-        assert report.verification.proven and report.repaired
+        assert report.verification.proven and "v" in report.repaired
         found.append(report)
     assert found[0].removed == found[1].removed
-    assert found[0].repaired == found[1].repaired
     errors = [report.quality["relative-error"] for report in found]
     assert errors[0] == pytest.approx(errors[1], rel=0.1)  # dampings are chosen for some outputs at a time
 
