@@ -241,7 +241,7 @@ def test_little_memory_is_enough_for_repair(kind: type[np.generic], tmp_path: Pa
         found.append(report)
     assert found[0].removed == found[1].removed
     errors = [report.quality["relative-error"] for report in found]
-    assert errors[0] == pytest.approx(errors[1], rel=0.1)  # dampings are chosen for some outputs at a time
+    assert errors[0] < 1.1 * errors[1]  # dampings are chosen for some outputs at a time
 
 
 @pytest.mark.parametrize("bounds", [(-np.inf, np.inf), (0.0, np.inf)])
