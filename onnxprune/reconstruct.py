@@ -10,7 +10,9 @@ the models does so in the child process; the dense side is kept there from one c
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,8 +26,9 @@ from onnxprune.infer import attributes
 from onnxprune.lsq import Regression
 from onnxprune.model import Model, add_initializer, free_name
 from onnxprune.plugin import Problem, Reconstructor, Runs, Solution, Sparsifier, trait
-from onnxprune.running import MEMORY, Packed, limits, packed, unpacked
+from onnxprune.running import BESIDE, MEMORY, Packed, limits, memory_of, packed, unpacked
 from onnxprune.sites import Operator, Site, Slot, stored
+from onnxprune.storage import dump, read_model
 from onnxprune.types import Array, Mask, Positions
 from onnxprune.verify import spread
 from onnxprune.worker import Worker
@@ -125,7 +128,8 @@ def begin(
 
     What takes more than `memory` bytes is run a few operators at a time, with values on disk.
     """
-    worker.call(_begin, packed(dense), list(feeds), list(judged), sampling, threads, limits(dense, memory))
+    with _sent(dense) as what:
+        worker.call(_begin, what, list(feeds), list(judged), sampling, threads, limits(dense, memory))
 
 
 def repair(
@@ -147,12 +151,28 @@ def repair(
 
     Raises what Worker.call raises.
     """
-    worker.call(_load, packed(pruned), list(sites) if reconstructor else [], dict(start or {}), keep)
+    with _sent(pruned) as what:
+        worker.call(_load, what, list(sites) if reconstructor else [], dict(start or {}), keep)
     for k in range(len(sites) if reconstructor else 0):
         worker.call(_fit, k, reconstructor, dict(ridges or {}))
         progress(k + 1, len(sites))
     found: Repair = worker.call(_finish, judge)
     return found
+
+
+@contextmanager
+def _sent(model: Model) -> Iterator[str | Packed]:
+    """A model as the child gets it: a large one by where its weights lie, another as a file, which is quicker there."""
+    if memory_of(model) > BESIDE:
+        yield packed(model)
+        return
+    with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+        yield str(dump(model, folder, "model"))
+
+
+def _received(sent: str | Packed) -> Model:
+    """In the child: the model again."""
+    return read_model(sent)[0] if isinstance(sent, str) else unpacked(sent)
 
 
 def apply(model: Model, changes: Mapping[Slot, Array]) -> list[str]:
@@ -204,9 +224,15 @@ class _Dense:
     """The dense model over all samples: rows of its values, each computed once."""
 
     def __init__(
-        self, sent: Packed, fitted: Feeds, judged: Feeds, sampling: Sampling, threads: int, limits: Mapping[str, Any]
+        self,
+        sent: str | Packed,
+        fitted: Feeds,
+        judged: Feeds,
+        sampling: Sampling,
+        threads: int,
+        limits: Mapping[str, Any],
     ) -> None:
-        self.model, self.feeds, self.sampling = unpacked(sent), [*fitted, *judged], sampling
+        self.model, self.feeds, self.sampling = _received(sent), [*fitted, *judged], sampling
         self.fitted, self.limits = len(fitted), limits
         self.sessions = Sessions(threads)
         self.counts = [samples_in(feed, self.model.graph) for feed in fitted]
@@ -342,16 +368,16 @@ _task: _Task | None = None
 
 
 def _begin(
-    sent: Packed, fitted: Feeds, judged: Feeds, sampling: Sampling, threads: int, limits: Mapping[str, Any]
+    sent: str | Packed, fitted: Feeds, judged: Feeds, sampling: Sampling, threads: int, limits: Mapping[str, Any]
 ) -> None:
     global _dense
     _dense = _Dense(sent, fitted, judged, sampling, threads, limits)
 
 
-def _load(sent: Packed, sites: Sequence[Site], start: Mapping[Slot, Array], keep: bool) -> None:
+def _load(sent: str | Packed, sites: Sequence[Site], start: Mapping[Slot, Array], keep: bool) -> None:
     global _task
     assert _dense is not None
-    flow = _dense.run(unpacked(sent), _dense.feeds)
+    flow = _dense.run(_received(sent), _dense.feeds)
     _task = _Task(flow, sites, keep)
     for slot, array in start.items():
         _task.changes[slot] = np.ascontiguousarray(array, flow.array(slot).dtype)
