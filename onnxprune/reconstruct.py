@@ -444,7 +444,7 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
         runs, stays = _runs(batch, thin) if thin is not None else (None, None)
         problem = Problem(
             x=np.concatenate([part.x for part in batch], axis=2),
-            weight=_beside([part.effective() for part in batch]),
+            weight=np.concatenate([part.effective() for part in batch], axis=1),
             wanted=wanted,
             current=current,
             held_out=rows.held_out,
@@ -455,7 +455,7 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
             runs=runs,
             stays=stays,
         )
-        current, shift = current.copy(), np.zeros(wanted.shape[1])
+        shift = np.zeros(wanted.shape[1])
         for outputs, piece in _by_outputs(problem, dense.limits.get("most", math.inf)):
             try:
                 solution = reconstructor.solve(piece)
@@ -465,7 +465,11 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
                 continue
             task.ridges[site.value] = solution.ridge
             task.rows[site.value] = problem.x.shape[1], problem.x.shape[2]
-            current[:, outputs] += solution.predict(problem.x)
+            change = solution.predict(problem.x)
+            if outputs == slice(None):
+                current = current + change
+            else:
+                current[:, outputs] += change
             shift[outputs] = solution.shift
             start = 0
             for part in batch:
@@ -493,11 +497,6 @@ def _by_outputs(problem: Problem, most: float) -> Iterator[tuple[slice, Problem]
         some = slice(start, start + step)
         weight, wanted, current = problem.weight[:, :, some], problem.wanted[:, some], problem.current[:, some]
         yield some, replace(problem, weight=weight, wanted=wanted, current=current)
-
-
-def _beside(arrays: Sequence[Array]) -> Array:
-    """Arrays behind each other along axis 1; a single one as it is, since copies of a large weight take most memory."""
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=1)
 
 
 def _runs(parts: Sequence[_Part], thin: Thinning) -> tuple[Positions | None, Mask | None]:
@@ -623,7 +622,7 @@ class _Part:
 
     def effective(self) -> Array:
         """float64[groups, columns, outputs]: the weight with the gain of the steps."""
-        return self.matrix if (self.gain == 1).all() else self.matrix * self.gain.reshape(self.groups, 1, -1)
+        return self.matrix * self.gain.reshape(self.groups, 1, -1)
 
     def output(self) -> Array:
         """float32[rows, outputs]: what the operator adds to the site."""
