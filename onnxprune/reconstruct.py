@@ -489,7 +489,7 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
 def _by_outputs(problem: Problem, most: float) -> Iterator[tuple[slice, Problem]]:
     """A problem in parts of some outputs each, if its weight takes more than `most` bytes; outputs are independent."""
     _, columns, outputs = problem.weight.shape
-    step = int(min(outputs, max(1, most // (8 * columns))))
+    step = outputs if most >= 8 * columns * outputs else max(1, int(most // (8 * columns)))
     if step == outputs or len(problem.weight) > 1 or problem.runs is not None:
         yield slice(None), problem
         return
