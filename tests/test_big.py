@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -260,6 +261,8 @@ def test_outputs_are_fitted_alike_some_at_a_time(bounds: tuple[float, float]) ->
         np.testing.assert_allclose(solution.shift, whole.shift[outputs], atol=1e-6)
         seen += range(11)[outputs]
     assert seen == [*range(11)]
+    for most in (8 * 7 * 11, math.inf):
+        assert [outputs for outputs, _ in reconstruct._by_outputs(problem, most)] == [slice(None)]
 
 
 def test_size_is_known_before_it_is_written(tmp_path: Path) -> None:
