@@ -17,7 +17,19 @@ from onnxprune import interface, ops
 from onnxprune.branches import SKIP_NORMS, Branches, cut_edges, operands
 from onnxprune.dims import DimGraph, keep_of
 from onnxprune.errors import InternalError
-from onnxprune.infer import Facts, bodies, enter, home, initializers, note_initializer, op_node, seed, step, walk
+from onnxprune.infer import (
+    Facts,
+    bodies,
+    enter,
+    home,
+    initializers,
+    note_initializer,
+    op_node,
+    seed,
+    step,
+    true_inputs,
+    walk,
+)
 from onnxprune.model import Prepared, add_initializer, dismantle, free_name, register
 from onnxprune.types import Array, Axis, Mask, OpNode, Positions, Shape, View
 from onnxprune.weights import taken
@@ -63,7 +75,7 @@ def _narrow_interface(model: ir.Model, view: View, wanted: Mapping[str, Shape], 
     """Caches that lose positions: their shapes as declared, and what is left of them noted in the metadata."""
     model.metadata_props.pop(interface.KEY, None)  # it spoke of what the dense model was made from
     narrowed: dict[str, dict[int, Positions]] = {}
-    for value in (*model.graph.inputs, *model.graph.outputs):
+    for value in (*true_inputs(model.graph), *model.graph.outputs):
         name = str(value.name)
         masks = {k: keep(Axis(name, k)) for k in range(len(view.shapes[name]))} if name in view.shapes else {}
         left = {k: np.flatnonzero(mask) for k, mask in masks.items() if not mask.all()}
