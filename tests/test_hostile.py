@@ -60,11 +60,16 @@ def victim(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("spelling", [*SPELLINGS, *READ])
-@pytest.mark.parametrize("verb", WRITES)
+@pytest.mark.parametrize(
+    ("verb", "spelling"),
+    [
+        (verb, spelling)
+        for verb, line in WRITES.items()
+        for spelling in (*SPELLINGS, *READ)
+        if spelling not in READ or f"{{folder}}/{spelling.replace('soft', 'c')}" in line
+    ],
+)
 def test_no_output_is_an_input_however_it_is_spelled(verb: str, spelling: str, tmp_path: Path) -> None:
-    if spelling in READ and f"{{folder}}/{spelling.replace('soft', 'c')}" not in WRITES[verb]:
-        pytest.skip("it does not read that")
     folder = victim(tmp_path)
     before = files(tmp_path)
     given = {"model": folder / "m.onnx", "folder": folder, "out": folder / spelling}
