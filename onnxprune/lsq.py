@@ -40,7 +40,7 @@ class Regression:
         self.moments = (self._centred.T @ self._centred).astype(np.float64) / max(len(x), 1)
         self.scale = float(np.trace(self.moments)) / max(x.shape[1], 1)
         self._intercept = intercept
-        self._factors: dict[float, tuple[Array, bool]] = {}
+        self._factors: dict[float, tuple[Array, bool]] = {}  # the last alone: each is as large as the moments
 
     def solve(self, y: Array, ridge: float) -> Fit:
         """The weights that bring x nearest to y, float32[rows, outputs], damped by `ridge` x the mean diagonal.
@@ -65,7 +65,9 @@ class Regression:
     def _factor(self, ridge: float) -> tuple[Array, bool]:
         """Cholesky factor of the damped moments; more damping where it fails."""
         while ridge not in self._factors:
-            damped = self.moments + ridge * self.scale * np.eye(len(self.moments))
+            self._factors.clear()
+            damped = self.moments.copy()
+            damped[np.diag_indices_from(damped)] += ridge * self.scale
             try:
                 self._factors[ridge] = cho_factor(damped, overwrite_a=True, check_finite=False)
             except LinAlgError:

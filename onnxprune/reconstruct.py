@@ -35,6 +35,7 @@ from onnxprune.worker import Worker
 
 Feeds = Sequence[Mapping[str, Array]]
 ROWS = 20_000  # rows of one site that are enough
+LEAST = 1 << 28  # bytes that fitting one site may take in any case
 NUMBERS = 1 << 27  # of one site that are fitted to at most, which takes rows off an operator over a vocabulary
 NOTHING = 1e-9  # share of a site's variance below which it is not off
 
@@ -56,13 +57,14 @@ class Sampling:
 class Repair:
     """What a repair changed, {slot: array}, the damping that each site took, and the divergence that is left.
 
-    `rows` has (rows, columns) that each site was fitted with.
+    `rows` has (rows, columns) that each site was fitted with, `large` the bytes that others would have taken.
     """
 
     changes: Mapping[Slot, Array]
     ridges: Mapping[str, float]
     divergence: float = float("nan")
     rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    large: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,10 +128,11 @@ def begin(
 ) -> None:
     """Hand the dense model to the child, with the samples to fit to, and those to judge by.
 
-    What takes more than `memory` bytes is run a few operators at a time, with values on disk.
+    What takes more than `memory` bytes is run a few operators at a time, with values on disk. A site that takes more to
+    fit is left alone.
     """
     with _sent(dense) as what:
-        worker.call(_begin, what, list(feeds), list(judged), sampling, threads, limits(dense, memory))
+        worker.call(_begin, what, list(feeds), list(judged), sampling, threads, memory)
 
 
 def repair(
@@ -230,10 +233,11 @@ class _Dense:
         judged: Feeds,
         sampling: Sampling,
         threads: int,
-        limits: Mapping[str, Any],
+        memory: int,
     ) -> None:
         self.model, self.feeds, self.sampling = _received(sent), [*fitted, *judged], sampling
-        self.fitted, self.limits = len(fitted), limits
+        self.fitted, self.memory = len(fitted), memory
+        self.limits: Mapping[str, Any] = limits(self.model, memory)
         self.sessions = Sessions(threads)
         self.counts = [samples_in(feed, self.model.graph) for feed in fitted]
         self._outputs: list[dict[str, Array]] = []
@@ -361,17 +365,16 @@ class _Task:
     changes: dict[Slot, Array] = field(default_factory=dict)
     ridges: dict[str, float] = field(default_factory=dict)
     rows: dict[str, tuple[int, int]] = field(default_factory=dict)
+    large: dict[str, int] = field(default_factory=dict)
 
 
 _dense: _Dense | None = None
 _task: _Task | None = None
 
 
-def _begin(
-    sent: str | Packed, fitted: Feeds, judged: Feeds, sampling: Sampling, threads: int, limits: Mapping[str, Any]
-) -> None:
+def _begin(sent: str | Packed, fitted: Feeds, judged: Feeds, sampling: Sampling, threads: int, memory: int) -> None:
     global _dense
-    _dense = _Dense(sent, fitted, judged, sampling, threads, limits)
+    _dense = _Dense(sent, fitted, judged, sampling, threads, memory)
 
 
 def _load(sent: str | Packed, sites: Sequence[Site], start: Mapping[Slot, Array], keep: bool) -> None:
@@ -389,7 +392,7 @@ def _finish(judge: bool) -> Repair:
     assert _task is not None and _dense is not None
     task, _task = _task, None
     left = _dense.divergence(task.flow) if judge else float("nan")
-    return Repair(task.changes, task.ridges, left, task.rows)
+    return Repair(task.changes, task.ridges, left, task.rows, task.large)
 
 
 def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> None:
@@ -421,6 +424,9 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
     padding = sampling.padding
     masks = [feed.get(padding) if padding else None for feed in dense.feeds[: dense.fitted]]
     rows = Rows(like, site.axis, dense.counts, masks, sampling)
+    if (takes := _takes(site, flow, len(rows.held_out))) > max(dense.memory, LEAST):
+        task.large[site.value] = takes
+        return
     wanted = dense.take(site, rows, task.keep, pinned)
     if site.project is not None:
         wanted = wanted @ site.project.astype(np.float32)
@@ -530,6 +536,18 @@ def _levels(flow: Flow, slot: Slot, array: Array) -> tuple[Array, Array] | None:
     scale = flow.array((slot[0], 1)).astype(np.float64)
     point = flow.array((slot[0], 2)) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(1)
     return spread(scale, array, axis), spread(point.astype(np.float64), array, axis)
+
+
+def _takes(site: Site, flow: Flow, rows: int) -> int:
+    """Bytes that fitting a site takes, roughly: weights, second moments and rows, each a few times over."""
+    weights = columns = wide = outputs = 0
+    for operator in site.operators:
+        shape = flow.array(operator.weight).shape
+        outputs = shape[0] if operator.op_type == "Conv" or operator.transposed else shape[-1]
+        weights += math.prod(shape)
+        columns += math.prod(shape) // outputs
+        wide += math.prod(shape) // outputs * int(operator.attrs.get("group", 1))
+    return 8 * (5 * weights + 3 * columns**2) + 16 * rows * (wide + outputs)
 
 
 def _result_shape(operator: Operator, x: Sequence[Array], flow: Flow) -> list[Array]:

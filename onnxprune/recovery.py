@@ -203,12 +203,12 @@ class Recovery:
         naive = reconstruct.repair(self.worker, pruned, [], None, judge=True).divergence
         tried = reconstruct.repair(
             self.worker, start.model, start.sites, self.reconstructor, start=start.arrays, judge=True
-        ).divergence
+        )
         if math.isnan(naive):
             return Repaired(pruned, [], ["nothing was repaired: no output is a tensor that repair could be judged by"])
-        if not tried < naive:
-            why = f"repair did not help on held-out samples ({naive:.3g} to {tried:.3g}), so nothing was repaired"
-            return Repaired(pruned, [], [f"{why}; more calibration samples would help"])
+        if not tried.divergence < naive:
+            why = f"did not help on held-out samples ({naive:.3g} to {tried.divergence:.3g}), so nothing was repaired"
+            return Repaired(pruned, [], [f"repair {why}; more calibration samples would help", *_large(tried)])
         self._begin(self.samples.feeds, (), reconstruct.ROWS)
         found = reconstruct.repair(
             self.worker,
@@ -221,7 +221,7 @@ class Recovery:
         model = start.model.clone()
         names = reconstruct.apply(model, found.changes)
         told = [] if self.given else [f"there is no calibration data: repaired on {RANDOM} random inputs"]
-        told += [*self.told, *self._thin(found)]
+        told += [*self.told, *self._thin(found), *_large(found)]
         return Repaired(model, names, told, start.rewrites, start.norms)
 
     def _thin(self, found: reconstruct.Repair) -> list[str]:
@@ -243,6 +243,15 @@ class Recovery:
         sampling = self.samples.sampling(rows)
         told = {"judged": judged, "threads": self.options.threads, "memory": self.memory}
         reconstruct.begin(self.worker, model, fitted, sampling, **told)
+
+
+def _large(found: reconstruct.Repair) -> list[str]:
+    """A warning where sites take more memory than they may."""
+    if not found.large:
+        return []
+    site, most = max(found.large.items(), key=lambda item: item[1])
+    many = "1 value was" if len(found.large) == 1 else f"{len(found.large)} values were"
+    return [f"{many} not repaired, since that takes up to {most / 1e9:.1f} GB ('{site}'); raise --memory"]
 
 
 WORK = {"default": 1e13, "thorough": 1e14}  # MACs that trials may take together

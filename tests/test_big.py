@@ -245,6 +245,16 @@ def test_little_memory_is_enough_for_repair(kind: type[np.generic], tmp_path: Pa
     assert errors[0] < 1.1 * errors[1]  # dampings are chosen for some outputs at a time
 
 
+def test_what_takes_too_much_memory_to_fit_is_left_alone_and_named(tmp_path: Path) -> None:
+    path, data = wide(tmp_path, np.float32, 8000), tmp_path / "c.npz"
+    np.savez(data, x=np.random.default_rng(3).standard_normal((64, 67)).astype(np.float32))
+    given = {"ratio": 0.25, "criterion": "mag", "memory": "1MB", "calibration": str(data), "no_cache": True}
+    report = prune(path, tmp_path / "o.onnx", **given).report
+    assert report.verification.proven
+    assert report.repaired == []  # what w reads is what it read before
+    assert any("1 value was not repaired" in text and "'y'" in text for text in report.warnings)
+
+
 @pytest.mark.parametrize("bounds", [(-np.inf, np.inf), (0.0, np.inf)])
 def test_outputs_are_fitted_alike_some_at_a_time(bounds: tuple[float, float]) -> None:
     rng = np.random.default_rng(0)
