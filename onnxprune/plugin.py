@@ -8,7 +8,9 @@ the defaults.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from importlib.metadata import entry_points
@@ -58,7 +60,8 @@ class Weights:
     def power(self, member: Member, order: int) -> Array:
         """float64[positions of the member]: sum of |w| to the power `order` over each position's slice."""
         if (blocks := self._blocks(member.initializer)) is not None:
-            rows = [_sums(block, member.axis, order) for block in blocks]
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # reading takes as long as adding up
+                rows = list(pool.map(lambda block: _sums(block, member.axis, order), blocks))
             return (np.sum(rows, axis=0) if member.axis else np.concatenate(rows))[member.positions]
         slices = np.moveaxis(self.array(member.initializer), member.axis, 0)[member.positions]
         return np.asarray((np.abs(slices.reshape(len(slices), -1)) ** order).sum(axis=1))
