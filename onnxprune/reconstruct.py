@@ -26,7 +26,7 @@ from onnxprune.infer import attributes
 from onnxprune.lsq import Regression
 from onnxprune.model import Model, add_initializer, free_name
 from onnxprune.plugin import Problem, Reconstructor, Runs, Solution, Sparsifier, trait
-from onnxprune.running import BESIDE, MEMORY, Packed, limits, memory_of, packed, unpacked
+from onnxprune.running import BESIDE, MEMORY, Packed, give_back, limits, memory_of, packed, unpacked
 from onnxprune.sites import Operator, Site, Slot, stored
 from onnxprune.storage import dump, read_model
 from onnxprune.types import Array, Mask, Positions
@@ -374,6 +374,7 @@ _task: _Task | None = None
 
 def _begin(sent: str | Packed, fitted: Feeds, judged: Feeds, sampling: Sampling, threads: int, memory: int) -> None:
     global _dense
+    give_back()
     _dense = _Dense(sent, fitted, judged, sampling, threads, memory)
 
 

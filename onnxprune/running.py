@@ -114,3 +114,12 @@ def _reuse() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 1 << 30)
+
+
+def give_back() -> None:
+    """In the child: let the C library return what is freed, as it does by itself, and what it has kept so far."""
+    with suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 1 << 16)
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 17)
+        libc.malloc_trim(0)
