@@ -163,19 +163,26 @@ def write_bytes(path: Path, data: bytes, *, force: bool = True) -> None:
         _commit(temporary, path, force)
 
 
-def write_files(files: Mapping[Path, bytes], *, force: bool = True) -> None:
-    """Write small files, all of them or none: where one cannot be written, those that are new before it go again."""
+@contextmanager
+def _all_or_none() -> Iterator[list[Path]]:
+    """A list of files that go again if what is inside fails."""
     done: list[Path] = []
     try:
-        for path, data in files.items():
-            fresh = not os.path.lexists(path)
-            write_bytes(path, data, force=force)
-            done += [path] if fresh else []
+        yield done
     except BaseException:
         for path in done:
             with suppress(OSError):
                 path.unlink()
         raise
+
+
+def write_files(files: Mapping[Path, bytes], *, force: bool = True) -> None:
+    """Write small files, all of them or none: where one cannot be written, those that are new before it go again."""
+    with _all_or_none() as done:
+        for path, data in files.items():
+            fresh = not os.path.lexists(path)
+            write_bytes(path, data, force=force)
+            done += [path] if fresh else []
 
 
 def publish(files: Mapping[Path, Path], *, force: bool) -> None:
@@ -183,8 +190,7 @@ def publish(files: Mapping[Path, Path], *, force: bool) -> None:
 
     Where one cannot have its name, those that are new before it go again.
     """
-    done: list[Path] = []
-    try:
+    with _all_or_none() as done:
         for temporary, path in files.items():
             with _disk(path):
                 with temporary.open("rb") as file:
@@ -192,11 +198,6 @@ def publish(files: Mapping[Path, Path], *, force: bool) -> None:
                 fresh = not os.path.lexists(path)
                 _commit(temporary, path, force)
                 done += [path] if fresh else []
-    except BaseException:
-        for path in done:
-            with suppress(OSError):
-                path.unlink()
-        raise
 
 
 def dump(model: ir.Model, folder: str | Path, name: str, *, external: bool = False) -> Path:
