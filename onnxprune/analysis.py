@@ -19,6 +19,7 @@ from onnxprune.dims import DimGraph, couple
 from onnxprune.errors import InputError, PruneError
 from onnxprune.groups import find_frozen, find_groups
 from onnxprune.infer import initializers, true_inputs
+from onnxprune.interface import KEY
 from onnxprune.masked import narrowed
 from onnxprune.model import Graph, Model, Prepared, input_sizes, prepare, view
 from onnxprune.probes import cost_facts
@@ -47,6 +48,7 @@ class Analysis:
         read: tuple[Model, storage.Source] | None = None,
     ) -> None:
         self.dense, self.source = read or storage.read_model(path)
+        self.dense.metadata_props.pop(KEY, None)  # which speaks of another model, that this one was made from
         self.given = named(path, lambda: input_sizes(self.dense, input_shape or {}))
         self.prepared: Prepared = prepare(self.dense.clone(), self.given)
         self.view: View = view(self.prepared)

@@ -73,7 +73,6 @@ def apply(prepared: Prepared, dims: DimGraph, view: View, alive: Mask, branches:
 
 def _narrow_interface(model: ir.Model, view: View, wanted: Mapping[str, Shape], keep: Keep) -> None:
     """Caches that lose positions: their shapes as declared, and what is left of them noted in the metadata."""
-    model.metadata_props.pop(interface.KEY, None)  # it spoke of what the dense model was made from
     narrowed: dict[str, dict[int, Positions]] = {}
     for value in (*true_inputs(model.graph), *model.graph.outputs):
         name = str(value.name)

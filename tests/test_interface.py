@@ -154,3 +154,20 @@ def test_notes() -> None:
                                   '{"pk": {"1": ["x"]}}', '{"pk": {"1": [1e99]}}', "[" * 100_000])  # fmt: skip
 def test_notes_of_somebody_else_are_none(text: str) -> None:
     assert noted({KEY: text}) == {}
+
+
+@pytest.mark.parametrize("said", ['{"x": {"0": [0]}}', '{"x": {"1": [0, 1]}}', '{"y": {"1": [0, 1]}}', "[]", "{"])
+def test_what_a_model_says_of_another_changes_nothing(said: str, tmp_path: Path) -> None:
+    text = """<ir_version: 8, opset_import: ["" : 18]> g (float[n, 8] x) => (float[n, 4] y)
+        { h = MatMul (x, w) r = Relu (h) y = MatMul (r, v) }"""
+    model, rng = parser.parse_model(text), np.random.default_rng(0)
+    for name, shape in (("w", (8, 16)), ("v", (16, 4))):
+        model.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
+    onnx.helper.set_model_props(model, {KEY: said})
+    onnx.save(model, tmp_path / "m.onnx")
+    np.savez(tmp_path / "c.npz", x=rng.standard_normal((70, 8)).astype(np.float32))
+    result = run("prune", tmp_path / "m.onnx", "-o", tmp_path / "o.onnx", "--ratio", 0.5, "--calibration",
+                 tmp_path / "c.npz", "--report", tmp_path / "r.json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert KEY not in {entry.key for entry in onnx.load(tmp_path / "o.onnx").metadata_props}
+    assert run("verify", tmp_path / "m.onnx", tmp_path / "o.onnx", "--plan", tmp_path / "r.json").exit_code == 0
