@@ -136,6 +136,7 @@ class Trials:
     kept: Kept = field(default_factory=Kept)
     asked: Sequence[object] = ()
     change: Callable[[], None] | None = None
+    tell: Callable[[str], None] = lambda text: None
 
     def __post_init__(self) -> None:
         self.knobs: list[Knob] = []
@@ -212,5 +213,5 @@ class Trials:
     def search(self, searcher: Searcher) -> Plan:
         """The plan that an allocator finds by measuring."""
         confirm = self.confirm if self.change is not None else None
-        problem = Search(tuple(self.knobs), self.cost_of, self.damage, self.affordable, confirm)
+        problem = Search(tuple(self.knobs), self.cost_of, self.damage, self.affordable, confirm, self.tell)
         return self.plan(searcher.search(problem))

@@ -291,7 +291,8 @@ class Search:
 
     `damage` measures states: the divergence of the outputs from the dense model's, after repair, on samples that the
     repair does not see. What it costs is one repair each; `trials` is how many of these the effort pays for.
-    `confirm` is a second opinion on states that were found so, on other samples.
+    `confirm` is a second opinion on states that were found so, on other samples; what the user should know goes to
+    `tell`.
     """
 
     knobs: tuple[Knob, ...]
@@ -299,6 +300,7 @@ class Search:
     damage: Callable[[Sequence[Sequence[int]]], Array]
     trials: float = float("inf")
     confirm: Callable[[Sequence[Sequence[int]]], Array] | None = None
+    tell: Callable[[str], None] = lambda text: None
 
 
 @runtime_checkable

@@ -172,7 +172,13 @@ class Recovery:
             kept=self.kept,
             asked=asked,
             change=lambda: self._begin(*samples.changed, TRIAL_ROWS),
+            tell=self._tell,
         )
+
+    def _tell(self, text: str) -> None:
+        """Note for the report what a search says, once if it runs again."""
+        if text not in self.told:
+            self.told.append(text)
 
     def _afforded(self, knobs: int) -> tuple[Samples, float]:
         """(samples of a trial, trials) that the effort pays for; trials of fewer samples before fewer than two rounds.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,8 +99,23 @@ def test_rate_and_distortion() -> None:
         asked.extend(states)
         return np.array([sum(each[r] for each, r in zip(lost, state, strict=True)) for state in states], float)
 
-    assert RateDistortion().search(linear(knobs, [1, 1], 4, damage)) == [2, 2]
+    assert RateDistortion(checks=0).search(linear(knobs, [1, 1], 4, damage)) == [2, 2]
     assert len(asked) == 4  # two sizes of each, and none of both together
+    assert RateDistortion().search(linear(knobs, [1, 1], 4, damage)) == [2, 2]
+
+
+@pytest.mark.parametrize("together", [0.0, 4.0])
+def test_damages_that_do_not_add_up_are_searched(together: float) -> None:
+    knobs, told = [knob(*[1.0] * 8) for _ in range(3)], []
+
+    def damage(states: Sequence[Sequence[int]]) -> np.ndarray:
+        return np.array([a + 1.1 * b + 1.2 * c + together * min(a, b) for a, b, c in states], float)
+
+    problem = replace(linear(knobs, [1, 1, 1], 12, damage), tell=told.append)
+    found = RateDistortion(levels=9).search(problem)
+    assert problem.cost(found) <= 1
+    assert ["darwin-evo" in text for text in told] == ([True] if together else [])
+    assert damage([found])[0] <= (1.1 * damage([[8, 0, 4]])[0] if together else damage([[8, 4, 0]])[0])
 
 
 def test_two_kinds_are_split_exactly() -> None:
