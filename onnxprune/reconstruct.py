@@ -123,16 +123,17 @@ def begin(
     sampling: Sampling,
     *,
     judged: Feeds = (),
+    aside: Collection[str] = (),
     threads: int = 1,
     memory: int = MEMORY,
 ) -> None:
     """Hand the dense model to the child, with the samples to fit to, and those to judge by.
 
-    What takes more than `memory` bytes is run a few operators at a time, with values on disk. A site that takes more to
-    fit is left alone.
+    Outputs in `aside` do not count where there are others. What takes more than `memory` bytes is run a few
+    operators at a time, with values on disk. A site that takes more to fit is left alone.
     """
     with _sent(dense) as what:
-        worker.call(_begin, what, list(feeds), list(judged), sampling, threads, memory)
+        worker.call(_begin, what, list(feeds), list(judged), frozenset(aside), sampling, threads, memory)
 
 
 def repair(
@@ -231,11 +232,14 @@ class _Dense:
         sent: str | Packed,
         fitted: Feeds,
         judged: Feeds,
+        aside: frozenset[str],
         sampling: Sampling,
         threads: int,
         memory: int,
     ) -> None:
         self.model, self.feeds, self.sampling = _received(sent), [*fitted, *judged], sampling
+        outputs = {str(value.name) for value in self.model.graph.outputs if value.type is not None}  # not maps
+        self.counted = outputs - aside or outputs
         self.fitted, self.memory = len(fitted), memory
         self.limits: Mapping[str, Any] = limits(self.model, memory)
         self.sessions = Sessions(threads)
@@ -278,9 +282,8 @@ class _Dense:
         dense = [interface.narrow(outputs, narrowed) for outputs in self._outputs]
         return quality.divergence(found[-len(dense) :], dense)
 
-    @staticmethod
-    def _results(flow: Flow) -> list[dict[str, Array]]:
-        names = [str(value.name) for value in flow.model.graph.outputs if value.type is not None]  # not maps
+    def _results(self, flow: Flow) -> list[dict[str, Array]]:
+        names = [str(value.name) for value in flow.model.graph.outputs if value.name in self.counted]
         return [dict(zip(names, row, strict=True)) for row in zip(*flow.values(names), strict=True)]
 
 
@@ -372,10 +375,18 @@ _dense: _Dense | None = None
 _task: _Task | None = None
 
 
-def _begin(sent: str | Packed, fitted: Feeds, judged: Feeds, sampling: Sampling, threads: int, memory: int) -> None:
+def _begin(
+    sent: str | Packed,
+    fitted: Feeds,
+    judged: Feeds,
+    aside: frozenset[str],
+    sampling: Sampling,
+    threads: int,
+    memory: int,
+) -> None:
     global _dense
     give_back()
-    _dense = _Dense(sent, fitted, judged, sampling, threads, memory)
+    _dense = _Dense(sent, fitted, judged, aside, sampling, threads, memory)
 
 
 def _load(sent: str | Packed, sites: Sequence[Site], start: Mapping[Slot, Array], keep: bool) -> None:

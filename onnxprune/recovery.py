@@ -91,6 +91,12 @@ class Recovery:
         return sorted({name for pattern in self.options.ignore for name in matching(names, pattern)})
 
     @cached_property
+    def caches(self) -> frozenset[str]:
+        """Outputs that only add to an input what the next step reads: as much as that matters, other outputs tell."""
+        shapes = self.analysis.prepared.facts.shapes
+        return frozenset(made for given, made in self.analysis.branches.caches if shapes[given] != shapes[made])
+
+    @cached_property
     def bases(self) -> Bases | None:
         """Changes of basis that the model allows, where weights may change at all."""
         if self.reconstructor is None or not plugin.trait(self.reconstructor, "subspaces"):
@@ -153,7 +159,7 @@ class Recovery:
         knobs = sum(len(group.units) if group.kind == "layers" else 1 for group in groups)
         samples, affordable = self._afforded(knobs)
         allowed = [sorted(self.bases.tied), sorted(self.bases.means)] if self.bases else []
-        how = [repr(self.reconstructor), allowed, self.options.threads]
+        how = [repr(self.reconstructor), allowed, sorted(self.caches), self.options.threads]
         asked = [samples.padding, samples.seed, digest(samples.feeds), *how]
         self._begin(samples.fitted, samples.judged, TRIAL_ROWS)
         return Trials(
@@ -247,7 +253,7 @@ class Recovery:
     def _begin(self, fitted: Any, judged: Any, rows: int) -> None:
         model = self.analysis.prepared.model
         sampling = self.samples.sampling(rows)
-        told = {"judged": judged, "threads": self.options.threads, "memory": self.memory}
+        told = {"judged": judged, "aside": self.caches, "threads": self.options.threads, "memory": self.memory}
         reconstruct.begin(self.worker, model, fitted, sampling, **told)
 
 

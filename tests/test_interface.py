@@ -8,16 +8,21 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from click.testing import CliRunner, Result
 from onnx import numpy_helper, parser
 from zoo import ZOO
 
-from onnxprune import interface
+from onnxprune import interface, reconstruct
 from onnxprune.analysis import Analysis
 from onnxprune.cli import main
 from onnxprune.interface import KEY, narrow, note, noted
+from onnxprune.recipe import Options
+from onnxprune.reconstruct import Sampling
+from onnxprune.recovery import Recovery
+from onnxprune.worker import Worker
 
 FUSED = (
     "grouped queries over a cache of open sizes",
@@ -115,6 +120,23 @@ def test_repair_runs_both_on_their_own_part(decoder: Path, tmp_path: Path) -> No
     assert "wo" in report["repaired"]
     assert report["interface"]["narrowed"].keys() == {"pk", "pv", "nk", "nv"}
     assert report["quality"]["relative-error"] < 0.05 * naive["quality"]["relative-error"]
+
+
+def test_what_a_cache_is_off_by_is_seen_at_the_other_outputs(decoder: Path) -> None:
+    analysis, data = Analysis(decoder), [feed(0), feed(0, tokens=3)]
+    model = analysis.prepared.model.clone()
+    for name, factor in {"wk": 2.0, "wq": 0.5}.items():  # queries make up for keys
+        tensor = model.graph.initializers[name].const_value
+        assert tensor is not None
+        model.graph.initializers[name].const_value = ir.tensor(tensor.numpy() * np.float32(factor), name=name)
+    with Worker() as worker:
+        recovery = Recovery(analysis, data, Options(ratio=0.5, calibration="given"), worker)
+        assert recovery.caches == {"nk", "nv"}
+        found = []
+        for aside in ((), recovery.caches, ("y", "nk", "nv")):
+            reconstruct.begin(worker, analysis.prepared.model, data, Sampling(), judged=data, aside=aside)
+            found.append(reconstruct.repair(worker, model, [], None, judge=True).divergence)
+    assert found[1] < 1e-9 < found[0] == found[2]  # something has to count
 
 
 def test_pruned_twice_the_note_speaks_of_the_last_model(decoder: Path, tmp_path: Path) -> None:
