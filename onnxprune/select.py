@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import gcd, lcm
 
 import numpy as np
@@ -18,7 +18,8 @@ MILLISECONDS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 LIKED = 16  # positions that runtimes compute at once: lanes of AVX-512, rows of tensor cores; with AVX2 twice 8
 TWICE = 2  # times that a firm multiple must fit into a group,
 FEW = 8  # or so often if
-STEP = 0.05  # it is more than this share of the model
+STEP = 0.05  # it is more than this share of the model,
+ROOM = 4  # and more than that only where the other groups are so many times as much, to make up for it
 BACK = 32  # steps that each group may get back
 NARROW = 0.1  # share of the model that may stay whole because no more than one multiple fits into it
 SLACK = 1.1  # what is not firm takes a coarser multiple only while it keeps at most this many times what was asked
@@ -29,9 +30,10 @@ class Rounding:
     """Kept positions become multiples of `multiple` (None: of `liked`, less where that keeps too many, yet of `runs`).
 
     `undo` lets a group keep everything for it; without, what is to shrink shrinks, to odd sizes if need be. With
-    `costs`, shares of the model for one unit of each group, the liking is firm: it is kept however much that keeps,
-    since other groups make up for it, but for a half or less of it where it is much of a group or of the model. What is
-    `whole` then stays so, and of others one multiple stays, or with `deep` a power of two below it.
+    `costs`, shares of the model for one unit of each group, and `shares` for all of them, the liking is firm: it is
+    kept however much that keeps, since other groups make up for it, but for a half or less of it where it is much
+    of a group or of the model. What is `whole` then stays so, and of others one multiple stays, or with `deep` a
+    power of two below it.
     """
 
     multiple: int | None
@@ -40,6 +42,7 @@ class Rounding:
     liked: int = 8
     undo: bool = False
     costs: Mapping[int, float] | None = None
+    shares: Mapping[int, float] = field(default_factory=dict)
     whole: frozenset[int] = frozenset()
     deep: bool = False
 
@@ -48,9 +51,10 @@ class Rounding:
         if self.multiple is not None:
             return self
         each = {group.id: float(cost.max()) for group, cost in zip(groups, costs, strict=True)}
+        shares = {group.id: len(group.units) * each[group.id] for group in groups}
         narrow = [g for g in groups if 0 < len(g.units) * gcd(*g.unit_positions) <= self.liked]
-        little = len(narrow) < len(groups) and sum(len(g.units) * each[g.id] for g in narrow) <= NARROW
-        return replace(self, costs=each, whole=frozenset(g.id for g in narrow if little))
+        little = len(narrow) < len(groups) and sum(shares[g.id] for g in narrow) <= NARROW
+        return replace(self, costs=each, shares=shares, whole=frozenset(g.id for g in narrow if little))
 
     def deepest(self) -> Rounding:
         """For a target that is out of reach otherwise."""
@@ -83,7 +87,11 @@ class Rounding:
         if group.id in self.whole:
             return np.full_like(kept, count)
         multiple = self.liked
-        while multiple > 1 and multiple * (FEW if multiple * cost > STEP * width else TWICE) > count * width:
+        others = sum(self.shares.values()) - self.shares[group.id]
+        most = max(STEP, others / ROOM) * width
+        while multiple > 1 and (
+            multiple * cost > most or multiple * (FEW if multiple * cost > STEP * width else TWICE) > count * width
+        ):
             multiple //= 2
         multiple = lcm(multiple, self.runs)
         step = multiple // gcd(multiple, width)
