@@ -78,7 +78,7 @@ class Bases:
             lambda axis: np.ones(self.shapes[axis.value][axis.index], np.bool_),
             untied=self.tied,
         )
-        self.sites = {site.value: site for site in sites if all(_plain(operator) for operator in site.operators)}
+        self.sites = {site.value: site for site in sites if all(map(_turns, site.operators))}
         self.operators = {o.node: (site, o) for site in self.sites.values() for o in site.operators}
         self._plain = {name: operator for name, (_, operator) in self.operators.items()}
         self.nodes = {name: node for node in analysis.view.nodes for name in node.outputs}
@@ -109,7 +109,7 @@ class Bases:
             elif right is not None and (values := _rows(right[1], -1)) is not None:
                 contexts[node.outputs[0]] = (right[0], values)
         for name, (site, operator) in self.operators.items():
-            if operator.op_type == "Conv" or len(site.operators) > 1:
+            if not operator.plain or len(site.operators) > 1:
                 continue
             source = self._trace(operator.x, set(contexts))
             if source is None:
@@ -293,8 +293,7 @@ class Bases:
 
     def matrix(self, operator: Operator) -> Array:
         """float64[columns, outputs] of a Gemm or MatMul."""
-        array = self.array(operator.weight)
-        return array.T if operator.transposed else array
+        return np.asarray(operator.layout.matrix(self.array(operator.weight))[0])
 
     def array(self, slot: Slot) -> Array:
         """What the dense model stores for one input of one node, float64."""
@@ -312,11 +311,11 @@ class _Turned:
     def __init__(self, bases: Bases, model: ir.Model, alive: Mask, sites: Sequence[Site]) -> None:
         self.bases, self.model, self.alive, self.sites = bases, model, alive, sites
         self.here = {str(node.outputs[0].name) for node in model.graph}
-        self.present = {site.value for site in sites if all(map(_plain, site.operators))}
+        self.present = {site.value for site in sites if all(map(_turns, site.operators))}
         every = [operator for site in sites for operator in site.operators]
         self.operators = {operator.node for operator in every}
         self.plain = {o.node for site in sites if site.value in self.present for o in site.operators}
-        self.biased = {o.node for o in every if o.homes() and _plain(o) and o.op_type != "Conv"}  # which may pad
+        self.biased = {o.node for o in every if o.homes() and _plain(o) and o.plain}  # a convolution may pad
         self.outputs: dict[str, Array] = {}
         self.inputs: dict[str, Array] = {}
         self.offsets: dict[str, Array] = {}
@@ -486,16 +485,17 @@ class _Turned:
             constant = constant * values if kind == "mul" else constant + values
         after = gain[:, None] * output
         entered = self.inputs.get(operator.node)
-        if operator.op_type == "Conv":
+        if operator.convolves:
             if entered is not None:
                 moved = np.moveaxis(np.tensordot(entered, dense, axes=(1, 1)), 0, 1)
             else:
-                moved = dense[:, self.kept(operator.x, 1)] if operator.attrs.get("group", 1) == 1 else dense
+                moved = dense[:, self.kept(operator.x, 1)] if operator.layout.summed else dense
             self.arrays[operator.weight] = np.tensordot(after.T, moved, axes=1)
         else:
-            matrix = dense.T if operator.transposed else dense
+            assert operator.plain is not None
+            matrix = dense.T if operator.plain.transposed else dense
             product = (matrix[self.read(operator.node)] if entered is None else entered @ matrix) @ after
-            self.arrays[operator.weight] = product.T if operator.transposed else product
+            self.arrays[operator.weight] = product.T if operator.plain.transposed else product
         added = constant @ output
         if operator.node in self.offsets:
             added = added + self.offsets[operator.node] @ matrix @ after
@@ -530,6 +530,11 @@ def _scaled(node: OpNode) -> str | None:
 def _plain(operator: Operator) -> bool:
     """Whether all that an operator's output is multiplied by and added to is stored, so that a matrix folds into it."""
     return all(step.kind != "norm" and not step.fixed for step in operator.steps)
+
+
+def _turns(operator: Operator) -> bool:
+    """Whether a matrix folds into an operator, into what it reads as well as into its output."""
+    return _plain(operator) and (operator.convolves or operator.plain is not None)
 
 
 def _steps(operator: Operator) -> list[tuple[str, Slot]]:

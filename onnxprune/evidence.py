@@ -244,7 +244,7 @@ class Operators:
 
     def reads(self, operator: Operator) -> int:
         """The axis of the stored weight that is summed over."""
-        return 1 if operator.op_type == "Conv" or operator.transposed else 0
+        return 1 if operator.convolves or (operator.plain is not None and operator.plain.transposed) else 0
 
     def of(self, group: Group) -> list[tuple[Operator, Array]]:
         """Operators that sum over units of a group, with the columns int64[units, ...] of each."""
@@ -252,12 +252,11 @@ class Operators:
         for member in group.members if group.kind != "layers" else ():
             for slot in member.readers:
                 operator = self.found.get(slot)
-                if operator is None or member.role != "weight" or operator.attrs.get("group", 1) != 1:
+                if operator is None or member.role != "weight" or not operator.layout.summed:
                     continue
                 if member.axis != self.reads(operator):
                     continue
-                shape = self.sizes[slot]
-                patch = int(np.prod(shape[2:])) if operator.op_type == "Conv" else 1
+                patch = operator.layout.patch
                 count = len(group.units)
                 if (
                     len(member.positions) % count
@@ -271,16 +270,11 @@ class Operators:
 
     def matrix(self, operator: Operator) -> Array:
         """float64[columns, outputs]."""
-        array = self.weights.array(self.names[operator.weight])
-        return (
-            array.reshape(len(array), -1).T if operator.op_type == "Conv" else array.T if operator.transposed else array
-        )
+        return np.asarray(operator.layout.matrix(self.weights.array(self.names[operator.weight]))[0])
 
     def bytes(self, operator: Operator) -> int:
         """What an operator's second moments take."""
-        shape = self.sizes[operator.weight]
-        own = shape[1:] if operator.op_type == "Conv" or operator.transposed else shape[:1]
-        return 8 * int(np.prod(own)) ** 2
+        return 8 * operator.layout.sizes(self.sizes[operator.weight])[1] ** 2
 
 
 class _Losses:
@@ -378,7 +372,7 @@ class _Losses:
                 if operator is None and not self._writes(slot, member.axis):
                     return None
                 if operator is not None and member.axis == self.operators.reads(operator):
-                    if operator.attrs.get("group", 1) != 1:
+                    if not operator.layout.summed:
                         return None
                     found.append((Gate(member.initializer, member.axis), np.stack([member.positions, member.units])))
         return found or None

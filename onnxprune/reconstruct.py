@@ -23,13 +23,14 @@ from onnxprune import interface, quality
 from onnxprune.feeds import samples_in
 from onnxprune.flow import Flow, Sessions
 from onnxprune.infer import attributes
+from onnxprune.layouts import Layout, over_channels
 from onnxprune.lsq import Regression
 from onnxprune.model import Model, add_initializer, free_name
 from onnxprune.plugin import Problem, Reconstructor, Runs, Solution, Sparsifier, trait
 from onnxprune.running import BESIDE, MEMORY, Packed, give_back, limits, memory_of, packed, unpacked
 from onnxprune.sites import Operator, Site, Slot, stored
 from onnxprune.storage import dump, read_model
-from onnxprune.types import Array, Mask, Positions
+from onnxprune.types import Array, Mask, Positions, Shape
 from onnxprune.verify import spread
 from onnxprune.worker import Worker
 
@@ -245,7 +246,7 @@ class _Dense:
         self.sessions = Sessions(threads)
         self.counts = [samples_in(feed, self.model.graph) for feed in fitted]
         self._outputs: list[dict[str, Array]] = []
-        self.rows: dict[tuple[str, int, int], Array] = {}
+        self.rows: dict[tuple[str, tuple[int, ...], int], Array] = {}
         self.flow: Flow | None = None
 
     def run(self, model: Model, feeds: Feeds, pinned: Collection[str] = ()) -> Flow:
@@ -261,10 +262,10 @@ class _Dense:
 
     def take(self, site: Site, rows: Rows, keep: bool, pinned: Collection[str]) -> Array:
         """float32[rows, channels of the dense value]."""
-        key = (site.dense, site.axis, len(rows.held_out))
+        key = (site.dense, site.axes, len(rows.held_out))
         if key not in self.rows:
             arrays = (self.values([site.dense], pinned) or [[]])[0]
-            found = rows.of(arrays, site.axis)
+            found = rows.of(arrays, site.axes)
             if not keep:
                 return found
             self.rows[key] = found
@@ -295,19 +296,21 @@ class Rows:
 
     def __init__(
         self,
-        arrays: Sequence[Array],
-        axis: int,
+        shapes: Sequence[Shape],
+        axes: tuple[int, ...],
         counts: Sequence[int],
         masks: Sequence[Array | None],
         sampling: Sampling,
     ) -> None:
-        totals = [array.size // array.shape[axis] for array in arrays]
+        self.sizes = [shapes[0][k] for k in axes]
+        self.rank = len(shapes[0])
+        totals = [math.prod(shape) // math.prod(self.sizes) for shape in shapes]
         whole = max(sum(totals), 1)
         rng = np.random.default_rng([sampling.seed, whole])
         self.chosen: list[Positions] = []
         held, first = [], 0
-        for array, total, count, mask in zip(arrays, totals, counts, masks, strict=True):
-            real = _real(array, axis, mask, total)
+        for shape, total, count, mask in zip(shapes, totals, counts, masks, strict=True):
+            real = _real(shape, axes, mask, total)
             wanted = min(len(real), -(-sampling.rows * total // whole))
             picked = real if wanted == len(real) else np.sort(rng.choice(real, wanted, replace=False))
             self.chosen.append(picked)
@@ -317,45 +320,29 @@ class Rows:
         by = sample if first >= 10 else np.arange(len(sample))
         self.held_out: Mask = by % 5 == 2
 
-    def of(self, arrays: Sequence[Array], axis: int) -> Array:
+    def of(self, arrays: Sequence[Array], axes: tuple[int, ...]) -> Array:
         """float32[rows, channels] of a value."""
         found = []
         for array, rows in zip(arrays, self.chosen, strict=True):
-            flat = np.moveaxis(array, axis, -1)
-            flat = flat.reshape(-1, array.shape[axis])
+            flat = np.moveaxis(array, axes, range(-len(axes), 0))
+            flat = flat.reshape(-1, math.prod(array.shape[k] for k in axes))
             found.append(flat[rows].astype(np.float32))
         return np.concatenate(found)
 
-    def patches(self, arrays: Sequence[Array], operator: Operator, weight: Array) -> Array:
-        """float32[groups, rows, columns]: what a convolution multiplies by its weight."""
-        attrs, spatial = operator.attrs, weight.ndim - 2
-        strides = list(attrs.get("strides", [1] * spatial))
-        dilations = list(attrs.get("dilations", [1] * spatial))
-        pads = list(attrs.get("pads", [0] * 2 * spatial))
-        groups = int(attrs.get("group", 1))
-        kernel = weight.shape[2:]
-        found = []
-        for array, rows in zip(arrays, self.chosen, strict=True):
-            padded = np.pad(array, [(0, 0), (0, 0), *zip(pads[:spatial], pads[spatial:], strict=True)])
-            extent = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
-            windows = np.lib.stride_tricks.sliding_window_view(padded, extent, axis=tuple(range(2, 2 + spatial)))
-            step = (slice(None), slice(None), *(slice(None, None, s) for s in strides))
-            inner = (*(slice(None) for _ in range(spatial)), *(slice(None, None, d) for d in dilations))
-            windows = windows[step][(slice(None), slice(None), *inner)]
-            place = np.unravel_index(rows, (windows.shape[0], *windows.shape[2 : 2 + spatial]))
-            taken = np.moveaxis(windows, 1, 1 + spatial)[place]
-            found.append(taken.reshape(len(rows), groups, -1).astype(np.float32))
-        return np.ascontiguousarray(np.concatenate(found).swapaxes(0, 1))
+    def read(self, arrays: Sequence[Array], layout: Layout) -> Array:
+        """float32[groups, rows, columns] of what an operator reads."""
+        pairs = zip(arrays, self.chosen, strict=True)
+        return np.concatenate([layout.rows(array, rows) for array, rows in pairs], axis=1)
 
 
-def _real(array: Array, axis: int, mask: Array | None, total: int) -> Positions:
+def _real(shape: Shape, axes: tuple[int, ...], mask: Array | None, total: int) -> Positions:
     """Numbers of the rows that are not padding, where a value's leading axes are batch and length."""
     every = np.arange(total)
     if mask is None:
         return every
     flat = mask.reshape(-1) != 0
-    shape = [size for k, size in enumerate(array.shape) if k != axis % array.ndim]
-    if tuple(shape[:2]) == mask.shape or (shape and shape[0] == flat.size):
+    rest = [size for k, size in enumerate(shape) if k not in axes]
+    if tuple(rest[:2]) == mask.shape or (rest and rest[0] == flat.size):
         return np.asarray(every[np.repeat(flat, total // flat.size)])
     return np.asarray(every)
 
@@ -417,7 +404,7 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
     marked = thin is not None and any(operator.weight in thin.slots for operator in site.operators)
     if thin is not None and thin.repair is None and not marked:
         return
-    if consumers and all(operator.columns is None for operator in site.operators):
+    if consumers and not any(operator.lost for operator in site.operators):
         return
     later = task.sites[k:]
     pinned = {s.dense for s in later}
@@ -431,11 +418,12 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
     else:
         arrays = [found[: dense.fitted] for found in flow.values([*names, *site.rest])]
     inputs, rest = arrays[: len(names)], arrays[len(names) :]
-    like = _result_shape(site.operators[0], inputs[0], flow)
-    sampling = dense.sampling.within(like[0].shape[site.axis])
+    first = site.operators[0]
+    shapes = [first.layout.shape(array.shape, flow.array(first.weight).shape) for array in inputs[0]]
+    sampling = dense.sampling.within(math.prod(shapes[0][k] for k in site.axes))
     padding = sampling.padding
     masks = [feed.get(padding) if padding else None for feed in dense.feeds[: dense.fitted]]
-    rows = Rows(like, site.axis, dense.counts, masks, sampling)
+    rows = Rows(shapes, site.axes, dense.counts, masks, sampling)
     if (takes := _takes(site, flow, len(rows.held_out))) > max(dense.memory, LEAST):
         task.large[site.value] = takes
         return
@@ -445,18 +433,16 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
     elif site.kept is not None:
         wanted = wanted[:, site.kept]
     parts = [_Part(flow, operator, x, rows, local) for operator, x in zip(site.operators, inputs, strict=True)]
-    if any(part.x.shape[2] != part.matrix.shape[1] for part in parts):
-        return  # a conv group lost channels, and which of the dense ones is not known here
     current = sum((part.output() for part in parts), np.zeros(1, np.float32))
     for value in rest:
-        found = rows.of(value, site.axis)
+        found = rows.of(value, site.axes)
         current = current + (found[:, site.kept] if local and site.kept is not None else found)
     if consumers:
-        parts = [part for part in parts if part.operator.columns is not None]
+        parts = [part for part in parts if part.operator.lost]
     off = float(np.mean((wanted - current) ** 2, dtype=np.float64))
     if not marked and off <= NOTHING * float(np.var(wanted, axis=0, dtype=np.float64).mean() + 1e-30):
         return
-    batches = [parts] if all(part.groups == 1 for part in parts) else [[part] for part in parts]
+    batches = [parts] if len({part.groups for part in parts}) == 1 else [[part] for part in parts]
     for batch in batches:
         home = next((part for part in batch if part.home is not None), None)
         runs, stays = _runs(batch, thin) if thin is not None else (None, None)
@@ -552,39 +538,14 @@ def _levels(flow: Flow, slot: Slot, array: Array) -> tuple[Array, Array] | None:
 
 def _takes(site: Site, flow: Flow, rows: int) -> int:
     """Bytes that fitting a site takes, roughly: weights, second moments and rows, each a few times over."""
-    weights = columns = wide = outputs = 0
+    weights = columns = wide = width = 0
     for operator in site.operators:
-        shape = flow.array(operator.weight).shape
-        outputs = shape[0] if operator.op_type == "Conv" or operator.transposed else shape[-1]
-        weights += math.prod(shape)
-        columns += math.prod(shape) // outputs
-        wide += math.prod(shape) // outputs * int(operator.attrs.get("group", 1))
-    return 8 * (5 * weights + 3 * columns**2) + 16 * rows * (wide + outputs)
-
-
-def _result_shape(operator: Operator, x: Sequence[Array], flow: Flow) -> list[Array]:
-    """Arrays without memory that have the shape of the operator's output for each feed."""
-    weight = flow.array(operator.weight)
-    found = []
-    for array in x:
-        shape: tuple[int, ...]
-        if operator.op_type == "Conv":
-            attrs, spatial = operator.attrs, weight.ndim - 2
-            strides, dilations = attrs.get("strides", [1] * spatial), attrs.get("dilations", [1] * spatial)
-            pads = attrs.get("pads", [0] * 2 * spatial)
-            sizes = [
-                (array.shape[2 + d] + pads[d] + pads[d + spatial] - dilations[d] * (weight.shape[2 + d] - 1) - 1)
-                // strides[d]
-                + 1
-                for d in range(spatial)
-            ]
-            shape = (array.shape[0], weight.shape[0], *sizes)
-        else:
-            outputs = weight.shape[0 if operator.transposed else 1]
-            lead = array.shape[1:] if operator.attrs.get("transA", 0) else array.shape[:-1]
-            shape = (*lead, outputs)
-        found.append(np.broadcast_to(np.float32(0), shape))
-    return found
+        groups, reads, outputs = operator.layout.sizes(flow.array(operator.weight).shape)
+        width = groups * outputs
+        weights += groups * reads * outputs
+        columns += reads
+        wide += groups * reads
+    return 8 * (5 * weights + 3 * columns**2) + 16 * rows * (wide + width)
 
 
 class _Part:
@@ -595,27 +556,16 @@ class _Part:
         self.stored = flow.array(operator.weight)
         self.levels = _levels(flow, operator.weight, self.stored)
         self.meant = _meant(flow, operator.weight, self.stored)
-        self.conv = operator.op_type == "Conv"
-        self.groups = int(operator.attrs.get("group", 1)) if self.conv else 1
+        self.layout, self.sizes, self.rank = operator.layout, rows.sizes, rows.rank
         self.changes: dict[Slot, Array] = {}
-        self.matrix = self._matrix()
-        self.outputs = self.groups * self.matrix.shape[2]
-        self.patch = int(np.prod(self.stored.shape[2:])) if self.conv else 1
-        if self.conv:
-            self.x = rows.patches(x, operator, self.stored)
-        else:
-            axis = 0 if operator.attrs.get("transA", 0) else -1
-            self.x = rows.of(x, axis)[None]
-        if local and operator.columns is not None:
-            self.x = np.ascontiguousarray(self.x[:, :, operator.columns])
+        self.matrix = self.layout.matrix(self.meant)
+        self.groups, _, outputs = self.matrix.shape
+        self.outputs = self.groups * outputs
+        self.patch = self.layout.patch
+        for axis, positions in operator.left if local else ():
+            x = [np.take(array, positions, axis) for array in x]
+        self.x = rows.read(x, self.layout)
         self._chain(flow)
-
-    def _matrix(self) -> Array:
-        """float64[groups, columns, outputs]."""
-        w = self.meant
-        if self.conv:
-            return np.asarray(w.reshape(self.groups, len(w) // self.groups, -1).swapaxes(1, 2))
-        return np.asarray((w.T if self.operator.transposed else w)[None])
 
     def _chain(self, flow: Flow) -> None:
         """What the steps make of the product: product * gain + constant; where a shift can be put, and its gain."""
@@ -623,7 +573,10 @@ class _Part:
         self.home: tuple[Slot, Array, Array] | None = None
 
         def read(slot: Slot) -> Array:
-            return np.broadcast_to(_meant(flow, slot, flow.array(slot)).reshape(-1), self.outputs)
+            meant = _meant(flow, slot, flow.array(slot))
+            if slot == self.operator.bias:
+                return np.broadcast_to(self.layout.bias(meant), self.outputs)
+            return over_channels(meant, self.operator.layout.axes, self.rank, self.sizes)
 
         def settle(slot: Slot) -> None:
             if flow.array(slot).size == self.outputs:
@@ -676,8 +629,7 @@ class _Part:
         )
         if keep is not None:
             self.matrix = np.where(keep, self.matrix, 0)
-        w = self.matrix
-        w = w.swapaxes(1, 2).reshape(self.stored.shape) if self.conv else w[0].T if self.operator.transposed else w[0]
+        w = self.layout.stored(self.matrix, self.meant)
         if self.levels is not None:
             limits = np.iinfo(self.stored.dtype)
             w = np.clip(np.rint(w / self.levels[0]) + self.levels[1], limits.min, limits.max)

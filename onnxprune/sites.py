@@ -10,17 +10,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxprune.infer import attributes, bodies, walk
+from onnxprune.layouts import Contraction, Convolution, Layout, matmul
 from onnxprune.types import Array, Axis, Mask, Positions, Shape
 
 Slot = tuple[str, int]  # first output of a node, number of its input
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-SPATIAL = ("strides", "pads", "dilations", "group", "kernel_shape", "auto_pad")
+LINEAR = ("Conv", "Gemm", "MatMul")
 
 
 @dataclass(frozen=True)
@@ -38,22 +40,31 @@ class Step:
 
 @dataclass(frozen=True)
 class Operator:
-    """A Conv, Gemm or MatMul whose weight is stored for it alone.
+    """A linear operator whose weight is stored for it alone.
 
-    `transposed` where the stored matrix is [outputs, inputs]; `columns` are the positions of the dense operator's
-    columns (within a conv group) that are left, None for all of them. `source` is what the dense operator reads.
+    `left` has (axis, positions) of the dense operator's input that are left, where some are not; `lost` says that
+    columns went, and not only whole groups. `source` is what the dense operator reads.
     """
 
     node: str
-    op_type: str
+    layout: Layout
     x: str
     weight: Slot
     bias: Slot | None
-    transposed: bool
-    attrs: Mapping[str, Any]
     steps: tuple[Step, ...]
-    columns: Positions | None = None
+    left: tuple[tuple[int, Positions], ...] = ()
+    lost: bool = False
     source: str = ""
+
+    @property
+    def plain(self) -> Contraction | None:
+        """The layout where the operator multiplies the last axis by one matrix."""
+        return self.layout if isinstance(self.layout, Contraction) and self.layout.plain else None
+
+    @property
+    def convolves(self) -> bool:
+        """Whether it is a Conv."""
+        return type(self.layout) is Convolution
 
     def homes(self) -> list[Slot]:
         """Where a constant can be added: its bias, or what is stored for the first step that adds one."""
@@ -64,21 +75,26 @@ class Operator:
 
 @dataclass(frozen=True)
 class Site:
-    """A value of the pruned model that should equal `kept` positions of `dense`, its counterpart, along `axis`.
+    """A value of the pruned model that should equal `kept` channels of `dense`, its counterpart.
 
-    `project` float64[dense channels, channels] takes the place of `kept` where channels are not mere positions.
-    It is the sum of its operators, through their steps, and of the values in `rest`. Only what lies between `bounds`
-    is seen by its readers.
+    Channels lie along `axes`, in this order. `project` float64[dense channels, channels] takes the place of `kept`
+    where channels are not mere positions. It is the sum of its operators, through their steps, and of the values in
+    `rest`. Only what lies between `bounds` is seen by its readers.
     """
 
     value: str
     dense: str
-    axis: int
+    axes: tuple[int, ...]
     kept: Positions | None
     operators: tuple[Operator, ...]
     rest: tuple[str, ...]
     bounds: tuple[float, float] = (-np.inf, np.inf)
     project: Array | None = None
+
+    @property
+    def axis(self) -> int:
+        """The last axis of channels."""
+        return self.axes[-1]
 
 
 @dataclass
@@ -109,25 +125,24 @@ def find_sites(
         operator = _operator(node, shapes, keep, stays, coded, untied)
         if operator is None:
             continue
-        chain = _follow(node, _axis(node, shapes), shapes, stays)
+        chain = _follow(node, operator.layout.axes, shapes, stays)
         source = readers.get((operator.node, 0), operator.x)
         operator = replace(operator, steps=(*operator.steps, *chain.steps), source=source)
         found[str(chain.value.name)].append((index, operator, chain))
     places = {str(out.name): index for index, node in enumerate(pruned.graph) for out in node.outputs}
     sites = []
     for name, every in found.items():
-        value = every[0][2].value
-        axis = _axis(pruned.graph.node(every[0][0]), shapes)
-        parts = [part for part in every if _axis(pruned.graph.node(part[0]), shapes) == axis]
+        value, axes = every[0][2].value, every[0][1].layout.axes
+        parts = [part for part in every if part[1].layout.axes == axes]
         counterpart = _counterpart(value, readers, shapes)
-        if any(not keep(Axis(counterpart, k)).all() for k in range(len(shapes[counterpart])) if k != axis):
+        if any(not keep(Axis(counterpart, k)).all() for k in range(len(shapes[counterpart])) if k not in axes):
             continue
         paths = {p for _, _, chain in parts for p in chain.path}
         rest = dict.fromkeys(str(v.name) for _, _, chain in parts for v in chain.rest if v.name not in paths)
-        mask = keep(Axis(counterpart, axis))
+        mask = reduce(np.logical_and.outer, [keep(Axis(counterpart, k)) for k in axes]).reshape(-1)
         kept = None if mask.all() else np.flatnonzero(mask)
         operators = _apart([operator for _, operator, _ in parts])
-        sites.append((places[name], Site(name, counterpart, axis, kept, operators, tuple(rest), _bounds(value))))
+        sites.append((places[name], Site(name, counterpart, axes, kept, operators, tuple(rest), _bounds(value))))
     return [site for _, site in sorted(sites, key=lambda pair: pair[0])]
 
 
@@ -173,11 +188,6 @@ def _counterpart(value: ir.Value, readers: Mapping[Slot, str], shapes: Mapping[s
     return name
 
 
-def _axis(node: ir.Node, shapes: Mapping[str, Shape]) -> int:
-    """The axis of a linear operator's output channels."""
-    return 1 if node.op_type != "MatMul" else len(shapes[str(node.outputs[0].name)]) - 1
-
-
 def _operator(
     node: ir.Node,
     shapes: Mapping[str, Shape],
@@ -187,7 +197,7 @@ def _operator(
     untied: Collection[str],
 ) -> Operator | None:
     """The node as an operator that may be fitted, or None."""
-    if node.domain not in ("", "ai.onnx") or node.op_type not in ("Conv", "Gemm", "MatMul"):
+    if node.domain not in ("", "ai.onnx") or node.op_type not in LINEAR:
         return None
     x, given = node.inputs[0], node.inputs[1]
     output = str(node.outputs[0].name)
@@ -196,16 +206,8 @@ def _operator(
     weight, slot, flips = _weight(node, coded, untied)
     if weight is None or str(weight.name) in stays or len(weight.shape or ()) < 2:
         return None
-    attrs = attributes(node)
-    transposed = flips
-    if node.op_type == "Gemm":
-        if attrs.get("alpha", 1.0) != 1.0 or attrs.get("beta", 1.0) != 1.0:
-            return None
-        transposed ^= bool(attrs.get("transB", 0))
-    elif node.op_type == "MatMul":
-        if len(weight.shape or ()) != 2 or len(shapes[str(x.name)]) < 2:
-            return None
-    elif flips or attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID", b"NOTSET", b"VALID"):
+    layout = _layout(node, shapes[str(x.name)], weight, flips)
+    if layout is None:
         return None
     bias: Slot | None = None
     steps: tuple[Step, ...] = ()
@@ -216,16 +218,51 @@ def _operator(
         if value is None or value.const_value is None:
             return None
         shape = tuple(value.const_value.shape.numpy())
-        whole = value.const_value.size == _outputs(node, weight, transposed) == (shape[-1] if shape else 1)
+        whole = value.const_value.size == _outputs(layout, weight) == (shape[-1] if shape else 1)
         if not whole and value.const_value.size != 1:
             return None
         if whole and code is None and str(value.name) not in stays:
             bias = home
         else:
             steps = (Step("add", (home,), fixed=True),)
-    columns = _columns(node, attrs, str(x.name), shapes, keep)
-    spatial = {key: attrs[key] for key in (*SPATIAL, "transA") if key in attrs}
-    return Operator(output, node.op_type, str(x.name), slot, bias, transposed, spatial, steps, columns)
+    masks = [keep(Axis(str(x.name), k)) for k in range(len(shapes[str(x.name)]))]
+    left = tuple((k, np.flatnonzero(mask)) for k, mask in enumerate(masks) if not mask.all())
+    lost = any(not masks[k].all() for k in layout.summed)
+    return Operator(output, layout, str(x.name), slot, bias, steps, left, lost)
+
+
+def _layout(node: ir.Node, x: Shape, weight: ir.Value, flips: bool) -> Layout | None:
+    """How a node multiplies, if it is a product with nothing else in it."""
+    attrs: Mapping[str, Any] = attributes(node)
+    shape = _shape(weight)
+    if node.op_type == "Gemm":
+        if attrs.get("alpha", 1.0) != 1.0 or attrs.get("beta", 1.0) != 1.0:
+            return None
+        turned = flips ^ bool(attrs.get("transB", 0))
+        return Contraction("kn" if attrs.get("transA", 0) else "nk", "mk" if turned else "km", "nm")
+    if node.op_type == "MatMul":
+        if len(shape) != 2 or len(x) < 2:
+            return None
+        found = matmul(x, shape[::-1] if flips else shape)
+        return replace(found, weight=found.weight[::-1]) if found is not None and flips else found
+    return None if flips else _convolution(attrs, shape)
+
+
+def _convolution(attrs: Mapping[str, Any], weight: Shape) -> Convolution | None:
+    """The layout of a Conv, whose padding must be written down."""
+    kernel, still = weight[2:], [1] * (len(weight) - 2)
+    auto_pad = attrs.get("auto_pad", "NOTSET")
+    auto_pad = auto_pad.decode() if isinstance(auto_pad, bytes) else str(auto_pad)
+    if auto_pad not in ("NOTSET", "VALID"):
+        return None
+    return Convolution(
+        kernel,
+        tuple(attrs.get("strides", still)),
+        tuple(attrs.get("dilations", still)),
+        tuple(attrs.get("pads", [0] * 2 * len(kernel))),
+        int(attrs.get("group", 1)),
+        auto_pad,
+    )
 
 
 def _weight(node: ir.Node, coded: Collection[str], untied: Collection[str]) -> tuple[ir.Value | None, Slot, bool]:
@@ -266,31 +303,16 @@ def stored(value: ir.Value | None) -> ir.Value | None:
     return value
 
 
-def _outputs(node: ir.Node, weight: ir.Value, transposed: bool) -> int:
-    shape = weight.const_value.shape.numpy() if weight.const_value is not None else (0,)
-    return int(shape[0] if node.op_type == "Conv" or transposed else shape[-1])
+def _shape(weight: ir.Value) -> Shape:
+    return tuple(weight.const_value.shape.numpy()) if weight.const_value is not None else ()
 
 
-def _columns(
-    node: ir.Node, attrs: Mapping[str, Any], x: str, shapes: Mapping[str, Shape], keep: Callable[[Axis], Mask]
-) -> Positions | None:
-    """Positions of the dense operator's columns, of one conv group, that are left."""
-    rank = len(shapes[x])
-    axis = 1 if node.op_type == "Conv" else rank - (2 if attrs.get("transA", 0) else 1)
-    mask = keep(Axis(x, axis))
-    if mask.all():
-        return None
-    if node.op_type != "Conv":
-        return np.flatnonzero(mask)
-    weight = node.inputs[1]
-    assert weight is not None and weight.const_value is not None
-    patch = int(np.prod(weight.const_value.shape.numpy()[2:]))
-    if attrs.get("group", 1) != 1:
-        return None
-    return np.asarray((np.flatnonzero(mask)[:, None] * patch + np.arange(patch)).reshape(-1))
+def _outputs(layout: Layout, weight: ir.Value) -> int:
+    groups, _, outputs = layout.sizes(_shape(weight))
+    return groups * outputs
 
 
-def _follow(node: ir.Node, axis: int, shapes: Mapping[str, Shape], stays: Collection[str]) -> _Chain:
+def _follow(node: ir.Node, axes: tuple[int, ...], shapes: Mapping[str, Shape], stays: Collection[str]) -> _Chain:
     """What happens to an operator's output until something else than a gain, a shift or a sum reads it."""
     chain = _Chain(node.outputs[0], path=[str(node.outputs[0].name)])
     start = shapes[str(node.outputs[0].name)]
@@ -306,7 +328,7 @@ def _follow(node: ir.Node, axis: int, shapes: Mapping[str, Shape], stays: Collec
         other = reader.inputs[1 - k] if reader.op_type in ("Add", "Mul") and len(reader.inputs) == 2 else None
         if reader.op_type == "Identity":
             pass
-        elif reader.op_type == "Add" and other is not None and _per_channel(other, axis, start):
+        elif reader.op_type == "Add" and other is not None and _per_channel(other, axes, start):
             chain.steps.append(Step("add", ((slot, 1 - k),), fixed=_stays(other, stays)))
         elif (
             reader.op_type == "Add"
@@ -317,9 +339,9 @@ def _follow(node: ir.Node, axis: int, shapes: Mapping[str, Shape], stays: Collec
             chain.rest.append(other)
         elif chain.rest:
             break
-        elif reader.op_type == "Mul" and other is not None and _per_channel(other, axis, start):
+        elif reader.op_type == "Mul" and other is not None and _per_channel(other, axes, start):
             chain.steps.append(Step("mul", ((slot, 1 - k),), fixed=_stays(other, stays)))
-        elif reader.op_type == "BatchNormalization" and k == 0 and axis == 1 and len(reader.outputs) == 1:
+        elif reader.op_type == "BatchNormalization" and k == 0 and axes == (1,) and len(reader.outputs) == 1:
             epsilon = float(attributes(reader).get("epsilon", 1e-5))  # type: ignore[arg-type]
             if any(stored(v) is None for v in reader.inputs[1:5]):
                 break
@@ -339,7 +361,7 @@ def _stays(value: ir.Value | None, stays: Collection[str]) -> bool:
     return source is not None and str(source.name) in stays
 
 
-def _per_channel(value: ir.Value, axis: int, shape: Shape) -> bool:
+def _per_channel(value: ir.Value, axes: tuple[int, ...], shape: Shape) -> bool:
     """Whether a stored value has one number for each channel."""
     source = stored(value)
     if source is None or source.const_value is None:
@@ -348,7 +370,9 @@ def _per_channel(value: ir.Value, axis: int, shape: Shape) -> bool:
     if len(own) > len(shape):
         return False
     padded = (1,) * (len(shape) - len(own)) + own
-    return all(size == 1 for k, size in enumerate(padded) if k != axis) and (padded[axis] > 1 or shape[axis] == 1)
+    if any(size > 1 for k, size in enumerate(padded) if k not in axes):
+        return False
+    return any(padded[k] > 1 for k in axes) or all(shape[k] == 1 for k in axes)
 
 
 def _bounds(value: ir.Value) -> tuple[float, float]:

@@ -118,7 +118,7 @@ def find_width(
         out = node.outputs[0]
         if out in operators:
             reads = entering.get(node.inputs[0])
-            if reads is not None and (not isinstance(reads, Norm) or operators[out].attrs.get("group", 1) != 1):
+            if reads is not None and (not isinstance(reads, Norm) or not operators[out].layout.summed):
                 return None
             if reads is not None:
                 readers[out] = reads

@@ -22,7 +22,7 @@ PACKAGE = "onnxprune"
 LAYERS = (
     ("errors", "types"),
     ("ops", "ops.*", "plugin", "lsq", "budget", "greedy", "passes", "passes.*"),
-    ("indexing", "outcome", "cache", "interface"),
+    ("indexing", "outcome", "cache", "interface", "layouts"),
     ("relate",),
     ("dims", "groups", "branches", "select", "cost", "infer", "quality"),
     ("probes",),

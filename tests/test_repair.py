@@ -23,7 +23,7 @@ from onnxprune.infer import initializers
 from onnxprune.lsq import PULL, Regression, fit, goal
 from onnxprune.reading import deserialized, serialized
 from onnxprune.recipe import Options
-from onnxprune.reconstruct import Rows, Sampling, _Part, _result_shape
+from onnxprune.reconstruct import Rows, Sampling, _Part
 from onnxprune.recovery import Recovery, Repaired
 from onnxprune.sites import Site, find_sites
 from onnxprune.types import Group, Plan
@@ -87,11 +87,12 @@ def check_sites(model: ir.Model, sites: list[Site], fed: list[dict[str, np.ndarr
         names = [operator.x for operator in site.operators]
         apart = Flow(model, fed, sessions, {*names, *site.rest}).values([*names, *site.rest])
         counts = [1] * len(fed)
-        like = _result_shape(site.operators[0], apart[0], flow)
-        rows = Rows(like, site.axis, counts, [None] * len(fed), Sampling())
+        first = site.operators[0]
+        shapes = [first.layout.shape(x.shape, flow.array(first.weight).shape) for x in apart[0]]
+        rows = Rows(shapes, site.axes, counts, [None] * len(fed), Sampling())
         parts = [_Part(flow, operator, x, rows) for operator, x in zip(site.operators, apart, strict=False)]
-        total = sum(part.output() for part in parts) + sum(rows.of(x, site.axis) for x in apart[len(names) :])
-        wanted = rows.of(whole, site.axis)
+        total = sum(part.output() for part in parts) + sum(rows.of(x, site.axes) for x in apart[len(names) :])
+        wanted = rows.of(whole, site.axes)
         assert total.shape == wanted.shape
         assert np.abs(total - wanted).max() <= 2e-3 * max(np.abs(wanted).max(), 1e-6), site
 
@@ -178,8 +179,8 @@ def test_weights_behind_transposes_and_identities() -> None:
         )
     )  # fmt: skip
     assert sites["y"].operators[0].weight == ("t", 0)
-    assert sites["y"].operators[0].transposed
-    assert not sites["z"].operators[0].transposed
+    assert sites["y"].operators[0].plain.transposed
+    assert not sites["z"].operators[0].plain.transposed
 
 
 def test_no_site_where_two_read_the_weight_or_the_user_keeps_it() -> None:

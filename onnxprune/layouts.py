@@ -1,0 +1,373 @@
+"""How linear operators multiply: a weight as a matrix and an input as rows, whichever way the two are laid out.
+
+There is one class for each family. All of them answer the same questions, so that whoever fits a matrix need not know
+what operator it belongs to. A layout holds no size that a removal changes but the number of conv groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Protocol
+
+import numpy as np
+
+from onnxprune.types import Array, Positions, Shape
+
+ONE = "1"  # in place of a letter: an axis of length one, stretched
+
+
+class Layout(Protocol):
+    """One way to multiply. The result's channels lie along `axes`, in this order; all other axes in order are rows.
+
+    `patch` columns in a row belong to one channel of the input.
+    """
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Axes of the result that are made by the weight."""
+        ...
+
+    @property
+    def summed(self) -> tuple[int, ...]:
+        """Axes of the input of which each output sums over all positions."""
+        ...
+
+    @property
+    def patch(self) -> int:
+        """Columns of one channel."""
+        ...
+
+    def sizes(self, weight: Shape) -> tuple[int, int, int]:
+        """(groups, columns, outputs) of `matrix`."""
+        ...
+
+    def matrix(self, weight: Array) -> Array:
+        """[groups, columns, outputs]: what the rows are multiplied by, group by group."""
+        ...
+
+    def stored(self, matrix: Array, weight: Array) -> Array:
+        """The weight, with this matrix in the place of its own."""
+        ...
+
+    def bias(self, array: Array) -> Array:
+        """What is stored as the operator's own bias, in the order of the channels; one number where it is one."""
+        ...
+
+    def rows(self, x: Array, chosen: Positions) -> Array:
+        """float32[groups, rows, columns]: these rows of what the operator reads."""
+        ...
+
+    def shape(self, x: Shape, weight: Shape) -> Shape:
+        """The shape of the result."""
+        ...
+
+
+class _Flat:
+    """A bias with one number for each channel."""
+
+    def bias(self, array: Array) -> Array:
+        """See Layout."""
+        return array.reshape(-1)
+
+
+@dataclass(frozen=True)
+class Contraction(_Flat):
+    """A sum of products in letters, one for each axis of x, weight and result: Gemm, MatMul, Einsum.
+
+    Letters of x and weight that the result lacks are columns, those of all three are groups, those that x lacks are
+    outputs, and those that the weight lacks are rows. ONE stands for an axis of length one that is stretched.
+    """
+
+    x: str
+    weight: str
+    y: str
+
+    @cached_property
+    def groups(self) -> str:
+        """Letters of groups."""
+        return "".join(a for a in self.y if a in self.x and a in self.weight)
+
+    @cached_property
+    def columns(self) -> str:
+        """Letters that are summed over."""
+        return "".join(a for a in self.weight if a in self.x and a not in self.y and a != ONE)
+
+    @cached_property
+    def outputs(self) -> str:
+        """Letters of the weight and the result alone."""
+        return "".join(a for a in self.y if a in self.weight and a not in self.x)
+
+    @cached_property
+    def kept(self) -> str:
+        """Letters of rows."""
+        return "".join(a for a in self.y if a in self.x and a not in self.weight)
+
+    @property
+    def valid(self) -> bool:
+        """Whether every letter is one of these, and none comes twice."""
+        terms = [[a for a in term if a != ONE] for term in (self.x, self.weight, self.y)]
+        known = {*self.groups, *self.columns, *self.outputs, *self.kept}
+        return all(len(set(term)) == len(term) and known.issuperset(term) for term in terms) and ONE not in self.y
+
+    @property
+    def plain(self) -> bool:
+        """Whether x [..., columns] is multiplied by one matrix, to [..., outputs]."""
+        ends = self.x[-1] == self.columns and self.y[-1] == self.outputs
+        return ends and len(self.weight) == 2 and not self.groups
+
+    @property
+    def transposed(self) -> bool:
+        """Whether one matrix is stored as [outputs, columns]."""
+        return self.weight == self.outputs + self.columns
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """See Layout: groups before outputs."""
+        return tuple(self.y.index(a) for a in self.groups + self.outputs)
+
+    @property
+    def summed(self) -> tuple[int, ...]:
+        """See Layout."""
+        return tuple(self.x.index(a) for a in self.columns)
+
+    @property
+    def patch(self) -> int:
+        """See Layout."""
+        return 1
+
+    def sizes(self, weight: Shape) -> tuple[int, int, int]:
+        """See Layout."""
+        size = dict(zip(self.weight, weight, strict=True))
+        groups, columns, outputs = (
+            prod(size[a] for a in letters) for letters in (self.groups, self.columns, self.outputs)
+        )
+        return groups, columns, outputs
+
+    def matrix(self, weight: Array) -> Array:
+        """See Layout."""
+        return _in_order(weight, self.weight, self.groups + self.columns + self.outputs).reshape(
+            self.sizes(weight.shape)
+        )
+
+    def stored(self, matrix: Array, weight: Array) -> Array:
+        """See Layout."""
+        size = dict(zip(self.weight, weight.shape, strict=True))
+        letters = self.groups + self.columns + self.outputs
+        apart = matrix.reshape([size[a] for a in letters])
+        return _in_order(apart, letters, self.weight.replace(ONE, "")).reshape(weight.shape)
+
+    def rows(self, x: Array, chosen: Positions) -> Array:
+        """See Layout."""
+        moved = _in_order(x, self.x, self.groups + self.kept + self.columns)
+        groups, columns = moved.shape[: len(self.groups)], moved.shape[len(self.groups + self.kept) :]
+        flat = moved.reshape(prod(groups), -1, prod(columns))
+        return np.asarray(flat[:, chosen].astype(np.float32))
+
+    def shape(self, x: Shape, weight: Shape) -> Shape:
+        """See Layout."""
+        size = dict(zip(self.weight, weight, strict=True)) | dict(zip(self.x, x, strict=True))
+        return tuple(size[a] for a in self.y)
+
+
+def _in_order(array: Array, letters: str, wanted: str) -> Array:
+    """The axes of an array in another order, without those of length one."""
+    real = letters.replace(ONE, "")
+    array = array.reshape([n for n, a in zip(array.shape, letters, strict=True) if a != ONE])
+    return array.transpose([real.index(a) for a in wanted])
+
+
+def matmul(x: Shape, weight: Shape, left: bool = False) -> Contraction | None:
+    """numpy.matmul of an input and a weight of at least two axes each, with `left` of the weight and the input.
+
+    None where the result has an axis that neither has.
+    """
+    batch = max(len(x), len(weight)) - 2
+    letters = [chr(ord("a") + k) for k in range(batch)]
+    whole = np.broadcast_shapes(x[:-2], weight[:-2])
+
+    def aligned(shape: Shape, mine: bool) -> str:
+        own = shape[:-2]
+        pairs = zip(letters[batch - len(own) :], own, whole[batch - len(own) :], strict=True)
+        return "".join(ONE if size == 1 and (mine or full > 1) else a for a, size, full in pairs)
+
+    inside, outside = aligned(x, False), aligned(weight, True)
+    inner, outer = ("YZ", "XY") if left else ("XY", "YZ")
+    given = set(inside + outside)
+    if not given.issuperset(letters):  # an axis of length one that only the weight has
+        return None
+    return Contraction(inside + inner, outside + outer, "".join(letters) + "XZ")
+
+
+@dataclass(frozen=True)
+class Convolution(_Flat):
+    """Conv in any number of dimensions: X (n, c, *s), W (m, c / groups, *kernel) -> Y (n, m, *t).
+
+    `auto_pad` as in ONNX; where it is a SAME, `pads` do not count.
+    """
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[int, ...]
+    groups: int = 1
+    auto_pad: str = "NOTSET"
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """See Layout."""
+        return (1,)
+
+    @property
+    def summed(self) -> tuple[int, ...]:
+        """See Layout."""
+        return (1,) if self.groups == 1 else ()
+
+    @property
+    def patch(self) -> int:
+        """See Layout."""
+        return prod(self.kernel)
+
+    @property
+    def _extents(self) -> list[int]:
+        return [d * (k - 1) + 1 for d, k in zip(self.dilations, self.kernel, strict=True)]
+
+    def sizes(self, weight: Shape) -> tuple[int, int, int]:
+        """See Layout."""
+        return self.groups, weight[1] * self.patch, weight[0] // self.groups
+
+    def matrix(self, weight: Array) -> Array:
+        """See Layout."""
+        return np.asarray(weight.reshape(self.groups, len(weight) // self.groups, -1).swapaxes(1, 2))
+
+    def stored(self, matrix: Array, weight: Array) -> Array:
+        """See Layout."""
+        return np.asarray(matrix.swapaxes(1, 2).reshape(weight.shape))
+
+    def rows(self, x: Array, chosen: Positions) -> Array:
+        """See Layout."""
+        return self._windows(_padded(x, self._around(x.shape[2:])), self.strides, chosen)
+
+    def shape(self, x: Shape, weight: Shape) -> Shape:
+        """See Layout."""
+        around = self._around(x[2:])
+        sizes = [
+            (size + before + after - extent) // stride + 1
+            for size, (before, after), extent, stride in zip(x[2:], around, self._extents, self.strides, strict=True)
+        ]
+        return (x[0], weight[0], *sizes)
+
+    def _around(self, sizes: Sequence[int]) -> list[tuple[int, int]]:
+        """(before, after) of each spatial axis that is as long as this."""
+        if not self.auto_pad.startswith("SAME"):
+            return _pairs(self.pads)
+        totals = [
+            max((-(-size // stride) - 1) * stride + extent - size, 0)
+            for size, stride, extent in zip(sizes, self.strides, self._extents, strict=True)
+        ]
+        return [_shared(total, self.auto_pad) for total in totals]
+
+    def _windows(self, x: Array, strides: Sequence[int], chosen: Positions) -> Array:
+        """float32[groups, rows, columns] of an input with its padding."""
+        spatial = len(self.kernel)
+        windows = np.lib.stride_tricks.sliding_window_view(x, self._extents, axis=tuple(range(2, 2 + spatial)))
+        step = (slice(None), slice(None), *(slice(None, None, s) for s in strides))
+        inner = (*(slice(None) for _ in range(spatial)), *(slice(None, None, d) for d in self.dilations))
+        windows = windows[step][(slice(None), slice(None), *inner)]
+        place = np.unravel_index(chosen, (windows.shape[0], *windows.shape[2 : 2 + spatial]))
+        taken = np.moveaxis(windows, 1, 1 + spatial)[place]
+        return np.asarray(taken.reshape(len(chosen), self.groups, -1).astype(np.float32).swapaxes(0, 1))
+
+
+@dataclass(frozen=True)
+class TransposedConvolution(Convolution):
+    """ConvTranspose: a convolution of x with zeros between its elements by the kernel turned round.
+
+    X (n, c, *s), W (c, m / groups, *kernel) -> Y (n, m, *t); `output_shape` says t, and padding follows.
+    """
+
+    output_padding: tuple[int, ...] = ()
+    output_shape: tuple[int, ...] = ()
+
+    def sizes(self, weight: Shape) -> tuple[int, int, int]:
+        """See Layout."""
+        return self.groups, weight[0] // self.groups * self.patch, weight[1]
+
+    def matrix(self, weight: Array) -> Array:
+        """See Layout."""
+        turned = np.flip(weight, tuple(range(2, weight.ndim)))
+        apart = turned.reshape(self.groups, -1, *weight.shape[1:])
+        return np.asarray(np.moveaxis(apart, 2, -1).reshape(self.sizes(weight.shape)))
+
+    def stored(self, matrix: Array, weight: Array) -> Array:
+        """See Layout."""
+        apart = matrix.reshape(self.groups, -1, *self.kernel, weight.shape[1])
+        return np.asarray(np.flip(np.moveaxis(apart, -1, 2).reshape(weight.shape), tuple(range(2, weight.ndim))))
+
+    def rows(self, x: Array, chosen: Positions) -> Array:
+        """See Layout."""
+        lengths = [stride * (size - 1) + 1 for size, stride in zip(x.shape[2:], self.strides, strict=True)]
+        apart = np.zeros((*x.shape[:2], *lengths), x.dtype)
+        apart[(slice(None), slice(None), *(slice(None, None, stride) for stride in self.strides))] = x
+        around = [
+            (extent - 1 - before, extent - 1 - after + more)
+            for extent, (before, after), more in zip(
+                self._extents, self._around(x.shape[2:]), self.output_padding, strict=True
+            )
+        ]
+        return self._windows(_padded(apart, around), [1] * len(self.kernel), chosen)
+
+    def shape(self, x: Shape, weight: Shape) -> Shape:
+        """See Layout."""
+        around = self._around(x[2:])
+        lengths = [whole - sum(pair) for whole, pair in zip(self._whole(x[2:]), around, strict=True)]
+        return (x[0], weight[1] * self.groups, *lengths)
+
+    def _whole(self, sizes: Sequence[int]) -> list[int]:
+        """The result's length along each spatial axis, before padding is taken off."""
+        return [
+            stride * (size - 1) + more + extent
+            for size, stride, more, extent in zip(sizes, self.strides, self.output_padding, self._extents, strict=True)
+        ]
+
+    def _around(self, sizes: Sequence[int]) -> list[tuple[int, int]]:
+        """(before, after) that each spatial axis of the result loses."""
+        same = self.auto_pad.startswith("SAME")
+        if not self.output_shape and not same:
+            return _pairs(self.pads)
+        wanted = self.output_shape or [size * stride for size, stride in zip(sizes, self.strides, strict=True)]
+        totals = [max(whole - size, 0) for whole, size in zip(self._whole(sizes), wanted, strict=True)]
+        return [_shared(total, self.auto_pad) for total in totals]
+
+
+def _pairs(pads: Sequence[int]) -> list[tuple[int, int]]:
+    half = len(pads) // 2
+    return list(zip(pads[:half], pads[half:], strict=True))
+
+
+def _shared(total: int, auto_pad: str) -> tuple[int, int]:
+    """Padding on both sides, the odd one behind for SAME_UPPER, in front for others."""
+    less, more = total // 2, total - total // 2
+    return (less, more) if auto_pad == "SAME_UPPER" else (more, less)
+
+
+def _padded(x: Array, around: Sequence[tuple[int, int]]) -> Array:
+    """x with zeros around its spatial axes, cut where there are fewer than none."""
+    cut = tuple(
+        slice(max(-before, 0), size - max(-after, 0)) for size, (before, after) in zip(x.shape[2:], around, strict=True)
+    )
+    pads = [(max(before, 0), max(after, 0)) for before, after in around]
+    return np.pad(x[(slice(None), slice(None), *cut)], [(0, 0), (0, 0), *pads])
+
+
+def over_channels(array: Array, axes: Sequence[int], rank: int, sizes: Sequence[int]) -> Array:
+    """[channels]: a vector over one axis, or what broadcasts to a value of this rank and is one long elsewhere."""
+    if len(axes) > 1:
+        whole = array.reshape((1,) * (rank - array.ndim) + array.shape)
+        array = whole.transpose([*axes, *(k for k in range(rank) if k not in axes)]).reshape(
+            [whole.shape[k] for k in axes]
+        )
+        return np.broadcast_to(array, sizes).reshape(-1)
+    return np.broadcast_to(array.reshape(-1), sizes)
