@@ -78,7 +78,7 @@ class Bases:
             lambda axis: np.ones(self.shapes[axis.value][axis.index], np.bool_),
             untied=self.tied,
         )
-        self.sites = {site.value: site for site in sites if all(map(_turns, site.operators))}
+        self.sites = {site.value: site for site in sites if _turns(site)}
         self.operators = {o.node: (site, o) for site in self.sites.values() for o in site.operators}
         self._plain = {name: operator for name, (_, operator) in self.operators.items()}
         self.nodes = {name: node for node in analysis.view.nodes for name in node.outputs}
@@ -311,8 +311,8 @@ class _Turned:
     def __init__(self, bases: Bases, model: ir.Model, alive: Mask, sites: Sequence[Site]) -> None:
         self.bases, self.model, self.alive, self.sites = bases, model, alive, sites
         self.here = {str(node.outputs[0].name) for node in model.graph}
-        self.present = {site.value for site in sites if all(map(_turns, site.operators))}
-        every = [operator for site in sites for operator in site.operators]
+        self.present = {site.value for site in sites if _turns(site)}
+        every = [operator for site in sites if site.dense for operator in site.operators]
         self.operators = {operator.node for operator in every}
         self.plain = {o.node for site in sites if site.value in self.present for o in site.operators}
         self.biased = {o.node for o in every if o.homes() and _plain(o) and o.plain}  # a convolution may pad
@@ -532,9 +532,10 @@ def _plain(operator: Operator) -> bool:
     return all(step.kind != "norm" and not step.fixed for step in operator.steps)
 
 
-def _turns(operator: Operator) -> bool:
-    """Whether a matrix folds into an operator, into what it reads as well as into its output."""
-    return _plain(operator) and (operator.convolves or operator.plain is not None)
+def _turns(site: Site) -> bool:
+    """Whether matrices fold into all operators of a site, into what they read as well as into what they make."""
+    plain = [_plain(operator) and (operator.convolves or operator.plain is not None) for operator in site.operators]
+    return bool(site.dense) and all(plain)
 
 
 def _steps(operator: Operator) -> list[tuple[str, Slot]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,20 +23,21 @@ from onnxprune.calibrate import (
     ProfileOf,
     Reads,
     RowsOf,
+    Source,
     add_outer,
     masked,
 )
 from onnxprune.errors import ImpossibleError, InputError, InternalError
+from onnxprune.layouts import Gates
 from onnxprune.plugin import Levels
 from onnxprune.running import MEMORY, Runner
-from onnxprune.sites import Operator, Slot, find_sites
+from onnxprune.sites import Operator, Slot, State, find_sites
 from onnxprune.types import Array, Axis, Group, Mask, OpNode, Plan, Progress, quietly
 from onnxprune.worker import Worker
 
 Feeds = Sequence[Mapping[str, Array]]
 TOKENS = 2048  # rows of a stream or a router that are enough
 SAMPLES = 128  # of the calibration set on which losses are measured
-WEIGHTED = {"Conv": 0, "Gemm": None, "MatMul": -1}  # the axis of a weight's outputs; Gemm's depends on transB
 PLAIN_READERS = frozenset(
     "Add Sub Mul Div PRelu BatchNormalization InstanceNormalization Identity Sum Max Min Where Expand".split()
 )
@@ -91,7 +92,7 @@ class _Statistics:
     groups: Sequence[Group]
     gather: Gather
     budget: int
-    moments: dict[str, Moments] = field(default_factory=dict)
+    moments: dict[Slot, Moments] = field(default_factory=dict)
     streams: dict[int, list[plugin.Junction]] = field(default_factory=dict)
 
     # Readers
@@ -102,31 +103,31 @@ class _Statistics:
         return Operators(self.analysis)
 
     @cached_property
-    def nodes(self) -> dict[str, Operator]:
-        """The operators that read these groups by node, in the order of the groups."""
-        return {operator.node: operator for group in self.groups for operator, _ in self.operators.of(group)}
+    def reading(self) -> dict[Slot, Operator]:
+        """The operators that read these groups by weight, in the order of the groups."""
+        return {operator.weight: operator for group in self.groups for operator, _ in self.operators.of(group)}
 
     @cached_property
-    def profiles(self) -> dict[str, Profile]:
+    def profiles(self) -> dict[Slot, Profile]:
         """Statistics of the columns of all of them, in one pass."""
-        requests = {node: ProfileOf(Reads(node)) for node in self.nodes}
+        requests = {slot: ProfileOf(self.operators.source(one)) for slot, one in self.reading.items()}
         found = self.gather(list(requests.values()))
-        return {node: found[request] for node, request in requests.items()}
+        return {slot: found[request] for slot, request in requests.items()}
 
-    def second(self, node: str) -> tuple[Array, Array]:
-        """Means, and means of products, of what a node reads; those of the next ones are collected with it."""
-        if node not in self.moments:
-            wanted: list[str] = []
+    def second(self, slot: Slot) -> tuple[Array, Array]:
+        """Means, and means of products, of what a weight is multiplied by; those of the next ones come with it."""
+        if slot not in self.moments:
+            wanted: list[Slot] = []
             taken = 0
-            for name in list(self.nodes)[list(self.nodes).index(node) :]:
-                taken += self.operators.bytes(self.nodes[name])
+            for name in list(self.reading)[list(self.reading).index(slot) :]:
+                taken += self.operators.bytes(self.reading[name])
                 if wanted and taken > self.budget:
                     break
                 wanted.append(name)
-            requests = {name: MomentsOf(Reads(name), rows=ROWS) for name in wanted}
+            requests = {name: MomentsOf(self.operators.source(self.reading[name]), rows=ROWS) for name in wanted}
             found = self.gather(list(requests.values()))
             self.moments = {name: found[request] for name, request in requests.items()}
-        moments = self.moments[node]
+        moments = self.moments[slot]
         second = moments.xx / max(moments.count, 1)
         add_outer(second, moments.mean, moments.mean)
         return moments.mean[0], np.asarray(second[0])
@@ -135,15 +136,15 @@ class _Statistics:
         """See Evidence.readers."""
         found = []
         for operator, columns in self.operators.of(group):
-            node = operator.node
+            slot = operator.weight
             found.append(
                 plugin.Reader(
-                    node=node,
+                    node=operator.node,
                     weight=self.operators.matrix(operator),
                     columns=columns,
-                    intercept=node in self.operators.free,
-                    profile=lambda node=node: self.profiles[node],  # type: ignore[misc]
-                    second=lambda node=node: self.second(node),  # type: ignore[misc]
+                    intercept=slot in self.operators.free,
+                    profile=lambda slot=slot: self.profiles[slot],  # type: ignore[misc]
+                    second=lambda slot=slot: self.second(slot),  # type: ignore[misc]
                 )
             )
         return found
@@ -237,14 +238,11 @@ class Operators:
 
         model = analysis.prepared.model
         sites = find_sites(model, model, self.shapes, whole)
-        self.found = {operator.weight: operator for site in sites for operator in site.operators}
+        every = [operator for site in sites for operator in site.operators]
+        self.found = {o.weight: _whole(o) for o in every if len(o.layout.inner) == 1}
         self.names = {slot: s.initializer for s in analysis.view.stored.values() for slot in s.uses}
         self.sizes = {slot: s.shape for s in analysis.view.stored.values() for slot in s.uses}
-        self.free = {o.node for s in sites if any(each.homes() for each in s.operators) for o in s.operators}
-
-    def reads(self, operator: Operator) -> int:
-        """The axis of the stored weight that is summed over."""
-        return 1 if operator.convolves or (operator.plain is not None and operator.plain.transposed) else 0
+        self.free = {o.weight for s in sites if any(each.homes() for each in s.operators) for o in s.operators}
 
     def of(self, group: Group) -> list[tuple[Operator, Array]]:
         """Operators that sum over units of a group, with the columns int64[units, ...] of each."""
@@ -252,11 +250,9 @@ class Operators:
         for member in group.members if group.kind != "layers" else ():
             for slot in member.readers:
                 operator = self.found.get(slot)
-                if operator is None or member.role != "weight" or not operator.layout.summed:
+                if operator is None or member.role != "weight" or (member.axis,) != operator.layout.inner:
                     continue
-                if member.axis != self.reads(operator):
-                    continue
-                patch = operator.layout.patch
+                taps = self.taps(operator)
                 count = len(group.units)
                 if (
                     len(member.positions) % count
@@ -264,17 +260,36 @@ class Operators:
                 ):
                     continue
                 positions = member.positions[np.argsort(member.units, kind="stable")].reshape(count, -1)
-                columns = (positions[:, :, None] * patch + np.arange(patch)).reshape(count, -1)
+                columns = (positions[:, :, None] * taps + np.arange(taps)).reshape(count, -1)
                 found.append((operator, columns))
         return found
 
+    def taps(self, operator: Operator) -> int:
+        """Columns of one channel. Each tap of a transposed convolution writes elsewhere, and counts as an output."""
+        return operator.layout.patch if operator.convolves else 1
+
+    def source(self, operator: Operator) -> Source:
+        """What an operator multiplies by its weight, rows of all groups as one."""
+        if isinstance(operator.source, State):
+            return Columns(operator.source.y, -1)
+        return Reads(operator.node) if operator.convolves else Columns(operator.x, operator.layout.summed[0])
+
     def matrix(self, operator: Operator) -> Array:
-        """float64[columns, outputs]."""
-        return np.asarray(operator.layout.matrix(self.weights.array(self.names[operator.weight]))[0])
+        """float64[columns, outputs], those of all groups side by side."""
+        matrix = operator.layout.matrix(self.weights.array(self.names[operator.weight])).swapaxes(0, 1)
+        return np.asarray(matrix.reshape(len(matrix) * self.taps(operator) // operator.layout.patch, -1))
 
     def bytes(self, operator: Operator) -> int:
         """What an operator's second moments take."""
-        return 8 * operator.layout.sizes(self.sizes[operator.weight])[1] ** 2
+        columns = operator.layout.sizes(self.sizes[operator.weight])[1]
+        return 8 * (columns * self.taps(operator) // operator.layout.patch) ** 2
+
+
+def _whole(operator: Operator) -> Operator:
+    """All gates of a recurrent operator at once."""
+    layout = operator.layout
+    every = replace(layout, chosen=tuple(range(layout.count))) if isinstance(layout, Gates) else layout
+    return replace(operator, layout=every)
 
 
 class _Losses:
@@ -371,9 +386,7 @@ class _Losses:
                 operator = self.operators.found.get(slot)
                 if operator is None and not self._writes(slot, member.axis):
                     return None
-                if operator is not None and member.axis == self.operators.reads(operator):
-                    if not operator.layout.summed:
-                        return None
+                if operator is not None and (member.axis,) == operator.layout.inner:
                     found.append((Gate(member.initializer, member.axis), np.stack([member.positions, member.units])))
         return found or None
 
@@ -403,6 +416,12 @@ class _Losses:
         rank = len(node.shapes.get(node.inputs[slot[1]], ()))
         if node.op_type == "Conv" and not node.domain:
             return slot[1] == 2 or axis == 0
+        if node.op_type == "ConvTranspose":
+            return slot[1] == 2 or axis == 1
+        if node.op_type in ("LSTM", "GRU", "RNN"):
+            return slot[1] > 2 or axis == 1
+        if node.op_type == "Attention" and node.domain:
+            return slot[1] in (1, 2) and axis == 2 - slot[1]
         if node.op_type in ("Gemm", "MatMul") and not node.domain:
             outputs = rank - 1 if not node.attr("transB", 0) else 0
             return slot[1] == 2 or (slot[1] == 1 and axis == outputs)

@@ -36,6 +36,11 @@ class Layout(Protocol):
         ...
 
     @property
+    def inner(self) -> tuple[int, ...]:
+        """Axes of the weight that belong to these."""
+        ...
+
+    @property
     def patch(self) -> int:
         """Columns of one channel."""
         ...
@@ -56,6 +61,10 @@ class Layout(Protocol):
         """What is stored as the operator's own bias, in the order of the channels; one number where it is one."""
         ...
 
+    def spread(self, array: Array, weight: Shape) -> Array:
+        """[channels]: what the result is multiplied by or added to behind the operator, and norms give by channel."""
+        ...
+
     def rows(self, x: Array, chosen: Positions) -> Array:
         """float32[groups, rows, columns]: these rows of what the operator reads."""
         ...
@@ -65,16 +74,20 @@ class Layout(Protocol):
         ...
 
 
-class _Flat:
-    """A bias with one number for each channel."""
+class _Plain:
+    """Channels along one axis, with vectors of as many numbers, or of one."""
 
     def bias(self, array: Array) -> Array:
         """See Layout."""
         return array.reshape(-1)
 
+    def spread(self, array: Array, weight: Shape) -> Array:
+        """See Layout."""
+        return np.broadcast_to(array.reshape(-1), weight[0])
+
 
 @dataclass(frozen=True)
-class Contraction(_Flat):
+class Contraction(_Plain):
     """A sum of products in letters, one for each axis of x, weight and result: Gemm, MatMul, Einsum.
 
     Letters of x and weight that the result lacks are columns, those of all three are groups, those that x lacks are
@@ -134,6 +147,11 @@ class Contraction(_Flat):
         return tuple(self.x.index(a) for a in self.columns)
 
     @property
+    def inner(self) -> tuple[int, ...]:
+        """See Layout."""
+        return tuple(self.weight.index(a) for a in self.columns)
+
+    @property
     def patch(self) -> int:
         """See Layout."""
         return 1
@@ -159,6 +177,16 @@ class Contraction(_Flat):
         apart = matrix.reshape([size[a] for a in letters])
         return _in_order(apart, letters, self.weight.replace(ONE, "")).reshape(weight.shape)
 
+    def spread(self, array: Array, weight: Shape) -> Array:
+        """See Layout."""
+        size = dict(zip(self.weight, weight, strict=True))
+        sizes, axes = [size[a] for a in self.groups + self.outputs], self.axes
+        if len(axes) > 1:
+            array = array.reshape((1,) * (len(self.y) - array.ndim) + array.shape)
+            array = np.moveaxis(array, axes, range(-len(axes), 0)).reshape([array.shape[k] for k in axes])
+            return np.broadcast_to(array, sizes).reshape(-1)
+        return np.broadcast_to(array.reshape(-1), sizes)
+
     def rows(self, x: Array, chosen: Positions) -> Array:
         """See Layout."""
         moved = _in_order(x, self.x, self.groups + self.kept + self.columns)
@@ -168,7 +196,7 @@ class Contraction(_Flat):
 
     def shape(self, x: Shape, weight: Shape) -> Shape:
         """See Layout."""
-        size = dict(zip(self.weight, weight, strict=True)) | dict(zip(self.x, x, strict=True))
+        size = dict(zip(self.x, x, strict=True)) | dict(zip(self.weight, weight, strict=True))
         return tuple(size[a] for a in self.y)
 
 
@@ -179,30 +207,58 @@ def _in_order(array: Array, letters: str, wanted: str) -> Array:
     return array.transpose([real.index(a) for a in wanted])
 
 
-def matmul(x: Shape, weight: Shape, left: bool = False) -> Contraction | None:
+def matmul(
+    x: Shape, weight: Shape, *, left: bool = False, turned: tuple[bool, bool] = (False, False)
+) -> Contraction | None:
     """numpy.matmul of an input and a weight of at least two axes each, with `left` of the weight and the input.
 
-    None where the result has an axis that neither has.
+    Of what is `turned` (input, weight) the last two axes change places first. None where the result has an axis that
+    neither has.
     """
-    batch = max(len(x), len(weight)) - 2
-    letters = [chr(ord("a") + k) for k in range(batch)]
-    whole = np.broadcast_shapes(x[:-2], weight[:-2])
-
-    def aligned(shape: Shape, mine: bool) -> str:
-        own = shape[:-2]
-        pairs = zip(letters[batch - len(own) :], own, whole[batch - len(own) :], strict=True)
-        return "".join(ONE if size == 1 and (mine or full > 1) else a for a, size, full in pairs)
-
-    inside, outside = aligned(x, False), aligned(weight, True)
-    inner, outer = ("YZ", "XY") if left else ("XY", "YZ")
-    given = set(inside + outside)
-    if not given.issuperset(letters):  # an axis of length one that only the weight has
+    batch = [chr(ord("a") + k) for k in range(max(len(x), len(weight)) - 2)]
+    found = _stretched(x[:-2], weight[:-2], batch)
+    if found is None or not {*found[0], *found[1]}.issuperset(batch):
         return None
-    return Contraction(inside + inner, outside + outer, "".join(letters) + "XZ")
+    inside, outside = found
+    inner, outer = ("YZ", "XY") if left else ("XY", "YZ")
+    inner, outer = (pair[::-1] if turns else pair for pair, turns in zip((inner, outer), turned, strict=True))
+    return Contraction(inside + inner, outside + outer, "".join(batch) + "XZ")
+
+
+def einsum(equation: str, k: int, x: Shape, weight: Shape) -> Contraction | None:
+    """An equation of two operands, of which the weight is number `k`; None where it is no plain product."""
+    left, _, y = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not y or len(terms) != 2:
+        return None
+    mine, others = terms[1 - k], terms[k]
+    counts = [len(shape) - len(term.replace("...", "")) for term, shape in ((mine, x), (others, weight))]
+    dots = [chr(0x3B1 + n) for n in range(max(counts) if "..." in left else 0)]
+    starts = [term.index("...") if "..." in term else 0 for term in (mine, others)]
+    own = [shape[at : at + n] for at, n, shape in zip(starts, counts, (x, weight), strict=True)]
+    if (pair := _stretched(own[0], own[1], dots)) is None:
+        return None
+    inside, outside = pair
+    found = Contraction(mine.replace("...", inside), others.replace("...", outside), y.replace("...", "".join(dots)))
+    if len(found.x) != len(x) or len(found.weight) != len(weight):
+        return None
+    sizes = dict(zip(found.x, x, strict=True))
+    return found if all(sizes.get(a, size) == size for a, size in zip(found.weight, weight, strict=True)) else None
+
+
+def _stretched(x: Shape, weight: Shape, letters: Sequence[str]) -> tuple[str, str] | None:
+    """The letters of two shapes that broadcast against each other; ONE for what is stretched, or one in both."""
+    count = len(letters)
+    mine, other = ((1,) * (count - len(shape)) + shape for shape in (x, weight))
+    if any(a != b and 1 not in (a, b) for a, b in zip(mine, other, strict=True)):
+        return None
+    inside = [ONE if a == 1 < b else letter for letter, a, b in zip(letters, mine, other, strict=True)]
+    outside = [ONE if b == 1 else letter for letter, b in zip(letters, other, strict=True)]
+    return "".join(inside[count - len(x) :]), "".join(outside[count - len(weight) :])
 
 
 @dataclass(frozen=True)
-class Convolution(_Flat):
+class Convolution(_Plain):
     """Conv in any number of dimensions: X (n, c, *s), W (m, c / groups, *kernel) -> Y (n, m, *t).
 
     `auto_pad` as in ONNX; where it is a SAME, `pads` do not count.
@@ -224,6 +280,11 @@ class Convolution(_Flat):
     def summed(self) -> tuple[int, ...]:
         """See Layout."""
         return (1,) if self.groups == 1 else ()
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """See Layout."""
+        return self.summed
 
     @property
     def patch(self) -> int:
@@ -291,9 +352,18 @@ class TransposedConvolution(Convolution):
     output_padding: tuple[int, ...] = ()
     output_shape: tuple[int, ...] = ()
 
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """See Layout."""
+        return (0,) if self.groups == 1 else ()
+
     def sizes(self, weight: Shape) -> tuple[int, int, int]:
         """See Layout."""
         return self.groups, weight[0] // self.groups * self.patch, weight[1]
+
+    def spread(self, array: Array, weight: Shape) -> Array:
+        """See Layout."""
+        return np.broadcast_to(array.reshape(-1), weight[1] * self.groups)
 
     def matrix(self, weight: Array) -> Array:
         """See Layout."""
@@ -362,12 +432,88 @@ def _padded(x: Array, around: Sequence[tuple[int, int]]) -> Array:
     return np.pad(x[(slice(None), slice(None), *cut)], [(0, 0), (0, 0), *pads])
 
 
-def over_channels(array: Array, axes: Sequence[int], rank: int, sizes: Sequence[int]) -> Array:
-    """[channels]: a vector over one axis, or what broadcasts to a value of this rank and is one long elsewhere."""
-    if len(axes) > 1:
-        whole = array.reshape((1,) * (rank - array.ndim) + array.shape)
-        array = whole.transpose([*axes, *(k for k in range(rank) if k not in axes)]).reshape(
-            [whole.shape[k] for k in axes]
-        )
-        return np.broadcast_to(array, sizes).reshape(-1)
-    return np.broadcast_to(array.reshape(-1), sizes)
+@dataclass(frozen=True)
+class Gates(_Plain):
+    """Some gates of a recurrent operator: W (directions, gates hidden, i) of its input, R of its state.
+
+    The result (n, t, directions, gates hidden) is no value of a graph: what activations get. Each direction is a group.
+    Of all `count` gates these are the `chosen` ones. The input is (t, n, i), or (n, t, i) with `batch_first`; the state
+    has `of_state` and is (n, t, directions, hidden).
+    """
+
+    count: int
+    chosen: tuple[int, ...]
+    of_state: bool = False
+    batch_first: bool = False
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """See Layout."""
+        return 2, 3
+
+    @property
+    def summed(self) -> tuple[int, ...]:
+        """See Layout."""
+        return (3,) if self.of_state else (2,)
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """See Layout."""
+        return (2,)
+
+    @property
+    def patch(self) -> int:
+        """See Layout."""
+        return 1
+
+    def sizes(self, weight: Shape) -> tuple[int, int, int]:
+        """See Layout."""
+        return weight[0], weight[2], weight[1] // self.count * len(self.chosen)
+
+    def matrix(self, weight: Array) -> Array:
+        """See Layout."""
+        apart = weight.reshape(len(weight), self.count, -1, weight.shape[2])[:, list(self.chosen)]
+        return np.asarray(apart.reshape(len(weight), -1, weight.shape[2]).swapaxes(1, 2))
+
+    def stored(self, matrix: Array, weight: Array) -> Array:
+        """See Layout."""
+        apart = weight.reshape(len(weight), self.count, -1, weight.shape[2]).copy()
+        apart[:, list(self.chosen)] = matrix.swapaxes(1, 2).reshape(len(weight), len(self.chosen), *apart.shape[2:])
+        return apart.reshape(weight.shape)
+
+    def bias(self, array: Array) -> Array:
+        """See Layout: (directions, 2 gates hidden), for the input and for the state."""
+        apart = array.reshape(len(array), 2, self.count, -1)[:, int(self.of_state)]
+        return apart[:, list(self.chosen)].reshape(-1)
+
+    def rows(self, x: Array, chosen: Positions) -> Array:
+        """See Layout; one group for all directions where they read the same."""
+        if self.of_state:
+            return np.asarray(x.reshape(-1, *x.shape[2:])[chosen].swapaxes(0, 1).astype(np.float32))
+        x = x if self.batch_first else x.swapaxes(0, 1)
+        return np.asarray(x.reshape(-1, x.shape[2])[chosen][None].astype(np.float32))
+
+    def shape(self, x: Shape, weight: Shape) -> Shape:
+        """See Layout."""
+        n, t = x[:2] if self.of_state or self.batch_first else x[1::-1]
+        return n, t, weight[0], weight[1] // self.count * len(self.chosen)
+
+
+def before(y: Array, initial: Array | None, lengths: Array | None, backward: Sequence[bool]) -> Array:
+    """What each step of a recurrent operator gets from the one before it, of what all steps hand on.
+
+    y and result (n, t, directions, hidden), initial (n, directions, hidden), lengths (n). What lies behind the end of
+    a sequence has no meaning.
+    """
+    n, t, directions, hidden = y.shape
+    start = np.zeros((n, directions, hidden), y.dtype) if initial is None else initial
+    ends = np.full(n, t) if lengths is None else lengths
+    found = np.empty_like(y)
+    for d, turned in enumerate(backward):
+        if turned:
+            found[:, :-1, d] = y[:, 1:, d]
+            found[np.arange(n), np.maximum(ends, 1) - 1, d] = start[:, d]
+        else:
+            found[:, 1:, d] = y[:, :-1, d]
+            found[:, 0, d] = start[:, d]
+    return found

@@ -23,12 +23,12 @@ from onnxprune import interface, quality
 from onnxprune.feeds import samples_in
 from onnxprune.flow import Flow, Sessions
 from onnxprune.infer import attributes
-from onnxprune.layouts import Layout, over_channels
+from onnxprune.layouts import Layout
 from onnxprune.lsq import Regression
 from onnxprune.model import Model, add_initializer, free_name
 from onnxprune.plugin import Problem, Reconstructor, Runs, Solution, Sparsifier, trait
 from onnxprune.running import BESIDE, MEMORY, Packed, give_back, limits, memory_of, packed, unpacked
-from onnxprune.sites import Operator, Site, Slot, stored
+from onnxprune.sites import Operator, Site, Slot, State, stored
 from onnxprune.storage import dump, read_model
 from onnxprune.types import Array, Mask, Positions, Shape
 from onnxprune.verify import spread
@@ -247,29 +247,55 @@ class _Dense:
         self.counts = [samples_in(feed, self.model.graph) for feed in fitted]
         self._outputs: list[dict[str, Array]] = []
         self.rows: dict[tuple[str, tuple[int, ...], int], Array] = {}
+        self.states: dict[State, list[Array]] = {}
         self.flow: Flow | None = None
 
     def run(self, model: Model, feeds: Feeds, pinned: Collection[str] = ()) -> Flow:
         """A model that is run on these feeds, within the limits."""
         return Flow(model, feeds, self.sessions, pinned, **self.limits)
 
-    def values(self, names: Sequence[str], pinned: Collection[str]) -> list[list[Array]] | None:
-        """For each name its arrays, None where one is not the dense model's; those of `pinned` stay for later."""
-        if self.flow is None or any(self.flow.gone(name) for name in names):
+    def values(
+        self, wanted: Sequence[str | State], pinned: Collection[str], keep: bool = False
+    ) -> list[list[Array]] | None:
+        """For each value its arrays, None where one is not the dense model's; those of `pinned` stay for later.
+
+        With `keep` states of recurrent operators are remembered.
+        """
+        states = [one for one in wanted if isinstance(one, State) and one not in self.states]
+        names = [one for one in wanted if isinstance(one, str)] + [name for one in states for name in one.reads]
+        if self.flow is None or any(map(self.flow.gone, names)):
             self.flow = self.run(self.model, self.feeds[: self.fitted], pinned)
-        known = all(map(self.flow.knows, names))
-        return [arrays[: self.fitted] for arrays in self.flow.values(names)] if known else None
+        flow = self.flow
+        if not all(map(flow.knows, names)):
+            return None
+        found = dict(zip(names, flow.values(names), strict=True))
+        feeds = [{name: arrays[k] for name, arrays in found.items()} for k in range(self.fitted)]
+        fresh = {one: [one.of(values, flow.array) for values in feeds] for one in states}
+        self.states |= fresh if keep else {}
+        fresh = self.states | fresh
+        return [found[one][: self.fitted] if isinstance(one, str) else fresh[one] for one in wanted]
 
     def take(self, site: Site, rows: Rows, keep: bool, pinned: Collection[str]) -> Array:
         """float32[rows, channels of the dense value]."""
-        key = (site.dense, site.axes, len(rows.held_out))
+        key = (site.dense or site.value, site.axes, len(rows.held_out))
         if key not in self.rows:
-            arrays = (self.values([site.dense], pinned) or [[]])[0]
-            found = rows.of(arrays, site.axes)
+            found = self._target(site, rows, keep, pinned)
             if not keep:
                 return found
             self.rows[key] = found
         return self.rows[key]
+
+    def _target(self, site: Site, rows: Rows, keep: bool, pinned: Collection[str]) -> Array:
+        """The dense value; inside an operator what the site's operators make of what they read in the dense model."""
+        if site.dense:
+            return rows.of((self.values([site.dense], pinned) or [[]])[0], site.axes)
+        arrays = self.values([*(operator.source for operator in site.operators), *site.rest], pinned, keep)
+        assert self.flow is not None and arrays is not None
+        parts = [
+            _Part(self.flow, operator, rows.read(x, operator.layout))
+            for operator, x in zip(site.operators, arrays, strict=False)
+        ]
+        return _total(parts, [rows.of(value, site.axes) for value in arrays[len(parts) :]])
 
     def divergence(self, flow: Flow) -> float:
         """How far a model's outputs are from the dense ones on the samples that are judged by."""
@@ -302,9 +328,7 @@ class Rows:
         masks: Sequence[Array | None],
         sampling: Sampling,
     ) -> None:
-        self.sizes = [shapes[0][k] for k in axes]
-        self.rank = len(shapes[0])
-        totals = [math.prod(shape) // math.prod(self.sizes) for shape in shapes]
+        totals = [math.prod(shape) // math.prod(shape[k] for k in axes) for shape in shapes]
         whole = max(sum(totals), 1)
         rng = np.random.default_rng([sampling.seed, whole])
         self.chosen: list[Positions] = []
@@ -407,23 +431,15 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
     if consumers and not any(operator.lost for operator in site.operators):
         return
     later = task.sites[k:]
-    pinned = {s.dense for s in later}
-    names = [operator.source if local else operator.x for operator in site.operators]
-    if local:
-        pinned |= {name for s in later for name in (*(o.source for o in s.operators), *s.rest)}
-        known = dense.values([*names, *site.rest], pinned)
-        if known is None or site.project is not None:
-            return
-        arrays = known
-    else:
-        arrays = [found[: dense.fitted] for found in flow.values([*names, *site.rest])]
-    inputs, rest = arrays[: len(names)], arrays[len(names) :]
+    pinned = {name for s in later for name in ((*s.needs, *s.reads) if local else s.needs)}
+    arrays = _read(task, dense, site, local, pinned)
+    if arrays is None or (local and site.project is not None):
+        return
+    inputs, rest = arrays[: len(site.operators)], arrays[len(site.operators) :]
     first = site.operators[0]
     shapes = [first.layout.shape(array.shape, flow.array(first.weight).shape) for array in inputs[0]]
     sampling = dense.sampling.within(math.prod(shapes[0][k] for k in site.axes))
-    padding = sampling.padding
-    masks = [feed.get(padding) if padding else None for feed in dense.feeds[: dense.fitted]]
-    rows = Rows(shapes, site.axes, dense.counts, masks, sampling)
+    rows = Rows(shapes, site.axes, dense.counts, _masks(dense, site, shapes, pinned), sampling)
     if (takes := _takes(site, flow, len(rows.held_out))) > max(dense.memory, LEAST):
         task.large[site.value] = takes
         return
@@ -432,11 +448,13 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
         wanted = wanted @ site.project.astype(np.float32)
     elif site.kept is not None:
         wanted = wanted[:, site.kept]
-    parts = [_Part(flow, operator, x, rows, local) for operator, x in zip(site.operators, inputs, strict=True)]
-    current = sum((part.output() for part in parts), np.zeros(1, np.float32))
-    for value in rest:
-        found = rows.of(value, site.axes)
-        current = current + (found[:, site.kept] if local and site.kept is not None else found)
+    parts = []
+    for operator, x in zip(site.operators, inputs, strict=True):
+        for axis, positions in operator.left if local or not operator.x else ():
+            x = [np.take(array, positions, axis) for array in x]
+        parts.append(_Part(flow, operator, rows.read(x, operator.layout)))
+    others = [rows.of(value, site.axes) for value in rest]
+    current = _total(parts, [other[:, site.kept] for other in others] if local and site.kept is not None else others)
     if consumers:
         parts = [part for part in parts if part.operator.lost]
     off = float(np.mean((wanted - current) ** 2, dtype=np.float64))
@@ -488,6 +506,40 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
         for slot, array in part.changes.items():
             flow.change(slot, array)
             task.changes[slot] = array
+
+
+def _read(task: _Task, dense: _Dense, site: Site, local: bool, pinned: Collection[str]) -> list[list[Array]] | None:
+    """Arrays of what each operator of a site reads, and of its rest; None where the dense model does not know one.
+
+    With `local` they are those of the dense model, where some positions have yet to go.
+    """
+    if local:
+        return dense.values([*(operator.source for operator in site.operators), *site.rest], pinned, task.keep)
+    theirs = [operator.source for operator in site.operators if not operator.x]
+    states = dense.values(theirs, pinned, task.keep) if theirs else []
+    names = [operator.x for operator in site.operators if operator.x]
+    mine = iter([found[: dense.fitted] for found in task.flow.values([*names, *site.rest])])
+    known = iter(states or ())
+    return [next(mine if operator.x else known) for operator in site.operators] + list(mine)
+
+
+def _masks(dense: _Dense, site: Site, shapes: Sequence[Shape], pinned: Collection[str]) -> Sequence[Array | None]:
+    """For each feed what is zero where a row is padding, or lies behind the end of its sequence."""
+    padding = dense.sampling.padding
+    masks = [feed.get(padding) if padding else None for feed in dense.feeds[: dense.fitted]]
+    lengths = dense.values([site.lengths], pinned) if site.lengths else None
+    if lengths is None:
+        return masks
+    found = []
+    for shape, mask, ends in zip(shapes, masks, lengths[0], strict=True):
+        inside = np.arange(shape[1]) < ends.reshape(-1, 1)
+        found.append(inside & (mask != 0) if mask is not None and mask.shape == inside.shape else inside)
+    return found
+
+
+def _total(parts: Sequence[_Part], others: Sequence[Array]) -> Array:
+    """float32[rows, channels]: the sum of what operators make, and of other values."""
+    return np.asarray(sum((*(part.output() for part in parts), *others), np.zeros(1, np.float32)))
 
 
 def _by_outputs(problem: Problem, most: float) -> Iterator[tuple[slice, Problem]]:
@@ -551,21 +603,25 @@ def _takes(site: Site, flow: Flow, rows: int) -> int:
 class _Part:
     """One operator of a site: its rows, and its weight as a matrix whichever way it is stored."""
 
-    def __init__(self, flow: Flow, operator: Operator, x: Sequence[Array], rows: Rows, local: bool = False) -> None:
-        self.operator = operator
+    def __init__(self, flow: Flow, operator: Operator, x: Array) -> None:
+        """`x` is float32[groups, rows, columns], or one group for all."""
+        self.operator, self.layout = operator, operator.layout
         self.stored = flow.array(operator.weight)
         self.levels = _levels(flow, operator.weight, self.stored)
         self.meant = _meant(flow, operator.weight, self.stored)
-        self.layout, self.sizes, self.rank = operator.layout, rows.sizes, rows.rank
         self.changes: dict[Slot, Array] = {}
         self.matrix = self.layout.matrix(self.meant)
         self.groups, _, outputs = self.matrix.shape
         self.outputs = self.groups * outputs
         self.patch = self.layout.patch
-        for axis, positions in operator.left if local else ():
-            x = [np.take(array, positions, axis) for array in x]
-        self.x = rows.read(x, self.layout)
+        self.x = np.broadcast_to(x, (self.groups, *x.shape[1:]))
         self._chain(flow)
+
+    def _vector(self, slot: Slot, array: Array) -> Array:
+        """[outputs]: what is stored besides the weight, in the order of the outputs."""
+        if slot == self.operator.bias:
+            return np.broadcast_to(self.layout.bias(array), self.outputs)
+        return self.layout.spread(array, self.stored.shape)
 
     def _chain(self, flow: Flow) -> None:
         """What the steps make of the product: product * gain + constant; where a shift can be put, and its gain."""
@@ -573,13 +629,10 @@ class _Part:
         self.home: tuple[Slot, Array, Array] | None = None
 
         def read(slot: Slot) -> Array:
-            meant = _meant(flow, slot, flow.array(slot))
-            if slot == self.operator.bias:
-                return np.broadcast_to(self.layout.bias(meant), self.outputs)
-            return over_channels(meant, self.operator.layout.axes, self.rank, self.sizes)
+            return self._vector(slot, _meant(flow, slot, flow.array(slot)))
 
         def settle(slot: Slot) -> None:
-            if flow.array(slot).size == self.outputs:
+            if len(np.unique(self._places(flow.array(slot), slot))) == self.outputs:
                 self.home = (slot, flow.array(slot), np.ones(self.outputs))
 
         if self.operator.bias is not None:
@@ -602,6 +655,10 @@ class _Part:
             if step.kind == "norm" and not step.fixed:
                 settle(step.slots[1])
         self.gain, self.constant = gain, constant
+
+    def _places(self, array: Array, slot: Slot) -> Positions:
+        """int64[outputs]: where in what is stored each output has its number."""
+        return self._vector(slot, np.arange(array.size).reshape(array.shape))
 
     def effective(self) -> Array:
         """float64[groups, columns, outputs]: the weight with the gain of the steps."""
@@ -641,5 +698,6 @@ class _Part:
             return
         slot, stored, gain = self.home
         usable = np.abs(gain) > 1e-6 * np.abs(gain).max()
-        moved = np.divide(change, gain, out=np.zeros_like(change), where=usable).reshape(stored.shape)
-        self.changes[slot] = (stored.astype(np.float64) + moved).astype(stored.dtype)
+        found = stored.astype(np.float64).reshape(-1)
+        found[self._places(stored, slot)] += np.divide(change, gain, out=np.zeros_like(change), where=usable)
+        self.changes[slot] = found.reshape(stored.shape).astype(stored.dtype)

@@ -195,7 +195,7 @@ class Recovery:
         shapes = cost_shapes(model, self.analysis.given)
         inputs = sum(math.prod(shapes.get(str(value.name), ())) for value in true_inputs(model.graph))
         dense = self.analysis.costs.of(np.ones(self.analysis.labels, np.bool_))["macs"]
-        run, fit = dense * self.samples.work / max(inputs, 1), TRIAL_ROWS * fitting(model.graph)
+        run, fit = dense * self.samples.work / max(inputs, 1), TRIAL_ROWS * fitting(model.graph, shapes)
         work = WORK.get(self.options.effort, WORK["default"])
         samples = self.samples.some(max(work / (2 * knobs) - fit, 0) / max(run, 1))
         return samples, work / (run * samples.work / max(self.samples.work, 1) + fit)

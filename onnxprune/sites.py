@@ -8,7 +8,7 @@ comes out right whatever its shortcut lost.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
@@ -17,12 +17,20 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxprune.infer import attributes, bodies, walk
-from onnxprune.layouts import Contraction, Convolution, Layout, matmul
+from onnxprune.layouts import Contraction, Convolution, Gates, Layout, TransposedConvolution, before, einsum, matmul
 from onnxprune.types import Array, Axis, Mask, Positions, Shape
 
 Slot = tuple[str, int]  # first output of a node, number of its input
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-LINEAR = ("Conv", "Gemm", "MatMul")
+MICROSOFT = "com.microsoft"
+LINEAR = {  # (domain, operator): inputs that may be its weight; of those that are `INSIDE` the product is no value
+    **{("", name): (1,) for name in ("Conv", "ConvTranspose", "Gemm")},
+    **{("", name): (1, 0) for name in ("MatMul", "Einsum")},
+    **{(MICROSOFT, name): (1,) for name in ("FusedConv", "FusedGemm", "Attention")},
+    (MICROSOFT, "FusedMatMul"): (1, 0),
+}
+INSIDE = frozenset(("FusedConv", "FusedGemm", "Attention"))
+GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,8 @@ class Operator:
     """A linear operator whose weight is stored for it alone.
 
     `left` has (axis, positions) of the dense operator's input that are left, where some are not; `lost` says that
-    columns went, and not only whole groups. `source` is what the dense operator reads.
+    columns went, and not only whole groups. `x` is the node's input `reads`, `source` what the dense one has
+    there; without an `x` what the dense one has is read in either case.
     """
 
     node: str
@@ -54,7 +63,8 @@ class Operator:
     steps: tuple[Step, ...]
     left: tuple[tuple[int, Positions], ...] = ()
     lost: bool = False
-    source: str = ""
+    source: str | State = ""
+    reads: int = 0
 
     @property
     def plain(self) -> Contraction | None:
@@ -74,12 +84,58 @@ class Operator:
 
 
 @dataclass(frozen=True)
+class State:
+    """What each step of a recurrent operator gets from the one before: (n, t, directions, hidden), no value of a graph.
+
+    It follows from the operator's output `y`, its first state and the lengths of its sequences. What a reset gate makes
+    of it follows from the operators of that gate, which read `x` and this.
+    """
+
+    y: str
+    initial: str
+    lengths: str
+    batch_first: bool
+    backward: tuple[bool, ...]
+    x: str = ""
+    reset: tuple[Operator, ...] = ()
+
+    @property
+    def reads(self) -> list[str]:
+        """Values of the graph that it follows from."""
+        return [name for name in (self.y, self.initial, self.lengths, self.x) if name]
+
+    def of(self, values: Mapping[str, Array], array: Callable[[Slot], Array]) -> Array:
+        """The state, from values of the graph and what is stored."""
+        y, initial = values[self.y], values.get(self.initial)
+        y = y if self.batch_first else y.transpose(2, 0, 1, 3)
+        initial = initial if initial is None or self.batch_first else initial.swapaxes(0, 1)
+        state = before(y, initial, values.get(self.lengths), self.backward)
+        if not self.reset:
+            return state
+        n, t, directions, hidden = state.shape
+        gate = np.zeros((directions, n * t, hidden), np.float32)
+        for operator, x in zip(self.reset, (values[self.x], state), strict=True):
+            weight = operator.layout.matrix(array(operator.weight)).astype(np.float32)
+            gate += operator.layout.rows(x, np.arange(n * t)) @ weight
+            if operator.bias is not None:
+                gate += operator.layout.bias(array(operator.bias)).astype(np.float32).reshape(directions, 1, hidden)
+        with np.errstate(over="ignore"):
+            opened = 1 / (1 + np.exp(-gate))
+        return np.asarray(state * opened.swapaxes(0, 1).reshape(n, t, directions, hidden))
+
+
+@dataclass(frozen=True)
 class Site:
     """A value of the pruned model that should equal `kept` channels of `dense`, its counterpart.
 
     Channels lie along `axes`, in this order. `project` float64[dense channels, channels] takes the place of `kept`
     where channels are not mere positions. It is the sum of its operators, through their steps, and of the values in
     `rest`. Only what lies between `bounds` is seen by its readers.
+
+    Inside an operator that does more than multiply, such a sum is no value of the graph: there is no `dense`, and what
+    it is in the dense model follows from what the same operators read there. Then `order` is an axis of the dense model
+    whose positions are the channels, or those of each run of them. Rows behind the ends of sequences do not count,
+    where `lengths` names a value of the dense model.
     """
 
     value: str
@@ -90,11 +146,51 @@ class Site:
     rest: tuple[str, ...]
     bounds: tuple[float, float] = (-np.inf, np.inf)
     project: Array | None = None
+    order: Axis | None = None
+    lengths: str = ""
 
     @property
     def axis(self) -> int:
         """The last axis of channels."""
         return self.axes[-1]
+
+    @property
+    def reads(self) -> list[str]:
+        """Values of the dense model that its operators and their sum follow from."""
+        sources = [operator.source for operator in self.operators]
+        own = [name for one in sources for name in ([one] if isinstance(one, str) else one.reads)]
+        return [*own, *self.rest, *([self.lengths] if self.lengths else [])]
+
+    @property
+    def needs(self) -> list[str]:
+        """Values of the dense model that its target, and what is read as there in any case, follow from."""
+        if not self.dense:
+            return self.reads
+        return [self.dense]
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What `find_sites` was given, and {(node, input): value} of the dense model."""
+
+    shapes: Mapping[str, Shape]
+    keep: Callable[[Axis], Mask]
+    stays: Collection[str]
+    coded: Collection[str]
+    untied: Collection[str]
+    readers: Mapping[Slot, str]
+    alone: Collection[str]  # initializers that one node of the dense model reads
+
+    def size(self, value: str) -> Shape:
+        """What is left of the shape of a dense value."""
+        return tuple(int(self.keep(Axis(value, k)).sum()) for k in range(len(self.shapes[value])))
+
+    def kept(self, value: str, axes: Sequence[int]) -> Mask | None:
+        """bool[channels] along these axes of a dense value; None where another axis lost something."""
+        masks = [self.keep(Axis(value, k)) for k in range(len(self.shapes[value]))]
+        if any(not mask.all() for k, mask in enumerate(masks) if k not in axes):
+            return None
+        return np.asarray(reduce(np.logical_and.outer, [masks[k] for k in axes]).reshape(-1))
 
 
 @dataclass
@@ -120,42 +216,132 @@ def find_sites(
     `untied` does.
     """
     found: dict[str, list[tuple[int, Operator, _Chain]]] = defaultdict(list)
-    readers = _readers(dense)
+    alone = {str(value.name) for value in dense.graph.initializers.values() if len(value.uses()) == 1}
+    given = _Given(shapes, keep, stays, coded, untied, _readers(dense), alone)
+    sites = []
     for index, node in enumerate(pruned.graph):
-        operator = _operator(node, shapes, keep, stays, coded, untied)
+        sites += [(index, site) for site in _recurrent(node, given)]
+        operator = _operator(node, given)
         if operator is None:
             continue
+        if node.op_type in INSIDE:
+            inner = _inside(node, operator, given)
+            sites += [(index, inner)] if inner is not None else []
+            continue
         chain = _follow(node, operator.layout.axes, shapes, stays)
-        source = readers.get((operator.node, 0), operator.x)
-        operator = replace(operator, steps=(*operator.steps, *chain.steps), source=source)
+        operator = replace(operator, steps=(*operator.steps, *chain.steps))
         found[str(chain.value.name)].append((index, operator, chain))
     places = {str(out.name): index for index, node in enumerate(pruned.graph) for out in node.outputs}
-    sites = []
     for name, every in found.items():
         value, axes = every[0][2].value, every[0][1].layout.axes
         parts = [part for part in every if part[1].layout.axes == axes]
-        counterpart = _counterpart(value, readers, shapes)
-        if any(not keep(Axis(counterpart, k)).all() for k in range(len(shapes[counterpart])) if k not in axes):
+        counterpart = _counterpart(value, given.readers, shapes)
+        mask = given.kept(counterpart, axes)
+        if mask is None:
             continue
         paths = {p for _, _, chain in parts for p in chain.path}
         rest = dict.fromkeys(str(v.name) for _, _, chain in parts for v in chain.rest if v.name not in paths)
-        mask = reduce(np.logical_and.outer, [keep(Axis(counterpart, k)) for k in axes]).reshape(-1)
-        kept = None if mask.all() else np.flatnonzero(mask)
         operators = _apart([operator for _, operator, _ in parts])
-        sites.append((places[name], Site(name, counterpart, axes, kept, operators, tuple(rest), _bounds(value))))
+        site = Site(name, counterpart, axes, _positions(mask), operators, tuple(rest), _bounds(value))
+        sites.append((places[name], site))
     return [site for _, site in sorted(sites, key=lambda pair: pair[0])]
 
 
-def fitting(graph: ir.Graph) -> int:
+def _positions(mask: Mask) -> Positions | None:
+    return None if mask.all() else np.flatnonzero(mask)
+
+
+def _inside(node: ir.Node, operator: Operator, given: _Given) -> Site | None:
+    """The product in an operator that does more: before an activation, or before attention."""
+    output = operator.node
+    if node.op_type == "Attention":
+        order = Axis(given.readers.get((output, 1), ""), 1)
+        if order.value not in given.alone or order.value not in given.shapes:
+            return None
+        mask: Mask | None = given.keep(order)
+    else:
+        order = Axis(output, 1)
+        mask = given.kept(output, (1,))
+    if mask is None:
+        return None
+    rest = [str(value.name) for value in node.inputs[3:] if value is not None] if node.op_type == "FusedConv" else []
+    activation = attributes(node).get("activation", "")
+    bounds = (0.0, np.inf) if activation in ("Relu", b"Relu") else (-np.inf, np.inf)
+    axes = operator.layout.axes
+    return Site(f"{output} inside", "", axes, _positions(mask), (operator,), tuple(rest), bounds, order=order)
+
+
+def _recurrent(node: ir.Node, given: _Given) -> Iterator[Site]:
+    """What the activations of a recurrent operator get: W x + R h + bias, of all gates that read the same x and h.
+
+    h is what the dense model has in the place of the units that are left, so that a fit of one step is the fit of all
+    where it is exact.
+    """
+    name, count = str(node.outputs[0].name), GATES.get(node.op_type, 0)
+    if node.domain not in ("", "ai.onnx") or not count or len(given.shapes.get(name, ())) != 4:
+        return
+    x = node.inputs[0]
+    weights = [_weight(node, k, given.coded, given.untied) for k in (1, 2)]
+    biased = len(node.inputs) > 3 and node.inputs[3] is not None
+    kept = [stored(node.inputs[3])] if biased else []
+    if x is None or x.const_value is not None or any(order for _, _, order in weights):
+        return
+    if any(value is None or str(value.name) in given.stays for value in (*(w for w, _, _ in weights), *kept)):
+        return
+    attrs: Mapping[str, Any] = attributes(node)
+    mask, columns = given.keep(Axis(name, 3)), given.keep(Axis(str(x.name), 2))
+    direction = str(_text(attrs.get("direction", "forward")))
+    backward = {"forward": (False,), "reverse": (True,)}.get(direction, (False, True))
+    activations = [_text(each) for each in attrs.get("activations", ())]
+    first, source = bool(attrs.get("layout", 0)), given.readers.get((name, 0), str(x.name))
+    initial, lengths = (given.readers.get((name, k), "") for k in (5, 4))
+    bias = (name, 3) if biased else None
+    state = State(name, initial, lengths, first, backward)
+    left = [(((axis, np.flatnonzero(m)),) if not m.all() else (), not m.all()) for axis, m in ((2, columns), (3, mask))]
+
+    def operators(gates: tuple[int, ...], of: State) -> tuple[Operator, Operator]:
+        reads, hands = (Gates(count, gates, of_state, first) for of_state in (False, True))
+        return (
+            Operator(name, reads, str(x.name), weights[0][1], bias, (), *left[0], source=source),
+            Operator(name, hands, "", weights[1][1], bias, (), *left[1], source=of),
+        )
+
+    def site(gates: tuple[int, ...], parts: tuple[Operator, ...], what: str) -> Site:
+        one = np.tile(mask, len(gates))
+        bounds = (0.0, np.inf) if node.op_type == "RNN" and set(activations) == {"Relu"} else (-np.inf, np.inf)
+        whole = _positions(np.tile(one, len(backward)))
+        return Site(f"{name} {what}", "", (2, 3), whole, parts, (), bounds, order=Axis(name, 3), lengths=lengths)
+
+    if node.op_type != "GRU":
+        yield site(tuple(range(count)), operators(tuple(range(count)), state), "gates")
+        return
+    yield site((0, 1), operators((0, 1), state), "gates")
+    if attrs.get("linear_before_reset", 0):
+        reads, hands = operators((2,), state)
+        yield site((2,), (reads,), "candidate of the input")
+        yield site((2,), (hands,), "candidate of the state")
+    elif set(activations[::2]) <= {"Sigmoid"}:
+        reset = tuple(replace(one, left=()) for one in operators((1,), state))
+        yield site((2,), operators((2,), replace(state, x=source, reset=reset)), "candidate")
+
+
+def _text(given: object) -> str:
+    return given.decode() if isinstance(given, bytes) else str(given)
+
+
+def fitting(graph: ir.Graph, shapes: Mapping[str, Shape]) -> int:
     """MACs that fitting all operators of a model takes for each row: second moments, and products with the targets."""
     count = 0
     for node in graph:
-        value = node.inputs[1] if node.op_type in ("Conv", "Gemm", "MatMul") else None
-        if value is not None and value.const_value is not None and len(value.const_value.shape) > 1:
-            sizes = value.const_value.shape.numpy()
-            turned = node.op_type == "Conv" or (node.op_type == "Gemm" and "transB" in node.attributes)
-            columns = int(np.prod(sizes[1:] if turned else sizes[:-1]))
-            count += columns * (columns + 4 * (sizes[0] if turned else sizes[-1]))
+        for k in _may_weigh(node):
+            weight = stored(node.inputs[k]) if len(node.inputs) > 1 else None
+            x = shapes.get(str(node.inputs[1 - k].name)) if node.inputs[1 - k] is not None else None  # type: ignore[union-attr]
+            if weight is None or x is None or len(_shape(weight)) < 2:
+                continue
+            layout = _layout(node, k, x, _shape(weight))
+            if layout is not None:
+                groups, columns, outputs = layout.sizes(_shape(weight))
+                count += groups * columns * (columns + 4 * outputs)
     return count
 
 
@@ -188,27 +374,18 @@ def _counterpart(value: ir.Value, readers: Mapping[Slot, str], shapes: Mapping[s
     return name
 
 
-def _operator(
-    node: ir.Node,
-    shapes: Mapping[str, Shape],
-    keep: Callable[[Axis], Mask],
-    stays: Collection[str],
-    coded: Collection[str],
-    untied: Collection[str],
-) -> Operator | None:
+def _may_weigh(node: ir.Node) -> tuple[int, ...]:
+    """Numbers of the inputs that a node may multiply another input by, the usual one first."""
+    return LINEAR.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type), ())
+
+
+def _operator(node: ir.Node, given: _Given) -> Operator | None:
     """The node as an operator that may be fitted, or None."""
-    if node.domain not in ("", "ai.onnx") or node.op_type not in LINEAR:
+    found = [made for k in _may_weigh(node) if (made := _multiplied(node, k, given))]
+    if not found:
         return None
-    x, given = node.inputs[0], node.inputs[1]
-    output = str(node.outputs[0].name)
-    if x is None or given is None or x.const_value is not None or output not in shapes or str(x.name) not in shapes:
-        return None
-    weight, slot, flips = _weight(node, coded, untied)
-    if weight is None or str(weight.name) in stays or len(weight.shape or ()) < 2:
-        return None
-    layout = _layout(node, shapes[str(x.name)], weight, flips)
-    if layout is None:
-        return None
+    k, layout, weight, slot = found[0]
+    output, x = str(node.outputs[0].name), str(node.inputs[1 - k].name)  # type: ignore[union-attr]
     bias: Slot | None = None
     steps: tuple[Step, ...] = ()
     if len(node.inputs) > 2 and node.inputs[2] is not None:
@@ -221,69 +398,97 @@ def _operator(
         whole = value.const_value.size == _outputs(layout, weight) == (shape[-1] if shape else 1)
         if not whole and value.const_value.size != 1:
             return None
-        if whole and code is None and str(value.name) not in stays:
+        if whole and code is None and str(value.name) not in given.stays:
             bias = home
         else:
             steps = (Step("add", (home,), fixed=True),)
-    masks = [keep(Axis(str(x.name), k)) for k in range(len(shapes[str(x.name)]))]
-    left = tuple((k, np.flatnonzero(mask)) for k, mask in enumerate(masks) if not mask.all())
-    lost = any(not masks[k].all() for k in layout.summed)
-    return Operator(output, layout, str(x.name), slot, bias, steps, left, lost)
+    masks = [given.keep(Axis(x, axis)) for axis in range(len(given.shapes[x]))]
+    left = tuple((axis, np.flatnonzero(mask)) for axis, mask in enumerate(masks) if not mask.all())
+    lost = any(not masks[axis].all() for axis in layout.summed)
+    source = given.readers.get((output, 1 - k), x)
+    return Operator(output, layout, x, slot, bias, steps, left, lost, source, 1 - k)
 
 
-def _layout(node: ir.Node, x: Shape, weight: ir.Value, flips: bool) -> Layout | None:
-    """How a node multiplies, if it is a product with nothing else in it."""
-    attrs: Mapping[str, Any] = attributes(node)
-    shape = _shape(weight)
-    if node.op_type == "Gemm":
-        if attrs.get("alpha", 1.0) != 1.0 or attrs.get("beta", 1.0) != 1.0:
-            return None
-        turned = flips ^ bool(attrs.get("transB", 0))
-        return Contraction("kn" if attrs.get("transA", 0) else "nk", "mk" if turned else "km", "nm")
-    if node.op_type == "MatMul":
-        if len(shape) != 2 or len(x) < 2:
-            return None
-        found = matmul(x, shape[::-1] if flips else shape)
-        return replace(found, weight=found.weight[::-1]) if found is not None and flips else found
-    return None if flips else _convolution(attrs, shape)
-
-
-def _convolution(attrs: Mapping[str, Any], weight: Shape) -> Convolution | None:
-    """The layout of a Conv, whose padding must be written down."""
-    kernel, still = weight[2:], [1] * (len(weight) - 2)
-    auto_pad = attrs.get("auto_pad", "NOTSET")
-    auto_pad = auto_pad.decode() if isinstance(auto_pad, bytes) else str(auto_pad)
-    if auto_pad not in ("NOTSET", "VALID"):
+def _multiplied(node: ir.Node, k: int, given: _Given) -> tuple[int, Layout, ir.Value, Slot] | None:
+    """(k, layout, what is stored for input k, where that is read) if a node multiplies another input by input k."""
+    x, read = (node.inputs[1 - k], node.inputs[k]) if len(node.inputs) > 1 else (None, None)
+    if x is None or read is None or x.const_value is not None or str(x.name) not in given.shapes:
         return None
-    return Convolution(
-        kernel,
-        tuple(attrs.get("strides", still)),
-        tuple(attrs.get("dilations", still)),
-        tuple(attrs.get("pads", [0] * 2 * len(kernel))),
-        int(attrs.get("group", 1)),
-        auto_pad,
-    )
+    weight, slot, order = _weight(node, k, given.coded, given.untied)
+    if weight is None or str(weight.name) in given.stays or str(node.outputs[0].name) not in given.shapes:
+        return None
+    shape = _shape(weight)
+    order = order or tuple(range(len(shape)))
+    layout = _layout(node, k, given.size(str(x.name)), tuple(shape[axis] for axis in order)) if len(shape) > 1 else None
+    if isinstance(layout, Contraction):
+        layout = replace(layout, weight="".join(layout.weight[order.index(axis)] for axis in range(len(shape))))
+    elif order != tuple(range(len(shape))):
+        return None
+    return None if layout is None else (k, layout, weight, slot)
 
 
-def _weight(node: ir.Node, coded: Collection[str], untied: Collection[str]) -> tuple[ir.Value | None, Slot, bool]:
-    """(the initializer behind a weight, if this reader may change it; where it is read; whether it is transposed)."""
-    slot, flips = (str(node.outputs[0].name), 1), False
-    value = node.inputs[1]
+def _layout(node: ir.Node, k: int, x: Shape, weight: Shape) -> Layout | None:
+    """How a node multiplies by a weight that it reads as input k, if there is nothing else in it."""
+    attrs: Mapping[str, Any] = attributes(node)
+    found: Contraction | None = None
+    if node.op_type in ("Gemm", "FusedGemm") and attrs.get("alpha", 1.0) == attrs.get("beta", 1.0) == 1.0:
+        found = Contraction("kn" if attrs.get("transA", 0) else "nk", "mk" if attrs.get("transB", 0) else "km", "nm")
+    elif node.op_type == "Attention" and len(x) == 3 and len(weight) == 2:
+        found = matmul(x, weight)
+    elif node.op_type == "MatMul" and len(x) > 1:
+        found = matmul(x, weight, left=k == 0)
+    elif node.op_type == "FusedMatMul" and len(x) > 1 and attrs.get("alpha", 1.0) == 1.0:
+        turned = [bool(attrs.get("transA", 0)), bool(attrs.get("transB", 0))]
+        if not attrs.get("transBatchA", 0) and not attrs.get("transBatchB", 0):
+            found = matmul(x, weight, left=k == 0, turned=(turned[1 - k], turned[k]))
+    elif node.op_type == "Einsum":
+        found = einsum(_text(attrs.get("equation", "")), k, x, weight)
+    elif node.op_type in ("Conv", "FusedConv", "ConvTranspose"):
+        return _convolution(attrs, weight, node.op_type == "ConvTranspose")
+    return found if found is not None and found.valid else None
+
+
+def _convolution(attrs: Mapping[str, Any], weight: Shape, transposed: bool) -> Convolution:
+    """The layout of a Conv or ConvTranspose."""
+    kernel, still = weight[2:], (1,) * (len(weight) - 2)
+    given: dict[str, Any] = {
+        "kernel": kernel,
+        "strides": tuple(attrs.get("strides", still)),
+        "dilations": tuple(attrs.get("dilations", still)),
+        "pads": tuple(attrs.get("pads", (0, 0) * len(kernel))),
+        "groups": int(attrs.get("group", 1)),
+        "auto_pad": _text(attrs.get("auto_pad", "NOTSET")),
+    }
+    if not transposed:
+        return Convolution(**given)
+    more = tuple(attrs.get("output_padding", (0,) * len(kernel)))
+    return TransposedConvolution(**given, output_padding=more, output_shape=tuple(attrs.get("output_shape", ())))
+
+
+def _weight(
+    node: ir.Node, k: int, coded: Collection[str], untied: Collection[str]
+) -> tuple[ir.Value | None, Slot, tuple[int, ...]]:
+    """(the initializer behind input k, if this reader may change it; where it is read; the order of its axes there).
+
+    No order is the one that it is stored in.
+    """
+    slot, value = (str(node.outputs[0].name), k), node.inputs[k]
+    order: tuple[int, ...] = ()
     while value is not None and not value.is_graph_output() and not value.is_graph_input():
         own = len(value.uses()) == 1
         if own and (code := _code(value)) is not None:
             place = (str(value.name), 0)
-            return (code if code.name in coded and len(code.uses()) == 1 else None), place, flips
+            return (code if code.name in coded and len(code.uses()) == 1 else None), place, order
         if value.const_value is not None and value.is_initializer():
-            return (value if value.dtype in FLOATS and (own or value.name in untied) else None), slot, flips
+            return (value if value.dtype in FLOATS and (own or value.name in untied) else None), slot, order
         turn = value.producer()
         if not own or turn is None or turn.op_type != "Transpose" or turn.inputs[0] is None:
             break
-        order = attributes(turn).get("perm")
-        if len(turn.inputs[0].shape or ()) != 2 or (order is not None and list(order) != [1, 0]):  # type: ignore[call-overload]
-            break
-        slot, flips, value = (str(value.name), 0), not flips, turn.inputs[0]
-    return None, slot, flips
+        rank = len(turn.inputs[0].shape or ())
+        perm = [int(axis) for axis in attributes(turn).get("perm", range(rank)[::-1])]  # type: ignore[attr-defined]
+        order = tuple(perm[axis] for axis in order or range(rank))
+        slot, value = (str(value.name), 0), turn.inputs[0]
+    return None, slot, order
 
 
 def _code(value: ir.Value) -> ir.Value | None:

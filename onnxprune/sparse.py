@@ -276,13 +276,16 @@ class _Run:
         coded = {one.initializer for one in self.free if one.codes}
         dense = self.analysis.prepared.model
         sites = find_sites(self.model, dense, shapes, keep, self.recovery.stays, coded)
-        return [self._turned(site, keep) for site in sites]
+        return [turned for site in sites if (turned := self._turned(site, keep)) is not None]
 
-    def _turned(self, site: Site, keep: Callable[[Axis], Mask]) -> Site:
-        """A site that aims at the dense positions in the order of the permuted model."""
-        axis = Axis(site.dense, site.axis)
-        order = self._order(axis, self.moved)
-        return site if order is None else replace(site, kept=np.flatnonzero(keep(axis))[order])
+    def _turned(self, site: Site, keep: Callable[[Axis], Mask]) -> Site | None:
+        """A site that aims at the dense positions in the order of the permuted model; None where that is not known."""
+        axes = [Axis(site.dense, axis) for axis in site.axes] if site.order is None else [site.order]
+        orders = [self._order(axis, self.moved) for axis in axes]
+        if all(order is None for order in orders):
+            return site
+        order = orders[0]
+        return replace(site, kept=np.flatnonzero(keep(axes[0]))[order]) if site.dense and len(axes) == 1 else None
 
     def _thin(self, protected: Mapping[Slot, Sequence[tuple[int, int]]]) -> None:
         """Choose weights, and repair where there is data."""

@@ -81,6 +81,7 @@ def samples(analysis: Analysis, count: int = SAMPLES) -> list[dict[str, np.ndarr
 
 def check_sites(model: ir.Model, sites: list[Site], fed: list[dict[str, np.ndarray]]) -> None:
     """What a site is the sum of must be its value."""
+    sites = [site for site in sites if site.dense]
     flow, sessions = Flow(model, fed, Sessions(), {site.value for site in sites}), Sessions()
     for site in sites:
         (whole,) = flow.values([site.value])
@@ -90,7 +91,10 @@ def check_sites(model: ir.Model, sites: list[Site], fed: list[dict[str, np.ndarr
         first = site.operators[0]
         shapes = [first.layout.shape(x.shape, flow.array(first.weight).shape) for x in apart[0]]
         rows = Rows(shapes, site.axes, counts, [None] * len(fed), Sampling())
-        parts = [_Part(flow, operator, x, rows) for operator, x in zip(site.operators, apart, strict=False)]
+        parts = [
+            _Part(flow, operator, rows.read(x, operator.layout))
+            for operator, x in zip(site.operators, apart, strict=False)
+        ]
         total = sum(part.output() for part in parts) + sum(rows.of(x, site.axes) for x in apart[len(names) :])
         wanted = rows.of(whole, site.axes)
         assert total.shape == wanted.shape
@@ -217,6 +221,85 @@ def test_patches_are_what_a_convolution_multiplies(attributes: str, weight: tupl
     model = built(f"float[{x}] x", "float y", f"y = Conv{attributes}(x, w, c)", w=weight, c=(weight[0],))
     model.graph.outputs[0].shape = None
     assert set(found(model)) == {"y"}
+
+
+@pytest.mark.parametrize(
+    ("attributes", "weight", "x"),
+    [
+        ("", (4, 6, 3), "n,4,5"),
+        ("<strides = [3], pads = [2,0], output_padding = [1]>", (4, 6, 4), "n,4,5"),
+        ("<pads = [3,2], dilations = [2]>", (4, 6, 2), "n,4,9"),  # more than the kernel reaches
+        ("<group = 2, dilations = [3], pads = [1,4], strides = [2]>", (4, 3, 3), "n,4,6"),
+        ("<group = 4, pads = [1,0,2,3], strides = [2,1], output_padding = [1,0]>", (8, 1, 3, 4), "n,8,4,6"),
+        ("<group = 3, dilations = [1,2], strides = [1,3]>", (6, 2, 2, 2), "n,6,4,3"),
+        ("<strides = [2,3], output_shape = [9,11]>", (3, 5, 3, 2), "n,3,4,4"),
+        ("<strides = [2,3], auto_pad = \"SAME_UPPER\">", (3, 5, 3, 4), "n,3,4,4"),
+        ("<strides = [2,3], auto_pad = \"SAME_LOWER\">", (3, 5, 5, 4), "n,3,4,4"),
+        ("<strides = [2,1], auto_pad = \"VALID\">", (3, 5, 3, 2), "n,3,4,4"),
+        ("<pads = [0,1,0,1,0,1], strides = [1,2,1], output_padding = [0,1,0]>", (3, 5, 2, 1, 3), "n,3,4,3,5"),
+    ],
+)  # fmt: skip
+def test_patches_are_what_a_transposed_convolution_multiplies(attributes: str, weight: tuple[int, ...], x: str) -> None:
+    channels = weight[1] * int(attributes.partition("group = ")[2][:1] or 1)
+    text = f"y = ConvTranspose{attributes}(x, w, c)"
+    model = built(f"float[{x}] x", "float y", text, w=weight, c=(channels,))
+    model.graph.outputs[0].shape = None
+    assert set(found(model)) == {"y"}
+
+
+@pytest.mark.parametrize("where", ["SAME_UPPER", "SAME_LOWER"])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 3), (4, 1)])
+def test_padding_to_the_same_size(where: str, strides: tuple[int, int]) -> None:
+    text = f'y = Conv<auto_pad = "{where}", strides = [{strides[0]},{strides[1]}]>(x, w)'
+    model = built("float[n,3,7,8] x", "float y", text, w=(5, 3, 2, 4))
+    model.graph.outputs[0].shape = None
+    assert set(found(model)) == {"y"}
+
+
+@pytest.mark.parametrize(
+    ("x", "text", "w", "axes", "groups"),
+    [
+        ("n,2,4,3", "MatMul(x, w)", (2, 3, 5), (1, 3), 2),
+        ("n,1,4,3", "MatMul(x, w)", (2, 3, 5), (1, 3), 1),
+        ("4,3", "MatMul(x, w)", (2, 3, 5), (0, 2), 1),
+        ("n,2,6,4,3", "MatMul(x, w)", (2, 1, 3, 5), (1, 4), 2),
+        ("1,6,4,3", "MatMul(x, w)", (2, 1, 3, 5), (0, 3), 1),
+        ("n,2,6,4,3", "MatMul(x, w)", (2, 6, 3, 5), (1, 2, 4), 12),
+        ("n,4,3", "MatMul(x, w)", (1, 3, 5), (2,), 1),
+        ("n,3,4", "MatMul(w, x)", (5, 3), (1,), 1),
+        ("n,2,3,4", "MatMul(w, x)", (2, 5, 3), (1, 2), 2),
+        ("n,2,4,3", "MatMul(x, t)", (2, 5, 3), (1, 3), 2),
+        ("n,4,3", 'Einsum<equation = "btd,dhk->bthk">(x, w)', (3, 2, 5), (2, 3), 1),
+        ("n,4,2,3", 'Einsum<equation = "bthd,hdm->bmt">(x, w)', (2, 3, 5), (1,), 1),
+        ("2,4,3", 'Einsum<equation = "...td,...df->...ft">(x, w)', (2, 3, 5), (0, 1), 2),
+        ("n,4,3", 'Einsum<equation = "...d,edf->f...e">(x, w)', (2, 3, 5), (0, 3), 1),
+        ("n,4,2,3", 'Einsum<equation = "hkd,bthd->bkth">(w, x)', (2, 5, 3), (3, 1), 2),
+    ],
+)  # fmt: skip
+def test_weights_with_more_axes_than_two(
+    x: str, text: str, w: tuple[int, ...], axes: tuple[int, ...], groups: int
+) -> None:
+    turned = "t = Transpose<perm = [0,2,1]>(w) " if "(x, t)" in text else ""
+    model = built(f"float[{x}] x", "float y", f"{turned}y = {text}", w=w)
+    model.graph.outputs[0].shape = None
+    (site,) = found(model).values()
+    assert site.axes == axes
+    layout = site.operators[0].layout
+    assert layout.sizes(w)[0] == groups
+    array = np.random.default_rng(0).standard_normal(w)
+    np.testing.assert_array_equal(layout.stored(layout.matrix(array), array), array)
+
+
+def test_biases_of_stacked_outputs() -> None:
+    """One number for each expert or each output is part of the sum as much as one for each of both."""
+    for shape in ((2, 1, 5), (2, 1, 1), (5,)):
+        model = built("float[2,n,3] x", "float[2,n,5] y", "a = MatMul(x, w) y = Add(a, c)", w=(2, 3, 5), c=shape)
+        (site,) = found(model).values()
+        assert site.axes == (0, 2)
+        assert len(site.operators[0].steps) == 1
+    model = built("float[2,n,3] x", "float[5,n,2] y",
+                  'a = Einsum<equation = "end,edf->fne">(x, w) y = Add(a, c)', w=(2, 3, 5), c=(5, 1, 2))  # fmt: skip
+    assert found(model)["y"].axes == (2, 0)
 
 
 # Least squares -------------------------------------------------------------------------------------------------------
