@@ -1,0 +1,260 @@
+"""Repair of every family of linear operators: what is left takes over what went, as exactly as it can."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import numpy_helper, parser
+
+from onnxprune.analysis import Analysis
+from onnxprune.recipe import Options
+from onnxprune.recovery import Recovery
+from onnxprune.types import Group, Plan
+from onnxprune.worker import Worker
+
+ort.set_default_logger_severity(4)
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Worker]:
+    with Worker(seconds=60) as made:
+        yield made
+
+
+@dataclass(frozen=True)
+class Net:
+    """A model, what it reads, and a weight of which some positions along an axis are to go."""
+
+    inputs: str
+    body: str
+    weights: dict[str, np.ndarray]
+    x: tuple[int, ...]
+    slice: tuple[str, int]
+    gone: tuple[int, ...]
+    feeds: int = 24
+    others: dict[str, np.ndarray] | None = None
+
+    def feed(self, seed: int) -> dict[str, np.ndarray]:
+        x = np.random.default_rng([7, seed]).standard_normal(self.x).astype(np.float32)
+        return {"x": x, **(self.others or {})}
+
+
+def weight(seed: int, *shape: int) -> np.ndarray:
+    fan = shape[-1] if len(shape) > 1 else 4
+    return (np.random.default_rng(seed).standard_normal(shape) / np.sqrt(fan)).astype(np.float32)
+
+
+def save(net: Net, folder: Path, outputs: str = "float y") -> Path:
+    domains = '["" : 18, "com.microsoft" : 1]'
+    text = f"<ir_version: 8, opset_import: {domains}> g ({net.inputs}) => ({outputs}) {{ {net.body} }}"
+    model = parser.parse_model(text)
+    for name, array in net.weights.items():
+        model.graph.initializer.append(numpy_helper.from_array(array, name))
+    del model.graph.output[0].type.tensor_type.shape.dim[:]
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    onnx.save(model, folder / "m.onnx")
+    return folder / "m.onnx"
+
+
+def run(model: onnx.ModelProto | bytes | str, feeds: list[dict[str, np.ndarray]]) -> np.ndarray:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(model, options)
+    return np.concatenate([session.run(None, feed)[0].reshape(-1) for feed in feeds])
+
+
+def group_of(analysis: Analysis, initializer: str, axis: int) -> Group:
+    (found,) = {
+        group.id: group
+        for group in analysis.groups
+        for member in group.members
+        if (member.initializer, member.axis) == (initializer, axis)
+    }.values()
+    return found
+
+
+def errors(net: Net, how: str, folder: Path, worker: Worker) -> tuple[float, float]:
+    """Relative errors on fresh inputs of what is pruned, and of what is repaired."""
+    from onnxprune.reading import serialized
+
+    analysis = Analysis(save(net, folder), remove=("all",))
+    group = group_of(analysis, *net.slice)
+    keep = np.ones(len(group.units), np.bool_)
+    keep[list(net.gone)] = False
+    plan = Plan({group.id: keep})
+    pruned = analysis.rewrite(plan)
+    options = Options(ratio=0.5, calibration="given", reconstruct=how)
+    result = Recovery(analysis, [net.feed(k) for k in range(net.feeds)], options, worker).repair(plan, pruned)
+    fresh = [net.feed(1000 + k) for k in range(8)]
+    wanted = run(str(folder / "m.onnx"), fresh)
+    found = [run(serialized(model).SerializeToString(), fresh) for model in (pruned, result.model)]
+    assert result.names, result.warnings
+    naive, left = (float(np.linalg.norm(one - wanted) / np.linalg.norm(wanted)) for one in found)
+    return naive, left
+
+
+def dependent(first: np.ndarray, axis: int, gone: tuple[int, ...]) -> np.ndarray:
+    """The weight with these slices as sums of the others."""
+    moved = np.moveaxis(first.copy(), axis, 0)
+    rest = np.delete(np.arange(len(moved)), gone)
+    mix = np.random.default_rng(5).standard_normal((len(gone), len(rest))) / np.sqrt(len(rest))
+    moved[list(gone)] = np.tensordot(mix, moved[rest], axes=1)
+    return np.moveaxis(moved, 0, axis)
+
+
+# Inputs that go ------------------------------------------------------------------------------------------------------
+
+GONE = (1, 4, 6)
+
+
+def convolved(attributes: str, kernel: tuple[int, ...], outputs: int, groups: int, size: tuple[int, ...]) -> Net:
+    """A convolution of kernels of one, some of whose channels are sums of others, and a transposed one."""
+    channels = 8
+    one = weight(1, channels, 6, *[1] * len(kernel))
+    gone = GONE if groups == 1 else (1, 2)
+    body = f"h = Conv(x, w0)\ny = ConvTranspose{attributes}(h, w, b)"
+    weights = {"w0": dependent(one, 0, GONE), "w": weight(2, channels, outputs, *kernel), "b": weight(3, outputs * groups)}
+    shape = (4, 6, *size)
+    return Net(f"float[n,6,{','.join(map(str, size))}] x", body, weights, shape, ("w0", 0), gone)
+
+
+TRANSPOSED = {
+    "1-D": convolved("", (3,), 5, 1, (9,)),
+    "1-D, strides, pads, output padding": convolved("<strides = [3], pads = [2,0], output_padding = [1]>", (4,), 5, 1, (9,)),
+    "2-D, strides": convolved("<strides = [2,2]>", (2, 2), 5, 1, (5, 4)),
+    "2-D, dilations, pads": convolved("<dilations = [2,1], pads = [1,0,2,1], strides = [1,2]>", (3, 2), 5, 1, (5, 4)),
+    "2-D, auto pad": convolved('<auto_pad = "SAME_UPPER", strides = [2,3]>', (3, 4), 5, 1, (5, 4)),
+    "3-D": convolved("<strides = [1,2,1], output_padding = [0,1,0]>", (2, 2, 1), 3, 1, (3, 4, 2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_channels_that_are_sums_of_others_are_no_loss_to_a_transposed_convolution(
+    name: str, tmp_path: Path, worker: Worker
+) -> None:
+    naive, left = errors(TRANSPOSED[name], "lsq,ridge=1e-9", tmp_path, worker)
+    assert naive > 0.1
+    assert left < 1e-3
+
+
+def stacked(text: str, read: str, shape: tuple[int, ...], inner: int) -> Net:
+    """A product whose columns are sums of others, and a stack of matrices."""
+    weights = {"w0": dependent(weight(1, 6, 8), 1, GONE), "w": weight(2, *shape), "axis": np.array([1])}
+    body = f"h0 = MatMul(x, w0)\n{read}\ny = {text}"
+    return Net("float[n,7,6] x", body, weights, (5, 7, 6), ("w0", 1), GONE)
+
+
+STACKS = {
+    "one input for all": stacked("MatMul(h, w)", "h = Unsqueeze(h0, axis)", (3, 8, 5), 1),
+    "Einsum": stacked('Einsum<equation = "btd,dhk->bhtk">(h0, w)', "h = Identity(h0)", (8, 3, 5), 0),
+    "Einsum with dots": stacked('Einsum<equation = "...d,edf->...ef">(h0, w)', "h = Identity(h0)", (3, 8, 5), 0),
+    "from the left": stacked("MatMul(w, h)", "h = Transpose<perm = [0,2,1]>(h0)", (5, 8), 0),
+    "fused": stacked("com.microsoft.FusedMatMul<transB = 1>(h0, w)", "h = Identity(h0)", (5, 8), 0),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_columns_that_are_sums_of_others_are_no_loss_to_a_stack(name: str, tmp_path: Path, worker: Worker) -> None:
+    naive, left = errors(STACKS[name], "lsq,ridge=1e-9", tmp_path, worker)
+    assert naive > 0.1
+    assert left < 1e-3
+
+
+def experts(down: str) -> Net:
+    """Each expert has neurons of its own, of which those that go are sums of others."""
+    up = np.stack([dependent(weight(k, 6, 8), 1, GONE) for k in range(3)])
+    body = f"e = Unsqueeze(x, axis)\nh = MatMul(e, up)\ny = {down}"
+    weights = {"up": up, "w": weight(9, 3, 8, 5), "axis": np.array([1])}
+    return Net("float[n,7,6] x", body, weights, (5, 7, 6), ("up", 2), GONE)
+
+
+@pytest.mark.parametrize("down", ["MatMul(h, w)", 'Einsum<equation = "betf,efd->betd">(h, w)'])
+def test_each_expert_takes_over_what_its_own_neurons_did(down: str, tmp_path: Path, worker: Worker) -> None:
+    naive, left = errors(experts(down), "lsq,ridge=1e-9", tmp_path, worker)
+    assert naive > 0.1
+    assert left < 1e-3
+
+
+def recurrent(op: str, attributes: str = "", *, state: bool = False, lengths: bool = False, hidden: bool = False) -> Net:
+    """Columns of x, or hidden units, some of which are sums (or copies) of others."""
+    count, units = GATES[op], 7
+    both = "bidirectional" in attributes
+    d = 2 if both else 1
+    w, r, b = weight(2, d, count * units, 8), weight(3, d, count * units, units), weight(4, d, 2 * count * units)
+    start = weight(6, d, 3, units)
+    if hidden:
+        for array in (w, r, b):
+            parted = array.reshape(d, -1, units, *array.shape[2:])
+            parted[:, :, 5] = parted[:, :, 2]
+        start[:, :, 5] = start[:, :, 2]
+    weights = {"w0": dependent(weight(1, 6, 8), 1, GONE), "w": w, "r": r, "b": b, "back": np.array([0, 0, -1])}
+    weights |= {"out": weight(5, d * units, 4)}
+    if state:
+        weights["start"] = start
+    if lengths:
+        weights["ends"] = np.array([4, 6, 1], np.int32)
+    body = (
+        f"h = MatMul(x, w0)\na = {op}<hidden_size = {units}{attributes}>(h, w, r, b, {'ends' if lengths else ''}, "
+        f"{'start' if state else ''})\nc = Transpose<perm = [0,2,1,3]>(a)\nd = Reshape(c, back)\ny = MatMul(d, out)"
+    )
+    where = ("r", 2) if hidden else ("w0", 1)
+    return Net("float[6,3,6] x", body, weights, (6, 3, 6), where, (5,) if hidden else GONE, feeds=64)
+
+
+VARIANTS: dict[str, dict[str, object]] = {
+    "": {},
+    ", forward, state": {"state": True},
+    ", reverse, state": {"attributes": ', direction = "reverse"', "state": True},
+    ", both": {"attributes": ', direction = "bidirectional"'},
+    ", both, state, lengths": {"attributes": ', direction = "bidirectional"', "state": True, "lengths": True},
+    ", reverse, lengths": {"attributes": ', direction = "reverse"', "lengths": True},
+}
+RECURRENT = [(op, name) for op in GATES for name in VARIANTS] + [("GRU linear", name) for name in VARIANTS]
+
+
+def variant(op: str, name: str, **more: bool) -> Net:
+    given = dict(VARIANTS[name])
+    attributes = str(given.pop("attributes", ""))
+    if op == "GRU linear":
+        attributes += ", linear_before_reset = 1"
+    return recurrent(op.split()[0], attributes, **given, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("op", "name"), RECURRENT)
+def test_inputs_that_are_sums_of_others_are_no_loss_to_a_recurrence(
+    op: str, name: str, tmp_path: Path, worker: Worker
+) -> None:
+    naive, left = errors(variant(op, name), "lsq,ridge=1e-9", tmp_path, worker)
+    assert naive > 0.05
+    assert left < 2e-3
+
+
+@pytest.mark.parametrize(("op", "name"), RECURRENT)
+def test_a_hidden_unit_that_is_there_twice_is_no_loss(op: str, name: str, tmp_path: Path, worker: Worker) -> None:
+    naive, left = errors(variant(op, name, hidden=True), "lsq,ridge=1e-9", tmp_path, worker)
+    assert naive > 0.01
+    assert left < 2e-3
+
+
+def attention(bias: bool, widths: str = "", bottom: str = "") -> Net:
+    total = 8 + 8 + 6 if widths else 24
+    weights = {"w0": dependent(weight(1, 6, 8), 1, GONE), "w": weight(2, 8, total), "b": weight(3, total)}
+    weights["wo"] = weight(4, 6 if widths else 8, 5)
+    text = f"com.microsoft.Attention<num_heads = 2{widths}>(h, w, {'b' if bias else ''})"
+    return Net("float[n,7,6] x", f"h = MatMul(x, w0)\na = {text}\ny = MatMul(a, wo)", weights, (5, 7, 6), ("w0", 1), GONE)
+
+
+@pytest.mark.parametrize(("bias", "widths"), [(True, ""), (True, ", qkv_hidden_sizes = [8,8,6]")])
+def test_inputs_that_are_sums_of_others_are_no_loss_to_attention(
+    bias: bool, widths: str, tmp_path: Path, worker: Worker
+) -> None:
+    naive, left = errors(attention(bias, widths), "lsq,ridge=1e-9", tmp_path, worker)
+    assert naive > 0.05
+    assert left < 1e-3
