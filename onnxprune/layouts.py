@@ -437,14 +437,13 @@ class Gates(_Plain):
     """Some gates of a recurrent operator: W (directions, gates hidden, i) of its input, R of its state.
 
     The result (n, t, directions, gates hidden) is no value of a graph: what activations get. Each direction is a group.
-    Of all `count` gates these are the `chosen` ones. The input is (t, n, i), or (n, t, i) with `batch_first`; the state
-    has `of_state` and is (n, t, directions, hidden).
+    Of all `count` gates these are the `chosen` ones. The input is (t, n, i); the state, with `of_state`, is
+    (n, t, directions, hidden).
     """
 
     count: int
     chosen: tuple[int, ...]
     of_state: bool = False
-    batch_first: bool = False
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -490,30 +489,29 @@ class Gates(_Plain):
         """See Layout; one group for all directions where they read the same."""
         if self.of_state:
             return np.asarray(x.reshape(-1, *x.shape[2:])[chosen].swapaxes(0, 1).astype(np.float32))
-        x = x if self.batch_first else x.swapaxes(0, 1)
-        return np.asarray(x.reshape(-1, x.shape[2])[chosen][None].astype(np.float32))
+        return np.asarray(x.swapaxes(0, 1).reshape(-1, x.shape[2])[chosen][None].astype(np.float32))
 
     def shape(self, x: Shape, weight: Shape) -> Shape:
         """See Layout."""
-        n, t = x[:2] if self.of_state or self.batch_first else x[1::-1]
+        n, t = x[:2] if self.of_state else x[1::-1]
         return n, t, weight[0], weight[1] // self.count * len(self.chosen)
 
 
 def before(y: Array, initial: Array | None, lengths: Array | None, backward: Sequence[bool]) -> Array:
-    """What each step of a recurrent operator gets from the one before it, of what all steps hand on.
+    """What each step of a recurrent operator gets from the one before it: (n, t, directions, hidden).
 
-    y and result (n, t, directions, hidden), initial (n, directions, hidden), lengths (n). What lies behind the end of
-    a sequence has no meaning.
+    y (t, directions, n, hidden) is what all steps hand on, initial (directions, n, hidden), lengths (n). What lies
+    behind the end of a sequence has no meaning.
     """
-    n, t, directions, hidden = y.shape
-    start = np.zeros((n, directions, hidden), y.dtype) if initial is None else initial
-    ends = np.full(n, t) if lengths is None else lengths
-    found = np.empty_like(y)
+    t, directions, n, hidden = y.shape
+    start = np.zeros((directions, n, hidden), y.dtype) if initial is None else initial
+    found = np.empty((n, t, directions, hidden), y.dtype)
     for d, turned in enumerate(backward):
+        own = y[:, d].swapaxes(0, 1)
         if turned:
-            found[:, :-1, d] = y[:, 1:, d]
-            found[np.arange(n), np.maximum(ends, 1) - 1, d] = start[:, d]
+            found[:, :-1, d] = own[:, 1:]
+            found[np.arange(n), t - 1 if lengths is None else np.maximum(lengths, 1) - 1, d] = start[d]
         else:
-            found[:, 1:, d] = y[:, :-1, d]
-            found[:, 0, d] = start[:, d]
+            found[:, 1:, d] = own[:, :-1]
+            found[:, 0, d] = start[d]
     return found

@@ -94,7 +94,6 @@ class State:
     y: str
     initial: str
     lengths: str
-    batch_first: bool
     backward: tuple[bool, ...]
     x: str = ""
     reset: tuple[Operator, ...] = ()
@@ -106,10 +105,7 @@ class State:
 
     def of(self, values: Mapping[str, Array], array: Callable[[Slot], Array]) -> Array:
         """The state, from values of the graph and what is stored."""
-        y, initial = values[self.y], values.get(self.initial)
-        y = y if self.batch_first else y.transpose(2, 0, 1, 3)
-        initial = initial if initial is None or self.batch_first else initial.swapaxes(0, 1)
-        state = before(y, initial, values.get(self.lengths), self.backward)
+        state = before(values[self.y], values.get(self.initial), values.get(self.lengths), self.backward)
         if not self.reset:
             return state
         n, t, directions, hidden = state.shape
@@ -284,23 +280,23 @@ def _recurrent(node: ir.Node, given: _Given) -> Iterator[Site]:
     weights = [_weight(node, k, given.coded, given.untied) for k in (1, 2)]
     biased = len(node.inputs) > 3 and node.inputs[3] is not None
     kept = [stored(node.inputs[3])] if biased else []
-    if x is None or x.const_value is not None or any(order for _, _, order in weights):
-        return
+    attrs: Mapping[str, Any] = attributes(node)
+    if x is None or x.const_value is not None or any(order for _, _, order in weights) or attrs.get("layout", 0):
+        return  # ONNX Runtime has no operator with the batch first
     if any(value is None or str(value.name) in given.stays for value in (*(w for w, _, _ in weights), *kept)):
         return
-    attrs: Mapping[str, Any] = attributes(node)
     mask, columns = given.keep(Axis(name, 3)), given.keep(Axis(str(x.name), 2))
     direction = str(_text(attrs.get("direction", "forward")))
     backward = {"forward": (False,), "reverse": (True,)}.get(direction, (False, True))
     activations = [_text(each) for each in attrs.get("activations", ())]
-    first, source = bool(attrs.get("layout", 0)), given.readers.get((name, 0), str(x.name))
+    source = given.readers.get((name, 0), str(x.name))
     initial, lengths = (given.readers.get((name, k), "") for k in (5, 4))
     bias = (name, 3) if biased else None
-    state = State(name, initial, lengths, first, backward)
+    state = State(name, initial, lengths, backward)
     left = [(((axis, np.flatnonzero(m)),) if not m.all() else (), not m.all()) for axis, m in ((2, columns), (3, mask))]
 
     def operators(gates: tuple[int, ...], of: State) -> tuple[Operator, Operator]:
-        reads, hands = (Gates(count, gates, of_state, first) for of_state in (False, True))
+        reads, hands = (Gates(count, gates, of_state) for of_state in (False, True))
         return (
             Operator(name, reads, str(x.name), weights[0][1], bias, (), *left[0], source=source),
             Operator(name, hands, "", weights[1][1], bias, (), *left[1], source=of),

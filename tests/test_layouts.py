@@ -13,6 +13,7 @@ import pytest
 from onnx import numpy_helper, parser
 
 from onnxprune.analysis import Analysis
+from onnxprune.reading import serialized
 from onnxprune.recipe import Options
 from onnxprune.recovery import Recovery
 from onnxprune.types import Group, Plan
@@ -82,8 +83,6 @@ def group_of(analysis: Analysis, initializer: str, axis: int) -> Group:
 
 def errors(net: Net, how: str, folder: Path, worker: Worker) -> tuple[float, float]:
     """Relative errors on fresh inputs of what is pruned, and of what is repaired."""
-    from onnxprune.reading import serialized
-
     analysis = Analysis(save(net, folder), remove=("all",))
     group = group_of(analysis, *net.slice)
     keep = np.ones(len(group.units), np.bool_)
@@ -120,14 +119,18 @@ def convolved(attributes: str, kernel: tuple[int, ...], outputs: int, groups: in
     one = weight(1, channels, 6, *[1] * len(kernel))
     gone = GONE if groups == 1 else (1, 2)
     body = f"h = Conv(x, w0)\ny = ConvTranspose{attributes}(h, w, b)"
-    weights = {"w0": dependent(one, 0, GONE), "w": weight(2, channels, outputs, *kernel), "b": weight(3, outputs * groups)}
+    weights = {
+        "w0": dependent(one, 0, GONE),
+        "w": weight(2, channels, outputs, *kernel),
+        "b": weight(3, outputs * groups),
+    }
     shape = (4, 6, *size)
     return Net(f"float[n,6,{','.join(map(str, size))}] x", body, weights, shape, ("w0", 0), gone)
 
 
 TRANSPOSED = {
     "1-D": convolved("", (3,), 5, 1, (9,)),
-    "1-D, strides, pads, output padding": convolved("<strides = [3], pads = [2,0], output_padding = [1]>", (4,), 5, 1, (9,)),
+    "1-D, uneven": convolved("<strides = [3], pads = [2,0], output_padding = [1]>", (4,), 5, 1, (9,)),
     "2-D, strides": convolved("<strides = [2,2]>", (2, 2), 5, 1, (5, 4)),
     "2-D, dilations, pads": convolved("<dilations = [2,1], pads = [1,0,2,1], strides = [1,2]>", (3, 2), 5, 1, (5, 4)),
     "2-D, auto pad": convolved('<auto_pad = "SAME_UPPER", strides = [2,3]>', (3, 4), 5, 1, (5, 4)),
@@ -141,7 +144,7 @@ def test_channels_that_are_sums_of_others_are_no_loss_to_a_transposed_convolutio
 ) -> None:
     naive, left = errors(TRANSPOSED[name], "lsq,ridge=1e-9", tmp_path, worker)
     assert naive > 0.1
-    assert left < 1e-3
+    assert left < 1e-5
 
 
 def stacked(text: str, read: str, shape: tuple[int, ...], inner: int) -> Net:
@@ -164,7 +167,7 @@ STACKS = {
 def test_columns_that_are_sums_of_others_are_no_loss_to_a_stack(name: str, tmp_path: Path, worker: Worker) -> None:
     naive, left = errors(STACKS[name], "lsq,ridge=1e-9", tmp_path, worker)
     assert naive > 0.1
-    assert left < 1e-3
+    assert left < 1e-5
 
 
 def experts(down: str) -> Net:
@@ -179,10 +182,12 @@ def experts(down: str) -> Net:
 def test_each_expert_takes_over_what_its_own_neurons_did(down: str, tmp_path: Path, worker: Worker) -> None:
     naive, left = errors(experts(down), "lsq,ridge=1e-9", tmp_path, worker)
     assert naive > 0.1
-    assert left < 1e-3
+    assert left < 1e-5
 
 
-def recurrent(op: str, attributes: str = "", *, state: bool = False, lengths: bool = False, hidden: bool = False) -> Net:
+def recurrent(
+    op: str, attributes: str = "", *, state: bool = False, lengths: bool = False, hidden: bool = False
+) -> Net:
     """Columns of x, or hidden units, some of which are sums (or copies) of others."""
     count, units = GATES[op], 7
     both = "bidirectional" in attributes
@@ -233,14 +238,14 @@ def test_inputs_that_are_sums_of_others_are_no_loss_to_a_recurrence(
 ) -> None:
     naive, left = errors(variant(op, name), "lsq,ridge=1e-9", tmp_path, worker)
     assert naive > 0.05
-    assert left < 2e-3
+    assert left < 1e-5
 
 
 @pytest.mark.parametrize(("op", "name"), RECURRENT)
 def test_a_hidden_unit_that_is_there_twice_is_no_loss(op: str, name: str, tmp_path: Path, worker: Worker) -> None:
     naive, left = errors(variant(op, name, hidden=True), "lsq,ridge=1e-9", tmp_path, worker)
     assert naive > 0.01
-    assert left < 2e-3
+    assert left < 1e-5
 
 
 def attention(bias: bool, widths: str = "", bottom: str = "") -> Net:
@@ -248,7 +253,9 @@ def attention(bias: bool, widths: str = "", bottom: str = "") -> Net:
     weights = {"w0": dependent(weight(1, 6, 8), 1, GONE), "w": weight(2, 8, total), "b": weight(3, total)}
     weights["wo"] = weight(4, 6 if widths else 8, 5)
     text = f"com.microsoft.Attention<num_heads = 2{widths}>(h, w, {'b' if bias else ''})"
-    return Net("float[n,7,6] x", f"h = MatMul(x, w0)\na = {text}\ny = MatMul(a, wo)", weights, (5, 7, 6), ("w0", 1), GONE)
+    return Net(
+        "float[n,7,6] x", f"h = MatMul(x, w0)\na = {text}\ny = MatMul(a, wo)", weights, (5, 7, 6), ("w0", 1), GONE
+    )
 
 
 @pytest.mark.parametrize(("bias", "widths"), [(True, ""), (True, ", qkv_hidden_sizes = [8,8,6]")])
@@ -257,4 +264,4 @@ def test_inputs_that_are_sums_of_others_are_no_loss_to_attention(
 ) -> None:
     naive, left = errors(attention(bias, widths), "lsq,ridge=1e-9", tmp_path, worker)
     assert naive > 0.05
-    assert left < 1e-3
+    assert left < 1e-5
