@@ -319,9 +319,9 @@ class Problem:
     x float32[groups, rows, columns], weight float64[groups, columns, outputs] as it is, wanted and current
     float32[rows, groups * outputs]; `held_out` bool[rows] is not to be fitted to. Readers see only what lies between
     `bounds`. With `intercept` a constant may be added as well. `ridge` is a damping that was found before. `patch`
-    columns in a row belong to one channel. Where there is one group, `runs` int64[n, m] are columns of which some are
-    to go in each output, unless they are in `stays` bool[columns, outputs]; `keep` bool[groups, columns, outputs] are
-    the weights that are left.
+    columns in a row belong to one channel. `runs` int64[n, m] are columns of each group of which some are to go in each
+    output, unless they are in `stays` bool[columns, groups * outputs]; `keep` bool[groups, columns, outputs] are the
+    weights that are left.
     """
 
     x: Array

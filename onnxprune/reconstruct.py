@@ -85,33 +85,34 @@ class Thinning:
         """Choose what goes, and let the rest take over; then the repair of what is kept."""
         if problem.runs is None or problem.stays is None:
             return self.repair.solve(problem) if self.repair is not None else None
+        groups, _, columns = problem.x.shape
+        stays = problem.stays.reshape(columns, groups, -1).swapaxes(0, 1)
+        thinned = [self._thin(problem, g, stays[g]) for g in range(groups)]
+        left, keep = (np.stack([each[k] for each in thinned]) for k in (0, 1))
+        first = Solution(left - problem.weight, np.concatenate([each[2] for each in thinned]), 0.0, keep)
+        if self.repair is None:
+            return first
+        current = problem.current + first.predict(problem.x)
+        more = self.repair.solve(replace(problem, weight=left, current=current, keep=keep, runs=None))
+        if more is None:
+            return first
+        weight = np.where(stays, 0, first.weight + more.weight)
+        return Solution(weight, first.shift + more.shift, more.ridge, keep)
+
+    def _thin(self, problem: Problem, group: int, stays: Mask) -> tuple[Array, Mask, Array]:
+        """(what is left of a group's weight, which weights that is, the shift that makes up for the means)."""
+        assert problem.runs is not None
         first = problem.runs.reshape(-1)
         order = np.concatenate([first, np.setdiff1d(np.arange(problem.x.shape[2]), first)])
-        x, weight = problem.x[0], problem.weight[0]
-        intercept = problem.intercept and self.repair is not None
-        moments = Regression(x, intercept)
+        x, weight = problem.x[group], problem.weight[group]
+        moments = Regression(x, problem.intercept and self.repair is not None)
         size = np.sqrt(np.mean(np.square(x), axis=0, dtype=np.float64))
-        seen = Runs(weight[order], self.n, self.m, len(problem.runs), problem.stays[order], size[order],
+        seen = Runs(weight[order], self.n, self.m, len(problem.runs), stays[order], size[order],
                     moments.moments[np.ix_(order, order)])  # fmt: skip
         found = self.sparsifier.thin(seen)
         back = np.argsort(order)
         left, keep = found.weight[back], found.keep[back]
-        change = left - weight
-        thinned = Solution(change[None], -(moments.mean @ change), 0.0, keep[None])
-        if self.repair is None:
-            return thinned
-        after = replace(
-            problem,
-            weight=left[None],
-            current=problem.current + thinned.predict(problem.x),
-            keep=keep[None],
-            runs=None,
-        )
-        more = self.repair.solve(after)
-        if more is None:
-            return thinned
-        weight = np.where(problem.stays, 0, thinned.weight + more.weight)
-        return Solution(weight, thinned.shift + more.shift, more.ridge, keep[None])
+        return left, keep, -(moments.mean @ (left - weight))
 
 
 # In the parent -------------------------------------------------------------------------------------------------------
@@ -557,7 +558,7 @@ def _by_outputs(problem: Problem, most: float) -> Iterator[tuple[slice, Problem]
 
 def _runs(parts: Sequence[_Part], thin: Thinning) -> tuple[Positions | None, Mask | None]:
     """(int64[runs, m], bool[columns, outputs] that must stay) of the columns of all parts side by side."""
-    if parts[0].groups != 1 or not any(part.operator.weight in thin.slots for part in parts):
+    if not any(part.operator.weight in thin.slots for part in parts):
         return None, None
     found = []
     stays = np.zeros((sum(part.x.shape[2] for part in parts), parts[0].outputs), np.bool_)

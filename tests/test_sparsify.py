@@ -328,16 +328,40 @@ def test_the_surgeon_is_better_than_magnitude(net: Path, data: Path, tmp_path: P
 
 
 def test_what_cannot_be_fitted_is_thinned_out_by_magnitude(tmp_path: Path, data: Path) -> None:
-    body = """a = Conv<auto_pad = "SAME_UPPER">(x, w0)
+    body = """w = Cast<to = 1>(w0)
+        a = MatMul(x, w)
         b = Relu(a)
-        c = Conv(b, w1)
-        d = GlobalAveragePool(c)
-        y = Flatten(d)"""
-    path = write(tmp_path, body, {"w0": (8, 4, 3, 3), "w1": (5, 8, 1, 1)}, inputs="float[n,4,6,6] x")
-    np.savez(data, x=np.random.default_rng(0).standard_normal((90, 4, 6, 6)).astype(np.float32))
+        y = MatMul(b, w1)"""
+    stored = np.random.default_rng(0).standard_normal((12, 16)).astype(np.float64)
+    path = write(tmp_path, body, {"w0": stored, "w1": (16, 5)}, inputs="float[n,12] x", outputs="float[n,5] y")
+    np.savez(data, x=np.random.default_rng(0).standard_normal((90, 12)).astype(np.float32))
     result = sparsify(path, tmp_path / "s.onnx", calibration=str(data), measure=False)
     assert [layer.criterion for layer in result.report.sparsity.layers] == ["nm-mag", "nm-sparsegpt"]
     assert any("1 layers were thinned out by nm-mag" in text for text in result.report.warnings)
+
+
+@pytest.mark.parametrize("one", [False, True])
+def test_each_matrix_of_a_stack_has_the_pattern_and_is_fitted(one: bool, tmp_path: Path) -> None:
+    """With one input for all matrices, and with one for each."""
+    body = "e = Concat<axis = 1>(x, z)\na = MatMul(e, w0)\nb = Relu(a)\ny = MatMul(b, w1)"
+    body = body.replace("Concat<axis = 1>(x, z)", "Identity(x)") if one else body
+    shapes: dict = {"w0": (2, 12, 16), "w1": (2, 16, 5)}
+    inputs = "float[n,1,7,12] x" if one else "float[n,1,7,12] x, float[n,1,7,12] z"
+    path = write(tmp_path, body, shapes, inputs=inputs, outputs="float[n,2,7,5] y")
+    rng = np.random.default_rng(1)
+    mixed = rng.standard_normal((2, 40, 1, 7, 4)) @ rng.standard_normal((2, 1, 1, 4, 12))
+    x, z = (mixed + 0.1 * rng.standard_normal(mixed.shape)).astype(np.float32)
+    np.savez(tmp_path / "d.npz", **({"x": x} if one else {"x": x, "z": z}))
+    left = {}
+    for how in ("none", "admm"):
+        out = tmp_path / f"{how}.onnx"
+        options: dict = {"criterion": "nm-mag"} if how == "none" else {}
+        result = sparsify(path, out, reconstruct=how, calibration=str(tmp_path / "d.npz"), measure=False, **options)
+        assert all(layer.sparse for layer in result.report.sparsity.layers)
+        assert all(holds(arrays(out)[name], 1) for name in shapes)
+        left[how] = error(path, out, tmp_path / "d.npz")
+    assert {layer.criterion for layer in result.report.sparsity.layers} == {"nm-sparsegpt"}
+    assert left["admm"] < 0.5 * left["none"]
 
 
 def test_a_super_weight_stays(tmp_path: Path) -> None:
