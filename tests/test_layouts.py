@@ -40,11 +40,15 @@ class Net:
     slice: tuple[str, int]
     gone: tuple[int, ...]
     feeds: int = 24
-    others: dict[str, np.ndarray] | None = None
+    rank: int = 0
 
     def feed(self, seed: int) -> dict[str, np.ndarray]:
-        x = np.random.default_rng([7, seed]).standard_normal(self.x).astype(np.float32)
-        return {"x": x, **(self.others or {})}
+        """Normal numbers; with a `rank` nearly in a space of so many dimensions."""
+        x = np.random.default_rng([7, seed]).standard_normal(self.x)
+        if self.rank:
+            mix = np.random.default_rng(8).standard_normal((self.rank, self.x[-1]))
+            x = x[..., : self.rank] @ mix + 0.1 * x
+        return {"x": x.astype(np.float32)}
 
 
 def weight(seed: int, *shape: int) -> np.ndarray:
@@ -265,3 +269,93 @@ def test_inputs_that_are_sums_of_others_are_no_loss_to_attention(
     naive, left = errors(attention(bias, widths), "lsq,ridge=1e-9", tmp_path, worker)
     assert naive > 0.05
     assert left < 1e-5
+
+
+# Outputs that go, and those behind them ------------------------------------------------------------------------------
+
+
+def behind(op: str, weights: dict[str, np.ndarray], where: tuple[str, int], gone: tuple[int, ...]) -> Net:
+    """A layer that loses some units, the operator in the middle of which the input is now another, and a last one."""
+    body = f"h0 = MatMul(x, w0)\nh1 = Add(h0, b0)\nh = Relu(h1)\n{op}\ny = MatMul(s, w9)"
+    weights = {"w0": weight(1, 6, 16), "b0": weight(2, 16), **weights}
+    return Net("float[n,7,6] x", body, weights, (6, 7, 6), where, gone, feeds=48, rank=3)
+
+
+NORM = {"g": weight(20, 10) + 1, "shift": weight(21, 10), "mean": weight(22, 10), "var": weight(23, 10) ** 2 + 0.5}
+AXIS = {"axis": np.array([1]), "apart": np.array([0, 0, 4, 4]), "flat": np.array([0, 0, -1])}
+LOST = (0, 3, 5, 8, 9, 13)
+MIDDLE = {
+    "ConvTranspose, BatchNormalization": behind(
+        "t = Transpose<perm = [0,2,1]>(h)\nc = ConvTranspose<strides = [2]>(t, w, b)\n"
+        "n = BatchNormalization(c, g, shift, mean, var)\nr = Relu(n)\ns = Transpose<perm = [0,2,1]>(r)",
+        {"w": weight(41, 16, 10, 3), "b": weight(5, 10), **NORM, "w9": weight(6, 10, 3)}, ("w0", 1), LOST,
+    ),
+    "grouped ConvTranspose": behind(
+        "t = Transpose<perm = [0,2,1]>(h)\nc = ConvTranspose<group = 2, pads = [1,0]>(t, w)\n"
+        "n = BatchNormalization(c, g, shift, mean, var)\nr = Relu(n)\ns = Transpose<perm = [0,2,1]>(r)",
+        {"w": weight(4, 16, 5, 3), **NORM, "w9": weight(6, 10, 3)}, ("w0", 1), (0, 3, 5),
+    ),
+    "a sum of grouped convolutions": behind(
+        "t = Transpose<perm = [0,2,1]>(h)\nc = Conv<group = 2, pads = [1,1]>(t, w, b)\n"
+        "d = Conv<group = 2>(t, u)\ne = Add(c, d)\nr = Relu(e)\ns = Transpose<perm = [0,2,1]>(r)",
+        {"w": weight(4, 10, 8, 3), "u": weight(7, 10, 8, 1), "b": weight(5, 10), "w9": weight(6, 10, 3)},
+        ("w0", 1), (0, 3, 5),
+    ),
+    "Conv, padded to the same size": behind(
+        't = Transpose<perm = [0,2,1]>(h)\nc = Conv<auto_pad = "SAME_UPPER", strides = [2]>(t, w, b)\nr = Relu(c)\n'
+        "s = Transpose<perm = [0,2,1]>(r)",
+        {"w": weight(4, 10, 16, 4), "b": weight(5, 10), "w9": weight(6, 10, 3)}, ("w0", 1), LOST,
+    ),
+    "FusedConv with a sum": behind(
+        't = Transpose<perm = [0,2,1]>(h)\nz = Conv(t, u)\nc = com.microsoft.FusedConv<activation = "Relu", '
+        "pads = [1,1]>(t, w, b, z)\ns = Transpose<perm = [0,2,1]>(c)",
+        {"w": weight(4, 10, 16, 3), "b": weight(5, 10), "u": weight(7, 10, 16, 1), "w9": weight(6, 10, 3)},
+        ("w0", 1), LOST,
+    ),
+    "FusedGemm": behind(
+        'f = ReduceMean<keepdims = 0>(h, axis)\ns = com.microsoft.FusedGemm<transB = 1, activation = "Relu">(f, w, b)',
+        {"w": weight(4, 10, 16), "b": weight(5, 10), "w9": weight(6, 10, 3), **AXIS}, ("w0", 1), LOST,
+    ),
+    "experts": behind(
+        "e = Unsqueeze(h, axis)\na = MatMul(e, w)\nc = Add(a, b)\nd = Relu(c)\nf = MatMul(d, u)\n"
+        "s = ReduceMean<keepdims = 0>(f, axis)",
+        {"w": weight(4, 3, 16, 10), "b": weight(5, 3, 1, 10), "u": weight(7, 3, 10, 8), "w9": weight(6, 8, 3), **AXIS},
+        ("w0", 1), LOST,
+    ),
+    "experts that lose neurons": behind(
+        "e = Unsqueeze(h, axis)\na = MatMul(e, w)\nc = Add(a, b)\nd = Relu(c)\nf = MatMul(d, u)\n"
+        "s = ReduceMean<keepdims = 0>(f, axis)",
+        {"w": weight(4, 3, 16, 10), "b": weight(5, 3, 1, 10), "u": weight(7, 3, 10, 8), "w9": weight(6, 8, 3), **AXIS},
+        ("w", 2), (0, 3, 5),
+    ),
+    "Attention": behind(
+        "s = com.microsoft.Attention<num_heads = 2>(h, w, b)",
+        {"w": weight(4, 16, 24), "b": weight(5, 24), "w9": weight(6, 8, 3)}, ("w0", 1), LOST,
+    ),
+    **{
+        f"{op}{more}": behind(
+            f"t = Transpose<perm = [1,0,2]>(h)\na = {op}<hidden_size = 9, direction = \"bidirectional\"{more}>(t, w, r, b)\n"
+            "c = Transpose<perm = [2,0,1,3]>(a)\ns = Reshape(c, flat)",
+            {"w": weight(4, 2, k * 9, 16), "r": weight(5, 2, k * 9, 9), "b": weight(6, 2, 2 * k * 9), **AXIS,
+             "w9": weight(7, 18, 3)},
+            where, LOST if where[0] == "w0" else (0, 4, 6, 7),
+        )
+        for op, k in GATES.items()
+        for more in ("", *([", linear_before_reset = 1"] if op == "GRU" else []))
+        for where in (("w0", 1),)
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIDDLE)
+def test_repair_of_whole_nets(name: str, tmp_path: Path, worker: Worker) -> None:
+    naive, left = errors(MIDDLE[name], "sequential", tmp_path, worker)
+    assert naive > 0.1
+    assert left < (0.5 if "grouped" in name else 0.3) * naive  # groups leave less to fit with
+
+
+@pytest.mark.parametrize("how", ["lsq", "obs-struct", "obs-block", "bias-comp", "mask-tune", "admm", "obspa"])
+@pytest.mark.parametrize("name", ["ConvTranspose, BatchNormalization", "experts", "LSTM", "GRU", "Attention"])
+def test_every_way_to_repair_knows_every_family(name: str, how: str, tmp_path: Path, worker: Worker) -> None:
+    naive, left = errors(MIDDLE[name], how, tmp_path, worker)
+    assert left < naive
