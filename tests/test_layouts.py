@@ -12,10 +12,15 @@ import onnxruntime as ort
 import pytest
 from onnx import numpy_helper, parser
 
+from onnxprune import plugin
+from onnxprune.allocate import sites_of
 from onnxprune.analysis import Analysis
+from onnxprune.calibrate import collect
+from onnxprune.evidence import evidence
 from onnxprune.reading import serialized
 from onnxprune.recipe import Options
 from onnxprune.recovery import Recovery
+from onnxprune.sites import Site
 from onnxprune.types import Group, Plan
 from onnxprune.worker import Worker
 
@@ -68,6 +73,10 @@ def save(net: Net, folder: Path, outputs: str = "float y") -> Path:
     return folder / "m.onnx"
 
 
+def analysed(net: Net, folder: Path) -> Analysis:
+    return Analysis(save(net, folder), remove=("all",))
+
+
 def run(model: onnx.ModelProto | bytes | str, feeds: list[dict[str, np.ndarray]]) -> np.ndarray:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
@@ -87,7 +96,7 @@ def group_of(analysis: Analysis, initializer: str, axis: int) -> Group:
 
 def errors(net: Net, how: str, folder: Path, worker: Worker) -> tuple[float, float]:
     """Relative errors on fresh inputs of what is pruned, and of what is repaired."""
-    analysis = Analysis(save(net, folder), remove=("all",))
+    analysis = analysed(net, folder)
     group = group_of(analysis, *net.slice)
     keep = np.ones(len(group.units), np.bool_)
     keep[list(net.gone)] = False
@@ -334,15 +343,15 @@ MIDDLE = {
     ),
     **{
         f"{op}{more}": behind(
-            f"t = Transpose<perm = [1,0,2]>(h)\na = {op}<hidden_size = 9, direction = \"bidirectional\"{more}>(t, w, r, b)\n"
+            "t = Transpose<perm = [1,0,2]>(h)\n"
+            f'a = {op}<hidden_size = 9, direction = "bidirectional"{more}>(t, w, r, b)\n'
             "c = Transpose<perm = [2,0,1,3]>(a)\ns = Reshape(c, flat)",
             {"w": weight(4, 2, k * 9, 16), "r": weight(5, 2, k * 9, 9), "b": weight(6, 2, 2 * k * 9), **AXIS,
              "w9": weight(7, 18, 3)},
-            where, LOST if where[0] == "w0" else (0, 4, 6, 7),
+            ("w0", 1), LOST,
         )
         for op, k in GATES.items()
         for more in ("", *([", linear_before_reset = 1"] if op == "GRU" else []))
-        for where in (("w0", 1),)
     },
 }  # fmt: skip
 
@@ -359,3 +368,60 @@ def test_repair_of_whole_nets(name: str, tmp_path: Path, worker: Worker) -> None
 def test_every_way_to_repair_knows_every_family(name: str, how: str, tmp_path: Path, worker: Worker) -> None:
     naive, left = errors(MIDDLE[name], how, tmp_path, worker)
     assert left < naive
+
+
+# Sites and readers ---------------------------------------------------------------------------------------------------
+
+
+def names(net: Net, folder: Path, stays: tuple[str, ...] = ()) -> dict[str, Site]:
+    """The sites of a model of which nothing goes."""
+    analysis = analysed(net, folder)
+    found = sites_of(analysis, Plan({}), analysis.rewrite(Plan({})), stays)
+    return {site.value: site for site in found}
+
+
+def test_sums_inside_of_recurrent_operators(tmp_path: Path) -> None:
+    """What a reset gate does to the state is only known where it is a sigmoid; what a user wants to keep is no site."""
+    assert [*names(recurrent("LSTM"), tmp_path)] == ["h", "a gates", "y"]
+    assert [*names(recurrent("LSTM"), tmp_path, ("r",))] == ["h", "y"]
+    assert [*names(recurrent("GRU"), tmp_path)] == ["h", "a gates", "a candidate", "y"]
+    assert [*names(recurrent("GRU", ', activations = ["HardSigmoid", "Tanh"]'), tmp_path)] == ["h", "a gates", "y"]
+    apart = names(recurrent("GRU", ", linear_before_reset = 1"), tmp_path)
+    assert [*apart] == ["h", "a gates", "a candidate of the input", "a candidate of the state", "y"]
+    assert names(recurrent("RNN", ', activations = ["Relu"]'), tmp_path)["a gates"].bounds == (0.0, np.inf)
+    assert names(recurrent("RNN"), tmp_path)["a gates"].bounds == (-np.inf, np.inf)
+
+
+def test_sums_inside_of_fused_operators(tmp_path: Path) -> None:
+    found = names(MIDDLE["FusedConv with a sum"], tmp_path)
+    assert found["c inside"].rest == ("z",)
+    assert found["c inside"].bounds == (0.0, np.inf)
+    assert found["z"].dense == "z"
+    assert not found["c inside"].dense
+
+
+def test_criteria_see_what_recurrences_and_transposed_convolutions_read(tmp_path: Path, worker: Worker) -> None:
+    def readers(net: Net) -> tuple[dict[str, plugin.Reader], Group]:
+        analysis = analysed(net, tmp_path)
+        feeds = [net.feed(k) for k in range(net.feeds)]
+        group = group_of(analysis, *net.slice)
+        model = analysis.prepared.model
+        seen = evidence(analysis, [group], 0, lambda wanted: collect(worker, model, feeds, wanted), 1 << 28)
+        return {reader.node: reader for reader in seen.readers(group)}, group
+
+    net = recurrent("GRU", ', direction = "bidirectional"', hidden=True)
+    found, group = readers(net)
+    assert set(found) == {"a", "y"}
+    assert found["a"].weight.shape == (7, 2 * 3 * 7)
+    np.testing.assert_allclose(found["a"].weight[4], net.weights["r"][:, :, 4].reshape(-1), rtol=1e-6)
+    text = save(net, tmp_path)
+    model = onnx.load(text)
+    model.graph.output.append(onnx.ValueInfoProto(name="a"))
+    session = ort.InferenceSession(model.SerializeToString())
+    states = np.concatenate([session.run(["a"], net.feed(k))[0].reshape(-1, 7) for k in range(net.feeds)])
+    np.testing.assert_allclose(found["a"].mean_square, (states.astype(np.float64) ** 2).mean(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(found["a"].uncentred, states.T @ states / len(states), rtol=1e-2, atol=1e-4)
+    found, group = readers(TRANSPOSED["2-D, strides"])
+    assert found["y"].weight.shape == (8, 5 * 4)
+    assert found["y"].columns.shape == (len(group.units), 1)
+    assert np.isfinite(found["y"].energy())
