@@ -51,8 +51,8 @@ class Operator:
     """A linear operator whose weight is stored for it alone.
 
     `left` has (axis, positions) of the dense operator's input that are left, where some are not; `lost` says that
-    columns went, and not only whole groups. `x` is the node's input `reads`, `source` what the dense one has
-    there; without an `x` what the dense one has is read in either case.
+    columns went, and not only whole groups. `x` is the node's input `reads`, `source` what the dense one has there;
+    without an `x` what the dense one has is read in either case.
     """
 
     node: str
@@ -327,18 +327,22 @@ def _text(given: object) -> str:
 
 def fitting(graph: ir.Graph, shapes: Mapping[str, Shape]) -> int:
     """MACs that fitting all operators of a model takes for each row: second moments, and products with the targets."""
-    count = 0
-    for node in graph:
-        for k in _may_weigh(node):
-            weight = stored(node.inputs[k]) if len(node.inputs) > 1 else None
-            x = shapes.get(str(node.inputs[1 - k].name)) if node.inputs[1 - k] is not None else None  # type: ignore[union-attr]
-            if weight is None or x is None or len(_shape(weight)) < 2:
-                continue
-            layout = _layout(node, k, x, _shape(weight))
+    return sum(
+        groups * columns * (columns + 4 * outputs) for node in graph for groups, columns, outputs in _fits(node, shapes)
+    )
+
+
+def _fits(node: ir.Node, shapes: Mapping[str, Shape]) -> Iterator[tuple[int, int, int]]:
+    """(groups, columns, outputs) of the matrices that a node multiplies by."""
+    weights = [_shape(value) if (value := stored(each)) is not None else () for each in node.inputs[:3]]
+    if node.op_type in GATES and len(weights) > 2 and len(weights[1]) == len(weights[2]) == 3:
+        yield weights[1][0], weights[1][2] + weights[2][2], weights[1][1]
+    for k in _may_weigh(node) if len(weights) > 1 else ():
+        x = node.inputs[1 - k]
+        if x is not None and len(weights[k]) > 1 and str(x.name) in shapes:
+            layout = _layout(node, k, shapes[str(x.name)], weights[k])
             if layout is not None:
-                groups, columns, outputs = layout.sizes(_shape(weight))
-                count += groups * columns * (columns + 4 * outputs)
-    return count
+                yield layout.sizes(weights[k])
 
 
 def _apart(operators: Sequence[Operator]) -> tuple[Operator, ...]:

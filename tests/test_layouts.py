@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 from onnx import numpy_helper, parser
 
-from onnxprune import plugin
+from onnxprune import plugin, prune
 from onnxprune.allocate import sites_of
 from onnxprune.analysis import Analysis
 from onnxprune.calibrate import collect
@@ -254,6 +254,15 @@ def test_inputs_that_are_sums_of_others_are_no_loss_to_a_recurrence(
     assert left < 1e-5
 
 
+@pytest.mark.parametrize("op", GATES)
+def test_a_recurrence_of_which_only_the_last_state_is_read(op: str, tmp_path: Path, worker: Worker) -> None:
+    net = recurrent(op, hidden=True)
+    body = f"h = MatMul(x, w0)\n, last = {op}<hidden_size = 7>(h, w, r, b)\ny = MatMul(last, out)"
+    naive, left = errors(replace(net, body=body), "lsq,ridge=1e-9", tmp_path, worker)
+    assert naive > 0.01
+    assert left < 1e-5
+
+
 @pytest.mark.parametrize(("op", "name"), RECURRENT)
 def test_a_hidden_unit_that_is_there_twice_is_no_loss(op: str, name: str, tmp_path: Path, worker: Worker) -> None:
     naive, left = errors(variant(op, name, hidden=True), "lsq,ridge=1e-9", tmp_path, worker)
@@ -425,3 +434,20 @@ def test_criteria_see_what_recurrences_and_transposed_convolutions_read(tmp_path
     assert found["y"].weight.shape == (8, 5 * 4)
     assert found["y"].columns.shape == (len(group.units), 1)
     assert np.isfinite(found["y"].energy())
+
+
+def test_plans_are_tried_with_recurrences_in_them(tmp_path: Path) -> None:
+    """Several groups, so that trials remember what the dense model has."""
+    net = MIDDLE["GRU"]
+    np.savez(tmp_path / "c.npz", x=np.concatenate([net.feed(k)["x"] for k in range(20)]))
+    path, out = save(net, tmp_path), tmp_path / "s.onnx"
+    result = prune(path, out, target={"macs": "0.6"}, calibration=str(tmp_path / "c.npz"), measure=False, no_cache=True)
+    assert {"w", "r", "b"} <= set(result.report.repaired)
+    error = {}
+    for how in ("none", "sequential"):
+        given = {"reconstruct": how, "criterion": "mag", "allocate": "uniform", "force": True, "measure": False}
+        prune(path, out, target={"macs": "0.6"}, calibration=str(tmp_path / "c.npz"), **given)
+        fresh = [net.feed(1000 + k) for k in range(8)]
+        wanted = run(str(path), fresh)
+        error[how] = float(np.linalg.norm(run(str(out), fresh) - wanted) / np.linalg.norm(wanted))
+    assert error["sequential"] < 0.3 * error["none"]
