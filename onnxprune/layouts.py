@@ -43,7 +43,7 @@ class Layout(Protocol):
     @property
     def patch(self) -> int:
         """Columns of one channel."""
-        ...
+        return 1
 
     def sizes(self, weight: Shape) -> tuple[int, int, int]:
         """(groups, columns, outputs) of `matrix`."""
@@ -59,11 +59,12 @@ class Layout(Protocol):
 
     def bias(self, array: Array) -> Array:
         """What is stored as the operator's own bias, in the order of the channels; one number where it is one."""
-        ...
+        return array.reshape(-1)
 
     def spread(self, array: Array, weight: Shape) -> Array:
-        """[channels]: what the result is multiplied by or added to behind the operator, and norms give by channel."""
-        ...
+        """[channels]: what is stored for the steps behind the operator, one number for each channel or for all."""
+        groups, _, outputs = self.sizes(weight)
+        return np.broadcast_to(array.reshape(-1), groups * outputs)
 
     def rows(self, x: Array, chosen: Positions) -> Array:
         """float32[groups, rows, columns]: these rows of what the operator reads."""
@@ -74,20 +75,8 @@ class Layout(Protocol):
         ...
 
 
-class _Plain:
-    """Channels along one axis, with vectors of as many numbers, or of one."""
-
-    def bias(self, array: Array) -> Array:
-        """See Layout."""
-        return array.reshape(-1)
-
-    def spread(self, array: Array, weight: Shape) -> Array:
-        """See Layout."""
-        return np.broadcast_to(array.reshape(-1), weight[0])
-
-
 @dataclass(frozen=True)
-class Contraction(_Plain):
+class Contraction(Layout):
     """A sum of products in letters, one for each axis of x, weight and result: Gemm, MatMul, Einsum.
 
     Letters of x and weight that the result lacks are columns, those of all three are groups, those that x lacks are
@@ -151,11 +140,6 @@ class Contraction(_Plain):
         """See Layout."""
         return tuple(self.weight.index(a) for a in self.columns)
 
-    @property
-    def patch(self) -> int:
-        """See Layout."""
-        return 1
-
     def sizes(self, weight: Shape) -> tuple[int, int, int]:
         """See Layout."""
         size = dict(zip(self.weight, weight, strict=True))
@@ -179,13 +163,12 @@ class Contraction(_Plain):
 
     def spread(self, array: Array, weight: Shape) -> Array:
         """See Layout."""
-        size = dict(zip(self.weight, weight, strict=True))
-        sizes, axes = [size[a] for a in self.groups + self.outputs], self.axes
-        if len(axes) > 1:
-            array = array.reshape((1,) * (len(self.y) - array.ndim) + array.shape)
-            array = np.moveaxis(array, axes, range(-len(axes), 0)).reshape([array.shape[k] for k in axes])
-            return np.broadcast_to(array, sizes).reshape(-1)
-        return np.broadcast_to(array.reshape(-1), sizes)
+        size, axes = dict(zip(self.weight, weight, strict=True)), self.axes
+        if len(axes) == 1:
+            return super().spread(array, weight)
+        array = array.reshape((1,) * (len(self.y) - array.ndim) + array.shape)
+        array = np.moveaxis(array, axes, range(-len(axes), 0)).reshape([array.shape[k] for k in axes])
+        return np.broadcast_to(array, [size[a] for a in self.groups + self.outputs]).reshape(-1)
 
     def rows(self, x: Array, chosen: Positions) -> Array:
         """See Layout."""
@@ -258,7 +241,7 @@ def _stretched(x: Shape, weight: Shape, letters: Sequence[str]) -> tuple[str, st
 
 
 @dataclass(frozen=True)
-class Convolution(_Plain):
+class Convolution(Layout):
     """Conv in any number of dimensions: X (n, c, *s), W (m, c / groups, *kernel) -> Y (n, m, *t).
 
     `auto_pad` as in ONNX; where it is a SAME, `pads` do not count.
@@ -361,10 +344,6 @@ class TransposedConvolution(Convolution):
         """See Layout."""
         return self.groups, weight[0] // self.groups * self.patch, weight[1]
 
-    def spread(self, array: Array, weight: Shape) -> Array:
-        """See Layout."""
-        return np.broadcast_to(array.reshape(-1), weight[1] * self.groups)
-
     def matrix(self, weight: Array) -> Array:
         """See Layout."""
         turned = np.flip(weight, tuple(range(2, weight.ndim)))
@@ -433,7 +412,7 @@ def _padded(x: Array, around: Sequence[tuple[int, int]]) -> Array:
 
 
 @dataclass(frozen=True)
-class Gates(_Plain):
+class Gates(Layout):
     """Some gates of a recurrent operator: W (directions, gates hidden, i) of its input, R of its state.
 
     The result (n, t, directions, gates hidden) is no value of a graph: what activations get. Each direction is a group.
@@ -459,11 +438,6 @@ class Gates(_Plain):
     def inner(self) -> tuple[int, ...]:
         """See Layout."""
         return (2,)
-
-    @property
-    def patch(self) -> int:
-        """See Layout."""
-        return 1
 
     def sizes(self, weight: Shape) -> tuple[int, int, int]:
         """See Layout."""

@@ -261,6 +261,8 @@ def _inside(node: ir.Node, operator: Operator, given: _Given) -> Site | None:
     if mask is None:
         return None
     rest = [str(value.name) for value in node.inputs[3:] if value is not None] if node.op_type == "FusedConv" else []
+    if any(given.readers.get((output, 3)) != name for name in rest):  # what was added there before is gone
+        return None
     activation = attributes(node).get("activation", "")
     bounds = (0.0, np.inf) if activation in ("Relu", b"Relu") else (-np.inf, np.inf)
     axes = operator.layout.axes
