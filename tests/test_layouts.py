@@ -17,8 +17,10 @@ from onnxprune.allocate import sites_of
 from onnxprune.analysis import Analysis
 from onnxprune.calibrate import collect
 from onnxprune.evidence import evidence
+from onnxprune.flow import Flow, Sessions
 from onnxprune.reading import serialized
 from onnxprune.recipe import Options
+from onnxprune.reconstruct import _Part
 from onnxprune.recovery import Recovery
 from onnxprune.sites import Site
 from onnxprune.types import Group, Plan
@@ -399,6 +401,57 @@ def test_sums_inside_of_recurrent_operators(tmp_path: Path) -> None:
     assert [*apart] == ["h", "a gates", "a candidate of the input", "a candidate of the state", "y"]
     assert names(recurrent("RNN", ', activations = ["Relu"]'), tmp_path)["a gates"].bounds == (0.0, np.inf)
     assert names(recurrent("RNN"), tmp_path)["a gates"].bounds == (-np.inf, np.inf)
+
+
+def inside(net: Net, folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """({site: what its operators make, [n, t, d, gates, hidden]}, state before each step, output), one feed."""
+    model = analysed(net, folder).rewrite(Plan({}))
+    sites = [site for site in names(net, folder).values() if not site.dense]
+    wanted = {name for site in sites for name in site.reads}
+    flow = Flow(model, [net.feed(0)], Sessions(), wanted | {"a"})
+    values = {name: arrays[0] for name, arrays in zip(wanted, flow.values(list(wanted)), strict=True)}
+    y = flow.values(["a"])[0][0].transpose(2, 0, 1, 3)
+    n, t, d, hidden = y.shape
+    found, state = {}, y
+    for site in sites:
+        total = np.zeros((n * t, d * hidden * len(site.operators[0].layout.chosen)), np.float32)  # type: ignore[attr-defined]
+        for operator in site.operators:
+            source = operator.source
+            x = values[source] if isinstance(source, str) else source.of(values, flow.array)
+            state = x if not isinstance(source, str) and not source.reset else state
+            total = total + _Part(flow, operator, operator.layout.rows(x, np.arange(n * t))).output()
+        found[site.value] = total.reshape(n, t, d, -1, hidden)
+    return found, state, y
+
+
+@pytest.mark.parametrize(("op", "name"), RECURRENT)
+def test_what_activations_get_makes_the_output(op: str, name: str, tmp_path: Path) -> None:
+    net = variant(op, name)
+    found, state, y = inside(net, tmp_path)
+    gates = found["a gates"]
+    ends = net.weights.get("ends", np.full(3, 6))
+    open_ = 1 / (1 + np.exp(-gates))
+    if op == "RNN":
+        made = np.tanh(gates[:, :, :, 0])
+    elif op == "LSTM":
+        made = np.zeros_like(y)
+        fresh, (enter, leave, keep) = np.tanh(gates[:, :, :, 3]), np.moveaxis(open_[:, :, :, :3], 3, 0)
+        for k, d in np.ndindex(y.shape[0], y.shape[2]):
+            cell = np.zeros(y.shape[3], np.float32)
+            back = "reverse" in name or d == 1
+            for step in range(ends[k])[:: -1 if back else 1]:
+                cell = keep[k, step, d] * cell + enter[k, step, d] * fresh[k, step, d]
+                made[k, step, d] = leave[k, step, d] * np.tanh(cell)
+    else:
+        update, reset = np.moveaxis(open_, 3, 0)
+        if op == "GRU":
+            fresh = np.tanh(found["a candidate"][:, :, :, 0])
+        else:
+            parts = [found[f"a candidate of the {which}"][:, :, :, 0] for which in ("input", "state")]
+            fresh = np.tanh(parts[0] + reset * parts[1])
+        made = (1 - update) * fresh + update * state
+    for k, end in enumerate(ends):
+        np.testing.assert_allclose(made[k, :end], y[k, :end], rtol=1e-4, atol=1e-5)
 
 
 def test_sums_inside_of_fused_operators(tmp_path: Path) -> None:
