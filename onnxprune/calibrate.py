@@ -21,7 +21,6 @@ from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnxprune.cache import Kept
 from onnxprune.errors import ImpossibleError, InputError
@@ -757,9 +756,14 @@ class _Copy:
         """The copy with the requested outputs only, and without what they do not need."""
         self.graph.outputs.clear()
         self.graph.outputs.extend(self._outputs)
-        RemoveUnusedNodesPass()(self.model)
+        outputs = set(self._outputs)
+        for node in reversed(self.graph):  # outputs that nobody reads keep their names: some operators need them all
+            if not any(out.uses() or out in outputs for out in node.outputs):
+                self.graph.remove(node, safe=True)
         for value in [value for value in self.graph.inputs if not value.uses()]:
             self.graph.inputs.remove(value)
+        for name in [name for name, value in self.graph.initializers.items() if not value.uses()]:
+            del self.graph.initializers[name]
         return self.model
 
     def name_of(self, key: Any) -> str:

@@ -18,6 +18,7 @@ from zoo import ZOO
 from onnxprune import interface, reconstruct
 from onnxprune.analysis import Analysis
 from onnxprune.cli import main
+from onnxprune.feeds import random_feed
 from onnxprune.interface import KEY, narrow, note, noted
 from onnxprune.recipe import Options
 from onnxprune.reconstruct import Sampling
@@ -193,3 +194,16 @@ def test_what_a_model_says_of_another_changes_nothing(said: str, tmp_path: Path)
     assert result.exit_code == 0, result.output
     assert KEY not in {entry.key for entry in onnx.load(tmp_path / "o.onnx").metadata_props}
     assert run("verify", tmp_path / "m.onnx", tmp_path / "o.onnx", "--plan", tmp_path / "r.json").exit_code == 0
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_attention_over_a_cache_shows_what_its_readers_see(name: str, tmp_path: Path) -> None:
+    onnx.save(ZOO[name](), tmp_path / "m.onnx")
+    prepared = Analysis(tmp_path / "m.onnx").prepared
+    (tmp_path / "feeds").mkdir()
+    for k in range(4):
+        one = random_feed(prepared.model.graph, prepared.facts.shapes, k, 0)
+        np.savez(tmp_path / "feeds" / f"{k}.npz", **one)
+    data = ("--calibration", tmp_path / "feeds", "--criterion", "obs-struct", "--effort", "quick")
+    _, report = prune(tmp_path / "m.onnx", "--ratio", 0.4, "--no-measure", *data)
+    assert set(report["interface"]["narrowed"]) == {"pk", "pv", "nk", "nv"}
