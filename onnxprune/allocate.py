@@ -40,7 +40,7 @@ def sites_of(
     def keep(axis: Axis) -> Mask:
         return keep_of(analysis.dims, alive, axis, shapes[axis.value][axis.index])
 
-    return find_sites(pruned, analysis.prepared.model, shapes, keep, stays, untied=untied)
+    return find_sites(pruned, analysis.prepared.model, shapes, keep, stays, untied, joint=True)
 
 
 def started(analysis: Analysis, plan: Plan, pruned: Model, bases: Bases | None, stays: Sequence[str] = ()) -> Start:

@@ -529,7 +529,8 @@ def _scaled(node: OpNode) -> str | None:
 
 def _plain(operator: Operator) -> bool:
     """Whether all that an operator's output is multiplied by and added to is stored, so that a matrix folds into it."""
-    return all(step.kind != "norm" and not step.fixed for step in operator.steps)
+    own = not operator.coded and not operator.tie
+    return own and all(step.kind != "norm" and not step.fixed for step in operator.steps)
 
 
 def _turns(site: Site) -> bool:

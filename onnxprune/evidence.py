@@ -237,9 +237,9 @@ class Operators:
             return np.ones(self.shapes[axis.value][axis.index], np.bool_)
 
         model = analysis.prepared.model
-        sites = find_sites(model, model, self.shapes, whole)
+        sites = find_sites(model, model, self.shapes, whole, joint=True)
         every = [operator for site in sites for operator in site.operators]
-        self.found = {o.weight: _whole(o) for o in every if len(o.layout.inner) == 1}
+        self.found = {o.weight: _whole(o) for o in every if len(o.layout.inner) == 1 and not o.coded}
         self.names = {slot: s.initializer for s in analysis.view.stored.values() for slot in s.uses}
         self.sizes = {slot: s.shape for s in analysis.view.stored.values() for slot in s.uses}
         self.free = {o.weight for s in sites if any(each.homes() for each in s.operators) for o in s.operators}

@@ -90,6 +90,10 @@ class Flow:
             if value is not None
         }
 
+    def name(self, slot: Slot) -> str:
+        """The initializer that one input of one node is."""
+        return self._slots[slot]
+
     def array(self, slot: Slot) -> Array:
         """What is stored for one input of one node."""
         changed = self._changed.get(slot)

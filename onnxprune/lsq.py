@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import LinAlgError, cho_factor, cho_solve
+from scipy.linalg import LinAlgError, cho_factor, cho_solve, cholesky
 
 from onnxprune.plugin import Problem, Solution
 from onnxprune.types import Array, Mask
@@ -73,6 +73,27 @@ class Regression:
             except LinAlgError:
                 return self._factor(max(ridge, 1e-8) * 10)
         return self._factors[ridge]
+
+
+def inverse_factor(moments: Array, damp: float) -> Array:
+    """float64[columns, columns]: the upper Cholesky factor of the inverse of moments, damped by a share of their mean.
+
+    Ten times as much where it fails; columns that are always zero stand alone. Raises LinAlgError for what is not
+    finite.
+    """
+    if not np.isfinite(moments).all():
+        raise LinAlgError("moments are beyond what numbers hold")
+    diagonal = np.diag(moments)
+    scale = float(diagonal.mean()) or 1.0
+    while True:
+        damped = moments + np.diag(np.where(diagonal <= 0, scale, 0) + damp * scale)
+        try:
+            inverse = cho_solve(cho_factor(damped), np.eye(len(damped)))
+            return np.asarray(cholesky((inverse + inverse.T) / 2))
+        except LinAlgError:
+            if damp > 1e6:
+                raise
+            damp *= 10
 
 
 Solve = Callable[[Regression, Aim, float], Fit]  # as Regression.towards
@@ -186,11 +207,11 @@ def _fit(
 
         def tried(ridge: float) -> float:
             change = _rounds(part, aim, *known, bounds, ridge, min(rounds, 2), solve)
-            return _error(probe[0], probe[1] + change(x[held_out]), bounds)
+            return missed(probe[0], probe[1] + change(x[held_out]), bounds)
 
         errors = [tried(each) for each in RIDGES]  # one at a time: a large weight takes most memory
         best = int(np.argmin(np.nan_to_num(errors, nan=np.inf)))
-        if not errors[best] < _error(probe[0], probe[1], bounds):
+        if not errors[best] < missed(probe[0], probe[1], bounds):
             return None
         ridge = RIDGES[best]
     whole = Regression(x, intercept)
@@ -198,7 +219,8 @@ def _fit(
     return _rounds(whole, aim, wanted, current, bounds, ridge, rounds, solve), ridge
 
 
-def _error(wanted: Array, found: Array, bounds: tuple[float, float]) -> float:
+def missed(wanted: Array, found: Array, bounds: tuple[float, float]) -> float:
+    """The mean squared difference that readers see."""
     return float(np.mean((seen(wanted, bounds) - seen(found, bounds)) ** 2, dtype=np.float64))
 
 

@@ -20,15 +20,16 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxprune import interface, quality
+from onnxprune.codes import Grid, on_grid
 from onnxprune.feeds import samples_in
 from onnxprune.flow import Flow, Sessions
 from onnxprune.infer import attributes
 from onnxprune.layouts import Layout
-from onnxprune.lsq import Regression
+from onnxprune.lsq import Regression, missed
 from onnxprune.model import Model, add_initializer, free_name
 from onnxprune.plugin import Problem, Reconstructor, Runs, Solution, Sparsifier, trait
 from onnxprune.running import BESIDE, MEMORY, Packed, give_back, limits, memory_of, packed, unpacked
-from onnxprune.sites import Operator, Site, Slot, State, stored
+from onnxprune.sites import Operator, Site, Slot, State, Visit, stored, visits
 from onnxprune.storage import dump, read_model
 from onnxprune.types import Array, Mask, Positions, Shape
 from onnxprune.verify import spread
@@ -39,6 +40,9 @@ ROWS = 20_000  # rows of one site that are enough
 LEAST = 1 << 28  # bytes that fitting one site may take in any case
 NUMBERS = 1 << 27  # of one site that are fitted to at most, which takes rows off an operator over a vocabulary
 NOTHING = 1e-9  # share of a site's variance below which it is not off
+AGAIN = 8  # times at most that weights are fitted of which some readers lie behind others
+WORTH = 0.03  # share of what is off that one more time must have taken away
+FREE = 10  # a column for a constant is as many times as large as others, so that damping hardly counts
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,10 @@ class Sampling:
     def within(self, channels: int) -> Sampling:
         """As many rows of so many channels as there is room for."""
         return replace(self, rows=min(self.rows, max(NUMBERS // channels, 1)))
+
+    def shared(self, sites: int) -> Sampling:
+        """As many rows of each of so many sites that are fitted together."""
+        return replace(self, rows=max(self.rows // sites, 1))
 
 
 @dataclass(frozen=True)
@@ -158,10 +166,10 @@ def repair(
     Raises what Worker.call raises.
     """
     with _sent(pruned) as what:
-        worker.call(_load, what, list(sites) if reconstructor else [], dict(start or {}), keep)
-    for k in range(len(sites) if reconstructor else 0):
+        count: int = worker.call(_load, what, list(sites) if reconstructor else [], dict(start or {}), keep)
+    for k in range(count):
         worker.call(_fit, k, reconstructor, dict(ridges or {}))
-        progress(k + 1, len(sites))
+        progress(k + 1, count)
     found: Repair = worker.call(_finish, judge)
     return found
 
@@ -376,6 +384,7 @@ def _real(shape: Shape, axes: tuple[int, ...], mask: Array | None, total: int) -
 class _Task:
     flow: Flow
     sites: Sequence[Site]
+    visits: Sequence[Visit]
     keep: bool
     changes: dict[Slot, Array] = field(default_factory=dict)
     ridges: dict[str, float] = field(default_factory=dict)
@@ -401,14 +410,16 @@ def _begin(
     _dense = _Dense(sent, fitted, judged, aside, sampling, threads, memory)
 
 
-def _load(sent: str | Packed, sites: Sequence[Site], start: Mapping[Slot, Array], keep: bool) -> None:
+def _load(sent: str | Packed, sites: Sequence[Site], start: Mapping[Slot, Array], keep: bool) -> int:
+    """How many visits there are to make."""
     global _task
     assert _dense is not None
     flow = _dense.run(_received(sent), _dense.feeds)
-    _task = _Task(flow, sites, keep)
+    _task = _Task(flow, sites, visits(flow.model.graph, sites), keep)
     for slot, array in start.items():
         _task.changes[slot] = np.ascontiguousarray(array, flow.array(slot).dtype)
         flow.change(slot, _task.changes[slot])
+    return len(_task.visits)
 
 
 def _finish(judge: bool) -> Repair:
@@ -419,107 +430,259 @@ def _finish(judge: bool) -> Repair:
     return Repair(task.changes, task.ridges, left, task.rows, task.large)
 
 
+@dataclass
+class _Place:
+    """A site on its rows: what it should be and is, float32[rows, channels], and its operators that are fitted."""
+
+    site: Site
+    wanted: Array
+    current: Array
+    held_out: Mask
+    parts: Sequence[_Part]
+
+    @property
+    def off(self) -> bool:
+        """Whether anything is to be repaired."""
+        error = float(np.mean((self.wanted - self.current) ** 2, dtype=np.float64))
+        return error > NOTHING * float(np.var(self.wanted, axis=0, dtype=np.float64).mean() + 1e-30)
+
+
 def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> None:
-    """Fit one site and change its weights."""
-    assert _task is not None and _dense is not None
-    task, dense, site = _task, _dense, _task.sites[k]
-    flow = task.flow
+    """Fit the sites of a visit and change their weights; once more where what some read depends on the others."""
+    assert _task is not None
+    task, visit = _task, _task.visits[k]
     local, consumers = trait(reconstructor, "dense"), trait(reconstructor, "consumers")
     thin = reconstructor if isinstance(reconstructor, Thinning) else None
-    marked = thin is not None and any(operator.weight in thin.slots for operator in site.operators)
+    every = [operator for n in visit.sites for operator in task.sites[n].operators]
+    marked = thin is not None and any(operator.weight in thin.slots for operator in every)
     if thin is not None and thin.repair is None and not marked:
         return
-    if consumers and not any(operator.lost for operator in site.operators):
+    if consumers and not any(operator.lost for operator in every):
         return
-    later = task.sites[k:]
+    places = _places(k, local)
+    if not marked and not any(place.off for place in places):
+        return
+    for _ in range(AGAIN if visit.behind else 1):
+        last = _missed(places)
+        changes = _changes(places, reconstructor, ridges)
+        before = {slot: task.flow.array(slot) for slot in changes}
+        _put(changes)
+        if not changes or not visit.behind:
+            return
+        places = _places(k, local)
+        if not (left := _missed(places)) < last:
+            _put(before)
+            return
+        if left > (1 - WORTH) * last:
+            return
+
+
+def _put(changes: Mapping[Slot, Array]) -> None:
+    """Let the pruned model have these arrays from now on."""
+    assert _task is not None
+    for slot, array in changes.items():
+        _task.flow.change(slot, array)
+        _task.changes[slot] = array
+
+
+def _missed(places: Sequence[_Place]) -> float:
+    """What is off on held-out rows of all places."""
+    return sum(missed(p.wanted[p.held_out], p.current[p.held_out], p.site.bounds) for p in places if p.held_out.any())
+
+
+def _changes(places: Sequence[_Place], reconstructor: Reconstructor, ridges: Mapping[str, float]) -> dict[Slot, Array]:
+    """New arrays for what the places of a visit read."""
+    for place in places if trait(reconstructor, "consumers") else ():
+        place.parts = [part for part in place.parts if part.operator.lost]
+    parts = [part for place in places for part in place.parts]
+    keys = list(dict.fromkeys(part.key for part in parts))
+    for batch in [keys] if len({part.groups for part in parts}) == 1 else [[key] for key in keys]:
+        _solve(_Batch(places, batch), reconstructor, ridges)
+    return {slot: array for part in parts for slot, array in part.changes.items()}
+
+
+def _places(k: int, local: bool) -> list[_Place]:
+    """The sites of a visit on their rows; none where one cannot be fitted."""
+    assert _task is not None and _dense is not None
+    task, dense, flow, visit = _task, _dense, _task.flow, _task.visits[k]
+    later = [task.sites[n] for other in task.visits[k:] for n in other.sites]
     pinned = {name for s in later for name in ((*s.needs, *s.reads) if local else s.needs)}
-    arrays = _read(task, dense, site, local, pinned)
-    if arrays is None or (local and site.project is not None):
-        return
-    inputs, rest = arrays[: len(site.operators)], arrays[len(site.operators) :]
-    first = site.operators[0]
-    shapes = [first.layout.shape(array.shape, flow.array(first.weight).shape) for array in inputs[0]]
-    sampling = dense.sampling.within(math.prod(shapes[0][k] for k in site.axes))
-    rows = Rows(shapes, site.axes, dense.counts, _masks(dense, site, shapes, pinned), sampling)
-    if (takes := _takes(site, flow, len(rows.held_out))) > max(dense.memory, LEAST):
-        task.large[site.value] = takes
-        return
-    wanted = dense.take(site, rows, task.keep, pinned)
-    if site.project is not None:
-        wanted = wanted @ site.project.astype(np.float32)
-    elif site.kept is not None:
-        wanted = wanted[:, site.kept]
-    parts = []
-    for operator, x in zip(site.operators, inputs, strict=True):
-        for axis, positions in operator.left if local or not operator.x else ():
-            x = [np.take(array, positions, axis) for array in x]
-        parts.append(_Part(flow, operator, rows.read(x, operator.layout)))
-    others = [rows.of(value, site.axes) for value in rest]
-    current = _total(parts, [other[:, site.kept] for other in others] if local and site.kept is not None else others)
-    if consumers:
-        parts = [part for part in parts if part.operator.lost]
-    off = float(np.mean((wanted - current) ** 2, dtype=np.float64))
-    if not marked and off <= NOTHING * float(np.var(wanted, axis=0, dtype=np.float64).mean() + 1e-30):
-        return
-    batches = [parts] if len({part.groups for part in parts}) == 1 else [[part] for part in parts]
-    for batch in batches:
-        home = next((part for part in batch if part.home is not None), None)
-        runs, stays = _runs(batch, thin) if thin is not None else (None, None)
-        problem = Problem(
-            x=np.concatenate([part.x for part in batch], axis=2),
-            weight=np.concatenate([part.effective() for part in batch], axis=1),
-            wanted=wanted,
-            current=current,
-            held_out=rows.held_out,
-            bounds=site.bounds,
-            intercept=home is not None,
-            ridge=ridges.get(site.value),
-            patch=batch[0].patch if len({part.patch for part in batch}) == 1 else 1,
-            runs=runs,
-            stays=stays,
-        )
-        shift = np.zeros(wanted.shape[1])
-        for outputs, piece in _by_outputs(problem, dense.limits.get("most", math.inf)):
-            try:
-                solution = reconstructor.solve(piece)
-            except np.linalg.LinAlgError:  # what is beyond numbers stays as it is
-                solution = None
-            if solution is None:
-                continue
-            task.ridges[site.value] = solution.ridge
-            task.rows[site.value] = problem.x.shape[1], problem.x.shape[2]
-            change = solution.predict(problem.x)
-            if outputs == slice(None):
-                current = current + change
-            else:
-                current[:, outputs] += change
-            shift[outputs] = solution.shift
-            start = 0
-            for part in batch:
-                columns = slice(start, start + part.x.shape[2])
-                keep = None if solution.keep is None else solution.keep[:, columns]
-                if solution.weight[:, columns].any():
-                    part.add(solution.weight[:, columns], keep, outputs)
-                start = columns.stop
-        if home is not None and shift.any():
-            home.shift(shift)
-    for part in parts:
-        for slot, array in part.changes.items():
-            flow.change(slot, array)
-            task.changes[slot] = array
+    sites = [task.sites[n] for n in visit.sites]
+    if local and any(site.project is not None for site in sites):
+        return []
+    ahead = _ahead(task) if visit.behind and not local else flow
+    found: list[tuple[Site, list[list[Array]], Rows]] = []
+    takes = 0
+    for n, site in zip(visit.sites, sites, strict=True):
+        arrays = _read(None if local else ahead if n in visit.behind else flow, dense, site, pinned, task.keep)
+        if arrays is None:
+            return []
+        first = site.operators[0]
+        shapes = [first.layout.shape(array.shape, flow.array(first.weight).shape) for array in arrays[0]]
+        sampling = dense.sampling.within(math.prod(shapes[0][k] for k in site.axes)).shared(len(sites))
+        rows = Rows(shapes, site.axes, dense.counts, _masks(dense, site, shapes, pinned), sampling)
+        takes += _takes(site, flow, len(rows.held_out))
+        found.append((site, arrays, rows))
+    if takes > max(dense.memory, LEAST):
+        task.large |= {site.value: takes for site in sites}
+        return []
+    places = []
+    for site, arrays, rows in found:
+        wanted = dense.take(site, rows, task.keep, pinned)
+        if site.project is not None:
+            wanted = wanted @ site.project.astype(np.float32)
+        elif site.kept is not None:
+            wanted = wanted[:, site.kept]
+        parts = []
+        for operator, x in zip(site.operators, arrays, strict=False):
+            for axis, positions in operator.left if local or not operator.x else ():
+                x = [np.take(array, positions, axis) for array in x]
+            parts.append(_Part(flow, operator, rows.read(x, operator.layout)))
+        others = [rows.of(value, site.axes) for value in arrays[len(parts) :]]
+        others = [other[:, site.kept] for other in others] if local and site.kept is not None else others
+        places.append(_Place(site, wanted, _total(parts, others), rows.held_out, parts))
+    return places
 
 
-def _read(task: _Task, dense: _Dense, site: Site, local: bool, pinned: Collection[str]) -> list[list[Array]] | None:
+def _ahead(task: _Task) -> Flow:
+    """The pruned model, repaired so far, from the start: what it computes behind weights that are yet to change."""
+    assert _dense is not None
+    flow = _dense.run(task.flow.model, _dense.feeds[: _dense.fitted])
+    for slot, array in task.changes.items():
+        flow.change(slot, array)
+    return flow
+
+
+Key = str | Slot  # of a weight: what it is tied by, or where it alone is read
+
+
+class _Batch:
+    """Weights by their keys that are fitted at once, each with the same columns wherever it is read.
+
+    A constant that all places share is an intercept; where places have some of their own, each is a column.
+    """
+
+    def __init__(self, places: Sequence[_Place], keys: Sequence[Key]) -> None:
+        chosen = [(place, [part for part in place.parts if part.key in keys]) for place in places]
+        self.members = [(place, parts) for place, parts in chosen if parts]
+        self.first = {part.key: part for _, parts in reversed(self.members) for part in reversed(parts)}
+        self.first = {key: self.first[key] for key in keys}
+        self.homes = [next((part for part in parts if part.home is not None), None) for _, parts in self.members]
+        names = {None if home is None else home.settled for home in self.homes}
+        self.intercept = len(names) == 1 and None not in names
+        self.constants = [] if self.intercept else sorted(name for name in names if name is not None)
+        ends = np.cumsum([part.x.shape[2] for part in self.first.values()]).tolist()
+        self.columns = {key: slice(a, b) for key, a, b in zip(keys, [0, *ends], ends, strict=False)}
+        self.width: int = ends[-1]
+        self.one = FREE * math.sqrt(np.mean([np.mean(np.square(part.x)) for part in self.first.values()]) or 1.0)
+
+    def x(self) -> Array:
+        """float32[groups, rows, columns] of all places, one below the other."""
+        return _together([self._rows(n) for n in range(len(self.members))], 1)
+
+    def _rows(self, n: int) -> Array:
+        (_, parts), home = self.members[n], self.homes[n]
+        if not self.constants and [part.key for part in parts] == list(self.first):
+            return _together([part.x for part in parts], 2)
+        found = np.zeros((*parts[0].x.shape[:2], self.width + len(self.constants)), np.float32)
+        for part in parts:
+            found[:, :, self.columns[part.key]] += part.x
+        if home is not None and self.constants:
+            found[:, :, self.width + self.constants.index(home.settled)] = self.one
+        return found
+
+    def weight(self) -> Array:
+        """float64[groups, columns, outputs]."""
+        groups, _, outputs = next(iter(self.first.values())).matrix.shape
+        more = [np.zeros((groups, len(self.constants), outputs))] if self.constants else []
+        return _together([*(part.effective() for part in self.first.values()), *more], 1)
+
+    def grid(self, outputs: slice) -> Grid:
+        """The values that the weights can have, for these outputs."""
+        every = zip(*(part.grid() for part in self.first.values()), strict=True)
+        more = [(0, 0), (0, len(self.constants)), (0, 0)]
+        return Grid(*(np.pad(_together(arrays, 1), more)[:, :, outputs] for arrays in every))
+
+    def add(self, solution: Solution, outputs: slice) -> None:
+        """Change the weights wherever they are read."""
+        for part in (part for _, parts in self.members for part in parts):
+            columns = self.columns[part.key]
+            keep = None if solution.keep is None else solution.keep[:, columns]
+            if solution.weight[:, columns].any():
+                part.add(solution.weight[:, columns], keep, outputs)
+
+    def shift(self, change: Array, own: Array) -> None:
+        """Add float64[outputs] to the shared constant, or float64[constants, outputs] to those of places."""
+        for home in filter(None, self.homes):
+            moved = change if self.intercept else own[self.constants.index(home.settled)]
+            if moved.any():
+                home.shift(moved)
+
+
+def _together(arrays: Sequence[Array], axis: int = 0) -> Array:
+    """One array as it is, several behind one another."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis)
+
+
+def _solve(batch: _Batch, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> None:
+    """Fit weights on all places that read them."""
+    assert _task is not None and _dense is not None
+    task, places, parts = _task, [place for place, _ in batch.members], list(batch.first.values())
+    thin = reconstructor if isinstance(reconstructor, Thinning) else None
+    runs, stays = _runs(parts, thin) if thin is not None else (None, None)
+    value, bounds = places[0].site.value, {place.site.bounds for place in places}
+    current = _together([place.current for place in places])
+    problem = Problem(
+        x=batch.x(),
+        weight=batch.weight(),
+        wanted=_together([place.wanted for place in places]),
+        current=current,
+        held_out=_together([place.held_out for place in places]),
+        bounds=bounds.pop() if len(bounds) == 1 else (-np.inf, np.inf),
+        intercept=batch.intercept,
+        ridge=ridges.get(value),
+        patch=parts[0].patch if len({part.patch for part in parts}) == 1 and not batch.constants else 1,
+        runs=runs,
+        stays=stays,
+    )
+    shift = np.zeros(problem.wanted.shape[1])
+    own = np.zeros((len(batch.constants), len(shift)))
+    for outputs, piece in _by_outputs(problem, _dense.limits.get("most", math.inf)):
+        try:
+            solution = reconstructor.solve(piece)
+            if solution is not None and any(part.operator.coded for part in parts):
+                solution = on_grid(piece, solution, batch.grid(outputs))
+        except np.linalg.LinAlgError:  # what is beyond numbers stays as it is
+            solution = None
+        if solution is None:
+            continue
+        task.ridges[value] = solution.ridge
+        task.rows[value] = problem.x.shape[1], problem.x.shape[2]
+        current[:, outputs] += solution.predict(problem.x)
+        shift[outputs] = solution.shift
+        for row, constant in zip(own, np.moveaxis(solution.weight[:, batch.width :], 1, 0), strict=True):
+            row[outputs] = batch.one * constant.reshape(-1)
+        batch.add(solution, outputs)
+    batch.shift(shift, own)
+    start = 0
+    for place in places:
+        place.current = current[start : start + len(place.current)]
+        start += len(place.current)
+
+
+def _read(
+    flow: Flow | None, dense: _Dense, site: Site, pinned: Collection[str], keep: bool
+) -> list[list[Array]] | None:
     """Arrays of what each operator of a site reads, and of its rest; None where the dense model does not know one.
 
-    With `local` they are those of the dense model, where some positions have yet to go.
+    Without a flow they are those of the dense model, where some positions have yet to go.
     """
-    if local:
-        return dense.values([*(operator.source for operator in site.operators), *site.rest], pinned, task.keep)
+    if flow is None:
+        return dense.values([*(operator.source for operator in site.operators), *site.rest], pinned, keep)
     theirs = [operator.source for operator in site.operators if not operator.x]
-    states = dense.values(theirs, pinned, task.keep) if theirs else []
+    states = dense.values(theirs, pinned, keep) if theirs else []
     names = [operator.x for operator in site.operators if operator.x]
-    mine = iter([found[: dense.fitted] for found in task.flow.values([*names, *site.rest])])
+    mine = iter([found[: dense.fitted] for found in flow.values([*names, *site.rest])])
     known = iter(states or ())
     return [next(mine if operator.x else known) for operator in site.operators] + list(mine)
 
@@ -572,18 +735,28 @@ def _runs(parts: Sequence[_Part], thin: Thinning) -> tuple[Positions | None, Mas
     return np.concatenate(found), stays
 
 
-def _meant(flow: Flow, slot: Slot, array: Array) -> Array:
-    """float64: what is stored for one input of one node, codes by the values they stand for."""
-    levels = _levels(flow, slot, array)
+Levels = tuple[Array, Array]  # scale and zero point of each element that stands for another number
+
+
+def _meant(array: Array, levels: Levels | None) -> Array:
+    """float64: the numbers that an array stands for."""
     return array.astype(np.float64) if levels is None else (array.astype(np.float64) - levels[1]) * levels[0]
 
 
-def _levels(flow: Flow, slot: Slot, array: Array) -> tuple[Array, Array] | None:
-    """(scale, zero point) of each element where a DequantizeLinear reads it."""
+def _written(values: Array, like: Array, levels: Levels | None) -> Array:
+    """Numbers as they are stored, in the type of an array: the nearest codes, where codes stand for them."""
+    if levels is not None:
+        limits = np.iinfo(like.dtype)
+        values = np.clip(np.rint(values / levels[0]) + levels[1], limits.min, limits.max)
+    return np.ascontiguousarray(values, like.dtype)
+
+
+def _levels(flow: Flow, slot: Slot) -> Levels | None:
+    """Where a DequantizeLinear reads what is stored for one input of one node."""
     node = flow.nodes[flow.maker[slot[0]]]
     if node.op_type != "DequantizeLinear" or slot[1] != 0:
         return None
-    axis = int(attributes(node).get("axis", 1))  # type: ignore[call-overload]
+    array, axis = flow.array(slot), int(attributes(node).get("axis", 1))  # type: ignore[call-overload]
     scale = flow.array((slot[0], 1)).astype(np.float64)
     point = flow.array((slot[0], 2)) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(1)
     return spread(scale, array, axis), spread(point.astype(np.float64), array, axis)
@@ -601,15 +774,19 @@ def _takes(site: Site, flow: Flow, rows: int) -> int:
     return 8 * (5 * weights + 3 * columns**2) + 16 * rows * (wide + width)
 
 
+def _key(operator: Operator) -> Key:
+    return operator.tie or operator.weight
+
+
 class _Part:
     """One operator of a site: its rows, and its weight as a matrix whichever way it is stored."""
 
     def __init__(self, flow: Flow, operator: Operator, x: Array) -> None:
         """`x` is float32[groups, rows, columns], or one group for all."""
-        self.operator, self.layout = operator, operator.layout
+        self.operator, self.layout, self.key = operator, operator.layout, _key(operator)
         self.stored = flow.array(operator.weight)
-        self.levels = _levels(flow, operator.weight, self.stored)
-        self.meant = _meant(flow, operator.weight, self.stored)
+        self.levels = _levels(flow, operator.weight)
+        self.meant = _meant(self.stored, self.levels)
         self.changes: dict[Slot, Array] = {}
         self.matrix = self.layout.matrix(self.meant)
         self.groups, _, outputs = self.matrix.shape
@@ -630,11 +807,12 @@ class _Part:
         self.home: tuple[Slot, Array, Array] | None = None
 
         def read(slot: Slot) -> Array:
-            return self._vector(slot, _meant(flow, slot, flow.array(slot)))
+            return self._vector(slot, _meant(flow.array(slot), _levels(flow, slot)))
 
         def settle(slot: Slot) -> None:
             if len(np.unique(self._places(flow.array(slot), slot))) == self.outputs:
                 self.home = (slot, flow.array(slot), np.ones(self.outputs))
+                self.shades, self.settled = _levels(flow, slot), flow.name(slot)
 
         if self.operator.bias is not None:
             constant = constant + read(self.operator.bias)
@@ -670,6 +848,14 @@ class _Part:
         product = self.x @ self.effective().astype(np.float32)
         return np.asarray(product.swapaxes(0, 1).reshape(product.shape[1], -1) + self.constant.astype(np.float32))
 
+    def grid(self) -> tuple[Array, Array, Array]:
+        """step, low and high of the values that `effective` can have: float64[groups, columns, outputs] each."""
+        if self.levels is None:
+            return np.zeros_like(self.matrix), np.zeros_like(self.matrix), np.zeros_like(self.matrix)
+        step, point = map(self.layout.matrix, self.levels)
+        limits = np.iinfo(self.stored.dtype)
+        return step * self.gain.reshape(self.groups, 1, -1), limits.min - point, limits.max - point
+
     def runs(self, m: int) -> Positions:
         """int64[runs, m]: columns of which the channels follow one another, at one place of the patch."""
         channels = np.arange(self.x.shape[2] // self.patch).reshape(-1, m) * self.patch
@@ -688,10 +874,7 @@ class _Part:
         if keep is not None:
             self.matrix = np.where(keep, self.matrix, 0)
         w = self.layout.stored(self.matrix, self.meant)
-        if self.levels is not None:
-            limits = np.iinfo(self.stored.dtype)
-            w = np.clip(np.rint(w / self.levels[0]) + self.levels[1], limits.min, limits.max)
-        self.changes[self.operator.weight] = np.ascontiguousarray(w, self.stored.dtype)
+        self.changes[self.operator.weight] = _written(w, self.stored, self.levels)
 
     def shift(self, change: Array) -> None:
         """Add float64[outputs] to what the operator adds to the site."""
@@ -699,6 +882,6 @@ class _Part:
             return
         slot, stored, gain = self.home
         usable = np.abs(gain) > 1e-6 * np.abs(gain).max()
-        found = stored.astype(np.float64).reshape(-1)
+        found = _meant(stored, self.shades).reshape(-1)
         found[self._places(stored, slot)] += np.divide(change, gain, out=np.zeros_like(change), where=usable)
-        self.changes[slot] = found.reshape(stored.shape).astype(stored.dtype)
+        self.changes[slot] = _written(found.reshape(stored.shape), stored, self.shades)

@@ -22,6 +22,7 @@ from onnxprune.types import Array, Axis, Mask, Positions, Shape
 
 Slot = tuple[str, int]  # first output of a node, number of its input
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+CODES = tuple(ir.DataType[name] for name in ("INT8", "UINT8", "INT16", "UINT16", "INT32"))  # that NumPy knows
 MICROSOFT = "com.microsoft"
 LINEAR = {  # (domain, operator): inputs that may be its weight; of those that are `INSIDE` the product is no value
     **{("", name): (1,) for name in ("Conv", "ConvTranspose", "Gemm")},
@@ -48,11 +49,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Operator:
-    """A linear operator whose weight is stored for it alone.
+    """A linear operator whose weight is stored.
 
     `left` has (axis, positions) of the dense operator's input that are left, where some are not; `lost` says that
     columns went, and not only whole groups. `x` is the node's input `reads`, `source` what the dense one has there;
-    without an `x` what the dense one has is read in either case.
+    without an `x` what the dense one has is read in either case. Where `coded`, the weight is stored as integers that
+    a DequantizeLinear reads. All operators of one `tie` have the same weight, and nothing else reads it; an operator
+    without one has its own.
     """
 
     node: str
@@ -65,6 +68,8 @@ class Operator:
     lost: bool = False
     source: str | State = ""
     reads: int = 0
+    coded: bool = False
+    tie: str = ""
 
     @property
     def plain(self) -> Contraction | None:
@@ -172,8 +177,8 @@ class _Given:
     shapes: Mapping[str, Shape]
     keep: Callable[[Axis], Mask]
     stays: Collection[str]
-    coded: Collection[str]
     untied: Collection[str]
+    joint: bool
     readers: Mapping[Slot, str]
     alone: Collection[str]  # initializers that one node of the dense model reads
 
@@ -189,6 +194,17 @@ class _Given:
         return np.asarray(reduce(np.logical_and.outer, [masks[k] for k in axes]).reshape(-1))
 
 
+@dataclass(frozen=True)
+class Visit:
+    """Sites by number that are fitted at once, since they share weights; most often a single one.
+
+    What those in `behind` read depends on the weights that are fitted, or on those of sites that come later.
+    """
+
+    sites: tuple[int, ...]
+    behind: frozenset[int] = frozenset()
+
+
 @dataclass
 class _Chain:
     value: ir.Value
@@ -197,23 +213,26 @@ class _Chain:
     path: list[str] = field(default_factory=list)
 
 
+_Found = tuple[int, Operator, _Chain]
+
+
 def find_sites(
     pruned: ir.Model,
     dense: ir.Model,
     shapes: Mapping[str, Shape],
     keep: Callable[[Axis], Mask],
     stays: Collection[str] = (),
-    coded: Collection[str] = (),
     untied: Collection[str] = (),
+    joint: bool = False,
 ) -> list[Site]:
     """Sites in topological order; `shapes` and `keep` speak of the dense model, what `stays` names keeps its values.
 
-    Weights behind DequantizeLinear are fitted only where `coded` names them, those that others read as well only where
-    `untied` does.
+    Weights that others read as well are fitted only where `untied` names them, or with `joint` where all of these are
+    operators that can be fitted together.
     """
-    found: dict[str, list[tuple[int, Operator, _Chain]]] = defaultdict(list)
+    every: list[_Found] = []
     alone = {str(value.name) for value in dense.graph.initializers.values() if len(value.uses()) == 1}
-    given = _Given(shapes, keep, stays, coded, untied, _readers(dense), alone)
+    given = _Given(shapes, keep, stays, untied, joint, _readers(dense), alone)
     sites = []
     for index, node in enumerate(pruned.graph):
         sites += [(index, site) for site in _recurrent(node, given)]
@@ -221,16 +240,19 @@ def find_sites(
         if operator is None:
             continue
         if node.op_type in INSIDE:
-            inner = _inside(node, operator, given)
+            inner = _inside(node, operator, given) if not operator.tie else None
             sites += [(index, inner)] if inner is not None else []
             continue
-        chain = _follow(node, operator.layout.axes, shapes, stays)
+        every.append((index, operator, _follow(node, operator.layout.axes, shapes, stays)))
+    every = _joined(pruned, every)
+    found: dict[str, list[_Found]] = defaultdict(list)
+    for index, operator, chain in every:
         operator = replace(operator, steps=(*operator.steps, *chain.steps))
         found[str(chain.value.name)].append((index, operator, chain))
     places = {str(out.name): index for index, node in enumerate(pruned.graph) for out in node.outputs}
-    for name, every in found.items():
-        value, axes = every[0][2].value, every[0][1].layout.axes
-        parts = [part for part in every if part[1].layout.axes == axes]
+    for name, ending in found.items():
+        value, axes = ending[0][2].value, ending[0][1].layout.axes
+        parts = [part for part in ending if part[1].layout.axes == axes]
         counterpart = _counterpart(value, given.readers, shapes)
         mask = given.kept(counterpart, axes)
         if mask is None:
@@ -240,7 +262,118 @@ def find_sites(
         operators = _apart([operator for _, operator, _ in parts])
         site = Site(name, counterpart, axes, _positions(mask), operators, tuple(rest), _bounds(value))
         sites.append((places[name], site))
-    return [site for _, site in sorted(sites, key=lambda pair: pair[0])]
+    return _complete([site for _, site in sorted(sites, key=lambda pair: pair[0])], every)
+
+
+def _complete(sites: list[Site], every: Sequence[_Found]) -> list[Site]:
+    """Without sites of which some operator has its weight from one that is in no site."""
+    while True:
+        left = {operator.node for site in sites for operator in site.operators}
+        open_ = {operator.tie for _, operator, _ in every if operator.tie and operator.node not in left}
+        fewer = [site for site in sites if open_.isdisjoint(operator.tie for operator in site.operators)]
+        if len(fewer) == len(sites):
+            return sites
+        sites = fewer
+
+
+def _joined(model: ir.Model, every: Sequence[_Found]) -> list[_Found]:
+    """Without operators whose weight others read in another way than they do.
+
+    Where gains behind the readers of a weight differ, each is fitted before its gain: chains end there.
+    """
+    ties: dict[str, list[_Found]] = defaultdict(list)
+    for part in every:
+        ties[part[1].tie].append(part)
+    names = _readers(model) if any(ties) else {}
+
+    def gains(chain: _Chain) -> list[tuple[object, ...]]:
+        return [(s.kind, s.epsilon, *(names[slot] for slot in s.slots)) for s in chain.steps if s.kind != "add"]
+
+    apart, bare = set(), set()
+    for tie, parts in ties.items():
+        first = parts[0]
+        alike = all(_form(o) == _form(first[1]) for _, o, _ in parts)
+        if tie and not (
+            alike and _leaves(model.graph.initializers[tie]) == {(o.node, 1 - o.reads) for _, o, _ in parts}
+        ):
+            apart.add(tie)
+        elif tie and any(gains(chain) != gains(first[2]) for _, _, chain in parts):
+            bare.add(tie)
+    ends = {id(chain): _Chain(model.graph.node(k).outputs[0]) for k, o, chain in every if o.tie in bare}
+    return [(k, o, ends.get(id(chain), chain)) for k, o, chain in every if o.tie not in apart]
+
+
+def _form(operator: Operator) -> object:
+    """What operators that share a weight must have in common: how the weight is a matrix, and what its codes mean."""
+    layout = operator.layout
+    if isinstance(layout, Contraction):
+        roles = (layout.groups, layout.columns, layout.outputs)
+        how: object = [[role.find(a) for role in roles] for a in layout.weight]
+    elif isinstance(layout, Convolution):
+        how = type(layout), layout.kernel, layout.groups
+    else:
+        how = layout
+    return how, operator.weight if operator.coded else None
+
+
+def _leaves(value: ir.Value) -> set[Slot] | None:
+    """What reads an initializer, through Transpose and DequantizeLinear; None if it is an output."""
+    found: set[Slot] = set()
+    for use in value.uses():
+        if use.node.op_type not in ("Transpose", "DequantizeLinear") or use.idx:
+            found.add((str(use.node.outputs[0].name), use.idx))
+        elif (behind := _leaves(use.node.outputs[0])) is None:
+            return None
+        else:
+            found |= behind
+    return None if value.is_graph_output() else found
+
+
+def visits(graph: ir.Graph, sites: Sequence[Site]) -> list[Visit]:
+    """The order in which sites are fitted: what others read comes before them, as far as shared weights let it."""
+    unit = list(range(len(sites)))
+    first: dict[str, int] = {}
+    for k, site in enumerate(sites):
+        for operator in site.operators:
+            if operator.tie and (other := unit[first.setdefault(operator.tie, k)]) != unit[k]:
+                low, high = sorted((other, unit[k]))
+                unit = [low if u == high else u for u in unit]
+    if not first:
+        return [Visit((k,)) for k in range(len(sites))]
+    needs = _needs(graph, sites)
+    waiting: dict[int, list[int]] = defaultdict(list)
+    for k, u in enumerate(unit):
+        waiting[u].append(k)
+    found, done = [], 0
+    while waiting:
+        own = {u: sum(1 << k for k in members) for u, members in waiting.items()}
+        open_ = {u: [k for k in members if needs[k] & ~done & ~own[u]] for u, members in waiting.items()}
+        chosen = next((u for u, late in open_.items() if not late), next(iter(waiting)))
+        behind = frozenset(k for k in waiting[chosen] if needs[k] & ~done)
+        found.append(Visit(tuple(waiting.pop(chosen)), behind))
+        done |= own[chosen]
+    return found
+
+
+def _needs(graph: ir.Graph, sites: Sequence[Site]) -> list[int]:
+    """For each site the sites, as bits, that what it reads depends on."""
+    bits: dict[str, int] = defaultdict(int)
+    for k, site in enumerate(sites):
+        for operator in site.operators:
+            bits[operator.node] |= 1 << k
+    reach: dict[str, int] = {}
+    for node in graph:
+        inner = [one for body in bodies(node).values() for one in walk(body)]
+        ends = [value for body in bodies(node).values() for value in body.outputs]
+        read = [*node.inputs, *ends, *(value for one in inner for value in one.inputs)]
+        mask = bits.get(str(node.outputs[0].name), 0)
+        for value in read:
+            mask |= reach.get(str(value.name), 0) if value is not None else 0
+        reach |= {str(out.name): mask for out in node.outputs}
+    return [
+        reduce(int.__or__, (reach.get(name, 0) for name in (*(o.x for o in site.operators), *site.rest)), 0)
+        for site in sites
+    ]
 
 
 def _positions(mask: Mask) -> Positions | None:
@@ -279,13 +412,15 @@ def _recurrent(node: ir.Node, given: _Given) -> Iterator[Site]:
     if node.domain not in ("", "ai.onnx") or not count or len(given.shapes.get(name, ())) != 4:
         return
     x = node.inputs[0]
-    weights = [_weight(node, k, given.coded, given.untied) for k in (1, 2)]
+    weights = [_weight(node, k, given.untied) for k in (1, 2)]
     biased = len(node.inputs) > 3 and node.inputs[3] is not None
     kept = [stored(node.inputs[3])] if biased else []
     attrs: Mapping[str, Any] = attributes(node)
-    if x is None or x.const_value is not None or any(order for _, _, order in weights) or attrs.get("layout", 0):
+    if x is None or x.const_value is not None or attrs.get("layout", 0):
         return  # ONNX Runtime has no operator with the batch first
-    if any(value is None or str(value.name) in given.stays for value in (*(w for w, _, _ in weights), *kept)):
+    if any(order or not own for _, _, order, own in weights):
+        return
+    if any(value is None or str(value.name) in given.stays for value in (*(row[0] for row in weights), *kept)):
         return
     mask, columns = given.keep(Axis(name, 3)), given.keep(Axis(str(x.name), 2))
     direction = str(_text(attrs.get("direction", "forward")))
@@ -336,7 +471,7 @@ def fitting(graph: ir.Graph, shapes: Mapping[str, Shape]) -> int:
 
 def _fits(node: ir.Node, shapes: Mapping[str, Shape]) -> Iterator[tuple[int, int, int]]:
     """(groups, columns, outputs) of the matrices that a node multiplies by."""
-    weights = [_shape(value) if (value := stored(each)) is not None else () for each in node.inputs[:3]]
+    weights = [_shape(value) if (value := codes(each) or stored(each)) is not None else () for each in node.inputs[:3]]
     if node.op_type in GATES and len(weights) > 2 and len(weights[1]) == len(weights[2]) == 3:
         yield weights[1][0], weights[1][2] + weights[2][2], weights[1][1]
     for k in _may_weigh(node) if len(weights) > 1 else ():
@@ -386,13 +521,13 @@ def _operator(node: ir.Node, given: _Given) -> Operator | None:
     found = [made for k in _may_weigh(node) if (made := _multiplied(node, k, given))]
     if not found:
         return None
-    k, layout, weight, slot = found[0]
+    k, layout, weight, slot, own = found[0]
     output, x = str(node.outputs[0].name), str(node.inputs[1 - k].name)  # type: ignore[union-attr]
     bias: Slot | None = None
     steps: tuple[Step, ...] = ()
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         value, home = stored(node.inputs[2]), (output, 2)
-        if (code := _code(node.inputs[2])) is not None:
+        if (code := codes(node.inputs[2])) is not None:
             value, home = code, (str(node.inputs[2].name), 0)
         if value is None or value.const_value is None:
             return None
@@ -400,7 +535,8 @@ def _operator(node: ir.Node, given: _Given) -> Operator | None:
         whole = value.const_value.size == _outputs(layout, weight) == (shape[-1] if shape else 1)
         if not whole and value.const_value.size != 1:
             return None
-        if whole and code is None and str(value.name) not in given.stays:
+        alone = code is None or len(node.inputs[2].uses()) == 1
+        if whole and alone and str(value.name) not in given.stays:
             bias = home
         else:
             steps = (Step("add", (home,), fixed=True),)
@@ -408,16 +544,22 @@ def _operator(node: ir.Node, given: _Given) -> Operator | None:
     left = tuple((axis, np.flatnonzero(mask)) for axis, mask in enumerate(masks) if not mask.all())
     lost = any(not masks[axis].all() for axis in layout.summed)
     source = given.readers.get((output, 1 - k), x)
-    return Operator(output, layout, x, slot, bias, steps, left, lost, source, 1 - k)
+    coded, tie = weight.dtype not in FLOATS, "" if own else str(weight.name)
+    return Operator(output, layout, x, slot, bias, steps, left, lost, source, 1 - k, coded, tie)
 
 
-def _multiplied(node: ir.Node, k: int, given: _Given) -> tuple[int, Layout, ir.Value, Slot] | None:
-    """(k, layout, what is stored for input k, where that is read) if a node multiplies another input by input k."""
+def _multiplied(node: ir.Node, k: int, given: _Given) -> tuple[int, Layout, ir.Value, Slot, bool] | None:
+    """If a node multiplies another input by input k: k, layout, what is stored for it, where, and if for it alone."""
     x, read = (node.inputs[1 - k], node.inputs[k]) if len(node.inputs) > 1 else (None, None)
     if x is None or read is None or x.const_value is not None or str(x.name) not in given.shapes:
         return None
-    weight, slot, order = _weight(node, k, given.coded, given.untied)
-    if weight is None or str(weight.name) in given.stays or str(node.outputs[0].name) not in given.shapes:
+    weight, slot, order, own = _weight(node, k, given.untied)
+    if (
+        weight is None
+        or not (own or given.joint)
+        or str(weight.name) in given.stays
+        or str(node.outputs[0].name) not in given.shapes
+    ):
         return None
     shape = _shape(weight)
     order = order or tuple(range(len(shape)))
@@ -426,7 +568,7 @@ def _multiplied(node: ir.Node, k: int, given: _Given) -> tuple[int, Layout, ir.V
         layout = replace(layout, weight="".join(layout.weight[order.index(axis)] for axis in range(len(shape))))
     elif order != tuple(range(len(shape))):
         return None
-    return None if layout is None else (k, layout, weight, slot)
+    return None if layout is None else (k, layout, weight, slot, own)
 
 
 def _layout(node: ir.Node, k: int, x: Shape, weight: Shape) -> Layout | None:
@@ -467,38 +609,37 @@ def _convolution(attrs: Mapping[str, Any], weight: Shape, transposed: bool) -> C
     return TransposedConvolution(**given, output_padding=more, output_shape=tuple(attrs.get("output_shape", ())))
 
 
-def _weight(
-    node: ir.Node, k: int, coded: Collection[str], untied: Collection[str]
-) -> tuple[ir.Value | None, Slot, tuple[int, ...]]:
-    """(the initializer behind input k, if this reader may change it; where it is read; the order of its axes there).
+def _weight(node: ir.Node, k: int, untied: Collection[str]) -> tuple[ir.Value | None, Slot, tuple[int, ...], bool]:
+    """(the initializer behind input k; where it is read; the order of its axes there; whether it may change for one).
 
     No order is the one that it is stored in.
     """
-    slot, value = (str(node.outputs[0].name), k), node.inputs[k]
+    slot, value, own = (str(node.outputs[0].name), k), node.inputs[k], True
     order: tuple[int, ...] = ()
     while value is not None and not value.is_graph_output() and not value.is_graph_input():
-        own = len(value.uses()) == 1
-        if own and (code := _code(value)) is not None:
-            place = (str(value.name), 0)
-            return (code if code.name in coded and len(code.uses()) == 1 else None), place, order
+        alone = own and len(value.uses()) == 1
+        if (code := codes(value)) is not None:
+            return code, (str(value.name), 0), order, alone and len(code.uses()) == 1
         if value.const_value is not None and value.is_initializer():
-            return (value if value.dtype in FLOATS and (own or value.name in untied) else None), slot, order
+            found = value if value.dtype in FLOATS else None
+            return found, slot, order, alone or (own and value.name in untied)
         turn = value.producer()
-        if not own or turn is None or turn.op_type != "Transpose" or turn.inputs[0] is None:
+        if turn is None or turn.op_type != "Transpose" or turn.inputs[0] is None:
             break
         rank = len(turn.inputs[0].shape or ())
         perm = [int(axis) for axis in attributes(turn).get("perm", range(rank)[::-1])]  # type: ignore[attr-defined]
         order = tuple(perm[axis] for axis in order or range(rank))
-        slot, value = (str(value.name), 0), turn.inputs[0]
-    return None, slot, order
+        slot, own, value = (str(value.name), 0), alone, turn.inputs[0]
+    return None, slot, order, False
 
 
-def _code(value: ir.Value) -> ir.Value | None:
+def codes(value: ir.Value | None) -> ir.Value | None:
     """The initializer of integers that a value is, through DequantizeLinear."""
-    node = value.producer()
+    node = None if value is None else value.producer()
     if node is None or node.op_type != "DequantizeLinear" or any(v and v.const_value is None for v in node.inputs):
         return None
-    return node.inputs[0]
+    found = node.inputs[0]
+    return found if found is not None and found.is_initializer() and found.dtype in CODES else None
 
 
 def stored(value: ir.Value | None) -> ir.Value | None:
@@ -583,7 +724,7 @@ def _per_channel(value: ir.Value, axes: tuple[int, ...], shape: Shape) -> bool:
 
 
 def _bounds(value: ir.Value) -> tuple[float, float]:
-    """What readers see of a value: everything, or what a ReLU or Clip lets through."""
+    """What readers see of a value: everything, or what ReLU, Clip and quantisation let through."""
     if value.is_graph_output() or not value.uses():
         return -np.inf, np.inf
     found = {_passes(use.node) for use in value.uses()}
@@ -592,7 +733,10 @@ def _bounds(value: ir.Value) -> tuple[float, float]:
 
 def _passes(node: ir.Node) -> tuple[float, float]:
     if node.op_type == "Relu":
-        return 0.0, np.inf
+        behind = _bounds(node.outputs[0])
+        return max(behind[0], 0.0), max(behind[1], 0.0)
+    if node.op_type == "QuantizeLinear":
+        return _range(node)
     if node.op_type != "Clip":
         return -np.inf, np.inf
     limits: list[float] = []
@@ -605,3 +749,15 @@ def _passes(node: ir.Node) -> tuple[float, float]:
         )
         limits.append(float(tensor.reshape(-1)[0]) if tensor is not None else float(attributes(node).get(key, other)))  # type: ignore[arg-type]
     return limits[0], limits[1]
+
+
+def _range(node: ir.Node) -> tuple[float, float]:
+    """What a QuantizeLinear with one scale can tell apart."""
+    known = [v.const_value.numpy() for v in node.inputs[1:] if v is not None and v.const_value is not None]
+    if len(known) < len(node.inputs) - 1 or known[0].size != 1 or "output_dtype" in node.attributes:
+        return -np.inf, np.inf
+    point = known[1].reshape(-1) if len(known) > 1 else np.zeros(1, np.uint8)
+    if point.dtype.name not in ("int8", "uint8", "int16", "uint16"):
+        return -np.inf, np.inf
+    limits, scale, zero = np.iinfo(point.dtype), float(known[0].reshape(-1)[0]), int(point[0])
+    return (limits.min - zero) * scale, (limits.max - zero) * scale

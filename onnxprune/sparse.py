@@ -273,9 +273,8 @@ class _Run:
         def keep(axis: Axis) -> Mask:
             return keep_of(self.analysis.dims, self.alive, axis, shapes[axis.value][axis.index])
 
-        coded = {one.initializer for one in self.free if one.codes}
         dense = self.analysis.prepared.model
-        sites = find_sites(self.model, dense, shapes, keep, self.recovery.stays, coded)
+        sites = find_sites(self.model, dense, shapes, keep, self.recovery.stays)
         return [turned for site in sites if (turned := self._turned(site, keep)) is not None]
 
     def _turned(self, site: Site, keep: Callable[[Axis], Mask]) -> Site | None:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from scipy.linalg import LinAlgError, cho_factor, cho_solve, cholesky
 
+from onnxprune.lsq import inverse_factor
 from onnxprune.plugin import Runs, Thinned, strongest
-from onnxprune.types import Array
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class SparseGpt:
         dead = np.diag(runs.moments) <= 0
         weight = np.where(dead[:, None] & ~runs.stays, 0, runs.weight)
         keep = np.ones(weight.shape, np.bool_)
-        upper = self._factor(runs.moments, dead)
+        upper = inverse_factor(runs.moments, self.damp)
         step = -(-self.block // m) * m
         for start in range(0, width, step):
             end = min(start + step, width)
@@ -54,19 +53,3 @@ class SparseGpt:
                 part[j:] -= np.where(runs.stays[start + j : end], 0, np.outer(inner[j, j:], errors[j]))
             weight[end:] -= np.where(runs.stays[end:], 0, upper[start:end, end:].T @ errors)
         return Thinned(np.where(keep, weight, 0), keep)
-
-    def _factor(self, moments: Array, dead: Array) -> Array:
-        """float64[columns, columns]: the upper Cholesky factor of the inverse."""
-        if not np.isfinite(moments).all():
-            raise LinAlgError("moments are beyond what numbers hold")
-        scale = float(np.diag(moments).mean()) or 1.0
-        damp = self.damp
-        while True:
-            damped = moments + np.diag(np.where(dead, scale, 0) + damp * scale)
-            try:
-                inverse = cho_solve(cho_factor(damped), np.eye(len(damped)))
-                return np.asarray(cholesky((inverse + inverse.T) / 2))
-            except LinAlgError:
-                if damp > 1e6:
-                    raise
-                damp *= 10

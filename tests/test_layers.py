@@ -21,7 +21,7 @@ PACKAGE = "onnxprune"
 # Lowest first. A module imports only from its own row and the rows above it.
 LAYERS = (
     ("errors", "types"),
-    ("ops", "ops.*", "plugin", "lsq", "budget", "greedy", "passes", "passes.*"),
+    ("ops", "ops.*", "plugin", "lsq", "codes", "budget", "greedy", "passes", "passes.*"),
     ("indexing", "outcome", "cache", "interface", "layouts"),
     ("relate",),
     ("dims", "groups", "branches", "select", "cost", "infer", "quality"),
