@@ -22,6 +22,7 @@ from typing import Any, Generic, TypeVar, cast
 import numpy as np
 import onnx_ir as ir
 
+from onnxprune import bfloat
 from onnxprune.cache import Kept
 from onnxprune.errors import ImpossibleError, InputError
 from onnxprune.infer import Facts, Inference, symbols, true_inputs
@@ -349,10 +350,12 @@ def _running(worker: Worker, model: Model, threads: int, memory: int | None) -> 
         yield run_in_pieces
         return
     with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-        path = str(dump(model, folder, "copy"))
+        made = bfloat.single(model)
+        path = str(dump(made, folder, "copy"))
 
         def run(feed: Feed, outputs: Sequence[str] | None = None) -> dict[str, Array]:
-            found: dict[str, Array] = worker.call(answer, path, dict(feed), outputs, threads)
+            given = dict(feed) if made is model else bfloat.fed(feed)
+            found: dict[str, Array] = worker.call(answer, path, given, outputs, threads)
             return found
 
         yield run

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 import numpy as np
 import onnx_ir as ir
 
-from onnxprune import interface
+from onnxprune import bfloat, interface
 from onnxprune.infer import bodies, walk
 from onnxprune.runtime import ort
 from onnxprune.sites import Slot, stored
@@ -23,7 +23,7 @@ from onnxprune.types import Array
 from onnxprune.weights import Part
 
 LOADED = 1024  # pieces that stay loaded
-FED = frozenset(("FLOAT", "FLOAT16", "DOUBLE"))  # types of initializers that are inputs of a piece
+FED = frozenset(("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"))  # types of initializers that are inputs of a piece
 
 
 ROOM = 1 << 30  # bytes of values that a flow keeps in memory; the rest goes to unnamed files
@@ -67,8 +67,10 @@ class Flow:
     ) -> None:
         self.model, self.sessions, self.told = model, sessions, told
         self.most, self.room = most, room
-        self.nodes = list(model.graph)
-        self.functions = [ir.serde.serialize_function(function) for function in model.functions.values()]
+        runs = bfloat.single(model)
+        self.single = runs is not model
+        self.nodes = list(runs.graph)
+        self.functions = [ir.serde.serialize_function(function) for function in runs.functions.values()]
         self.stored = {str(value.name): value for value in model.graph.initializers.values()}
         self.reads = [_reads(node) for node in self.nodes]
         self.maker = {str(out.name): k for k, node in enumerate(self.nodes) for out in node.outputs}
@@ -77,7 +79,7 @@ class Flow:
         self.outputs = {str(value.name) for value in model.graph.outputs if value.type is not None} | set(pinned)
         given = {str(value.name) for value in model.graph.inputs} - set(self.stored)
         narrowed = interface.noted(model.metadata_props)
-        feeds = [interface.narrow(feed, narrowed) for feed in feeds]
+        feeds = [interface.narrow(bfloat.fed(feed) if self.single else feed, narrowed) for feed in feeds]
         self.live: dict[str, list[Array]] = {name: [np.asarray(feed[name]) for feed in feeds] for name in given}
         self.count = len(feeds)
         self.held: Counter[str] = Counter()  # bytes in memory
@@ -232,7 +234,7 @@ class Flow:
                 elif name not in made:
                     entering[name] = self.live[name][0]
         read = {name for proto in protos for name in proto.input} | {n for k in todo for n in _captured(self.nodes[k])}
-        weights = {name: array for name, array in weights.items() if name in read}
+        weights = {name: self._fed(array) for name, array in weights.items() if name in read}
         graph = onnx.GraphProto(name="piece", node=protos)
         inner = any(bodies(self.nodes[k]) for k in todo)  # what a body hands out needs a shape, found from these
         for name, array in (*entering.items(), *weights.items()):
@@ -242,12 +244,17 @@ class Flow:
             graph.output.append(onnx.ValueInfoProto(name=name))
         for name, value in constants.items():
             assert value.const_value is not None
-            small = ir.tensor(value.const_value.numpy(), dtype=value.dtype, name=name)
+            whole = bfloat.wide(value.const_value) if self.single else value.const_value
+            small = ir.tensor(whole.numpy(), dtype=whole.dtype, name=name)
             graph.initializer.append(ir.serde.serialize_tensor(small))
         opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in self.model.opset_imports.items()]
         version = min(self.model.ir_version or 8, 10)
         model = onnx.ModelProto(ir_version=version, opset_import=opsets, graph=graph, functions=self.functions)
         return model.SerializeToString(deterministic=True), weights
+
+    def _fed(self, array: Array) -> Array:
+        """What stored numbers are for the nodes that run."""
+        return bfloat.widened(array) if self.single else array
 
 
 def _element(array: Array) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune import cache, feeds, interface, pace, plugin, quality, runtime, storage, verify
+from onnxprune import bfloat, cache, feeds, interface, pace, plugin, quality, runtime, storage, verify
 from onnxprune import measure as latency
 from onnxprune import report as reports
 from onnxprune import select as selection
@@ -329,7 +329,7 @@ def stopwatch(
     """What latency targets are judged by; from here on the analysis counts latency among its costs."""
     if not prover.feeds:
         raise ImpossibleError("a model that does not run has no latency", file=analysis.source.path)
-    if (unmeasured := _unmeasured(analysis, prover, worker)) is not None:
+    if (unmeasured := _unmeasured(analysis, prover, worker, options)) is not None:
         raise ImpossibleError(unmeasured, file=analysis.source.path, object="--target latency")
     feed = prover.typical(worker, _usual_feed(analysis, evaluation[0], prover, options))
     kept = cache.opened(options.cache, options.no_cache)
@@ -530,7 +530,7 @@ def measured(
             found = _quality(proven.model, prover, evaluation, options, worker, analysis)
         if options.measure and not options.dry_run:
             with clock.stage("measure"):
-                if (unmeasured := _unmeasured(analysis, prover, worker)) is None:
+                if (unmeasured := _unmeasured(analysis, prover, worker, options)) is None:
                     rows = _measured(analysis, proven.model, prover, worker, evaluation[0], options)
                 else:
                     told = [unmeasured]
@@ -563,8 +563,10 @@ def measured(
     )
 
 
-def _unmeasured(analysis: Analysis, prover: Prover, worker: Worker) -> str | None:
+def _unmeasured(analysis: Analysis, prover: Prover, worker: Worker, options: Options) -> str | None:
     """Why latency cannot be measured; None where it can."""
+    if options.backend == "cpu" and bfloat.computes(analysis.dense):
+        return f"latency was not measured: {bfloat.MISSING}"
     if prover.runner(worker).fits(analysis.dense):
         return None
     need = memory_of(analysis.dense) / 1e6
@@ -925,7 +927,7 @@ def _written(
         with Worker(seconds=options.timeout) as worker:
             run = Runner(worker, options.threads, selection.parse_size(options.memory))
             try:
-                if run.fits(result.model):
+                if run.fits(result.model) and not bfloat.computes(result.model):
                     found = [port.name for port in worker.call(ort.interface, str(candidate)).outputs]
                 else:
                     found = [name for outputs in run(storage.read_model(candidate)[0], inputs) for name in outputs]

@@ -13,6 +13,7 @@ from functools import partial
 import onnx
 import onnx_ir as ir
 
+from onnxprune import bfloat
 from onnxprune.errors import InputError
 from onnxprune.flow import Flow, Sessions
 from onnxprune.reading import deserialized, serialized
@@ -63,8 +64,11 @@ class Runner:
         """What computes a model's outputs for each feed, any number of times."""
         if self.fits(model):
             with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
-                path = str(dump(model, folder, "model", external=memory_of(model) > BESIDE))
-                yield lambda feeds: self.worker.call(ort.run, path, list(feeds), threads=self.threads)
+                made = bfloat.single(model)
+                path = str(dump(made, folder, "model", external=memory_of(model) > BESIDE))
+                yield lambda feeds: self.worker.call(
+                    ort.run, path, list(feeds) if made is model else list(map(bfloat.fed, feeds)), threads=self.threads
+                )
             return
         sent = packed(model)
         threads = max(self.threads, len(os.sched_getaffinity(0)))

@@ -21,7 +21,7 @@ from onnxprune.layouts import Contraction, Convolution, Gates, Layout, Transpose
 from onnxprune.types import Array, Axis, Mask, Positions, Shape
 
 Slot = tuple[str, int]  # first output of a node, number of its input
-FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 CODES = tuple(ir.DataType[name] for name in ("INT8", "UINT8", "INT16", "UINT16", "INT32"))  # that NumPy knows
 MICROSOFT = "com.microsoft"
 LINEAR = {  # (domain, operator): inputs that may be its weight; of those that are `INSIDE` the product is no value
@@ -317,10 +317,10 @@ def _form(operator: Operator) -> object:
 
 
 def _leaves(value: ir.Value) -> set[Slot] | None:
-    """What reads an initializer, through Transpose and DequantizeLinear; None if it is an output."""
+    """What reads an initializer, through Transpose, Cast and DequantizeLinear; None if it is an output."""
     found: set[Slot] = set()
     for use in value.uses():
-        if use.node.op_type not in ("Transpose", "DequantizeLinear") or use.idx:
+        if use.node.op_type not in ("Transpose", "Cast", "DequantizeLinear") or use.idx:
             found.add((str(use.node.outputs[0].name), use.idx))
         elif (behind := _leaves(use.node.outputs[0])) is None:
             return None
@@ -624,6 +624,9 @@ def _weight(node: ir.Node, k: int, untied: Collection[str]) -> tuple[ir.Value | 
             found = value if value.dtype in FLOATS else None
             return found, slot, order, alone or (own and value.name in untied)
         turn = value.producer()
+        if turn is not None and turn.op_type == "Cast" and attributes(turn).get("to") in FLOATS:
+            slot, own, value = (str(value.name), 0), alone, turn.inputs[0]
+            continue
         if turn is None or turn.op_type != "Transpose" or turn.inputs[0] is None:
             break
         rank = len(turn.inputs[0].shape or ())

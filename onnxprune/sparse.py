@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune import cache, nm, pace, plugin, reconstruct, timing, verify
+from onnxprune import bfloat, cache, nm, pace, plugin, reconstruct, timing, verify
 from onnxprune import report as reports
 from onnxprune.analysis import Analysis, cost_shapes
 from onnxprune.calibrate import Answers, Columns, ProfileOf, Reads, Request, collect
@@ -349,7 +349,7 @@ class _Run:
         options, analysis = self.options, self.analysis
         if not options.measure or options.dry_run or not self.prover.feeds:
             return {}
-        if not self.prover.runner(self.worker).fits(analysis.dense):
+        if not self.prover.runner(self.worker).fits(analysis.dense) or bfloat.computes(analysis.dense):
             return {}
         self.recovery.progress("measure operators")
         shapes = cost_shapes(analysis.prepared.model, analysis.given, analysis.view.shapes)

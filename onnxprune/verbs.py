@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune import feeds, interface, ops, plugin, quality, runtime, storage
+from onnxprune import bfloat, feeds, interface, ops, plugin, quality, runtime, storage
 from onnxprune import measure as latency
 from onnxprune.analysis import Analysis, cost_shapes, named, samples_of
 from onnxprune.errors import ImpossibleError, InputError
@@ -81,7 +81,7 @@ def compare_models(
     if [v.name for v in other.graph.outputs] != [v.name for v in analysis.dense.graph.outputs]:
         raise InputError("the two models have different outputs", file=Path(pruned).name)
     samples, labels = samples_of(analysis.dense.graph, evaluation)
-    with Worker(seconds=timeout) as worker, tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+    with Worker(seconds=timeout) as worker:
         prover = Prover(analysis, samples, seed)
         if not samples:
             prover.check_dense(worker)
@@ -89,7 +89,7 @@ def compare_models(
         results = []
         for name, model in (("dense", analysis.dense), ("pruned", other)):
             progress(f"run the {name} model")
-            results.append(worker.call(ort.run, str(storage.dump(model, folder, name)), list(inputs)))
+            results.append(prover.runner(worker)(model, list(inputs)))
     narrowed = interface.noted(other.metadata_props)
     results[0] = [interface.narrow(outputs, narrowed) for outputs in results[0]]
     found: dict[str, Any] = {
@@ -144,6 +144,8 @@ def measure_models(
                 continue
             model, source = storage.read_model(path)
             first = first or model
+            if backend == "cpu" and bfloat.computes(model):
+                raise ImpossibleError(f"{bfloat.MISSING}; name another --backend", file=path)
             copies.append(storage.dump(model, folder, f"{k}", external=source.external))
         assert first is not None
         progress("find inputs that it runs on")

@@ -23,8 +23,8 @@ from onnxprune.types import Array, Group, Member, Plan
 from onnxprune.weights import LEAST, Mapped, Part
 
 ZEROED = frozenset({"weight", "bias", "norm"})
-TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-COARSEST = {"FLOAT16": "float16", "BFLOAT16": "bfloat16"}
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2}
+COARSEST = {"FLOAT16": "float16"}  # bfloat16 is computed in float32
 QUANTISED = 3e-2  # of the output's range: a few steps of eight bits
 
 
