@@ -526,16 +526,13 @@ def _operator(node: ir.Node, given: _Given) -> Operator | None:
     bias: Slot | None = None
     steps: tuple[Step, ...] = ()
     if len(node.inputs) > 2 and node.inputs[2] is not None:
-        value, home = stored(node.inputs[2]), (output, 2)
-        if (code := codes(node.inputs[2])) is not None:
-            value, home = code, (str(node.inputs[2].name), 0)
+        value, home, alone = _kept(node.inputs[2], (output, 2))
         if value is None or value.const_value is None:
             return None
         shape = tuple(value.const_value.shape.numpy())
         whole = value.const_value.size == _outputs(layout, weight) == (shape[-1] if shape else 1)
         if not whole and value.const_value.size != 1:
             return None
-        alone = code is None or len(node.inputs[2].uses()) == 1
         if whole and alone and str(value.name) not in given.stays:
             bias = home
         else:
@@ -680,7 +677,7 @@ def _follow(node: ir.Node, axes: tuple[int, ...], shapes: Mapping[str, Shape], s
         if reader.op_type == "Identity":
             pass
         elif reader.op_type == "Add" and other is not None and _per_channel(other, axes, start):
-            chain.steps.append(Step("add", ((slot, 1 - k),), fixed=_stays(other, stays)))
+            chain.steps.append(_step("add", [(other, (slot, 1 - k))], stays))
         elif (
             reader.op_type == "Add"
             and other is not None
@@ -691,14 +688,13 @@ def _follow(node: ir.Node, axes: tuple[int, ...], shapes: Mapping[str, Shape], s
         elif chain.rest:
             break
         elif reader.op_type == "Mul" and other is not None and _per_channel(other, axes, start):
-            chain.steps.append(Step("mul", ((slot, 1 - k),), fixed=_stays(other, stays)))
+            chain.steps.append(_step("mul", [(other, (slot, 1 - k))], stays))
         elif reader.op_type == "BatchNormalization" and k == 0 and axes == (1,) and len(reader.outputs) == 1:
             epsilon = float(attributes(reader).get("epsilon", 1e-5))  # type: ignore[arg-type]
-            if any(stored(v) is None for v in reader.inputs[1:5]):
+            read = [(value, (slot, i)) for i, value in enumerate(reader.inputs[1:5], start=1)]
+            if any(_kept(value, place)[0] is None for value, place in read):
                 break
-            chain.steps.append(
-                Step("norm", tuple((slot, i) for i in range(1, 5)), epsilon, _stays(reader.inputs[2], stays))
-            )
+            chain.steps.append(_step("norm", read, stays, epsilon))
         else:
             break
         chain.value = out
@@ -706,15 +702,38 @@ def _follow(node: ir.Node, axes: tuple[int, ...], shapes: Mapping[str, Shape], s
     return chain
 
 
-def _stays(value: ir.Value | None, stays: Collection[str]) -> bool:
-    """Whether a stored value is to keep its values."""
-    source = stored(value)
-    return source is not None and str(source.name) in stays
+def _step(
+    kind: str, read: Sequence[tuple[ir.Value | None, Slot]], stays: Collection[str], epsilon: float = 0.0
+) -> Step:
+    """A step with what is stored for it; the number that is added stays where it has others to serve as well."""
+    found = [_kept(value, slot) for value, slot in read]
+    value, _, alone = found[1 if kind == "norm" else 0]
+    fixed = not alone or (value is not None and str(value.name) in stays)
+    return Step(kind, tuple(slot for _, slot, _ in found), epsilon, fixed)
+
+
+def _kept(value: ir.Value | None, slot: Slot) -> tuple[ir.Value | None, Slot, bool]:
+    """(the initializer behind one input of a node, where it is read, whether it may change for this node alone).
+
+    It may lie behind Cast and DequantizeLinear. What a node reads itself it may have a copy of.
+    """
+    alone = True
+    while value is not None and stored(value) is None:
+        while (node := value.producer()) is not None and node.op_type == "Identity" and node.inputs[0] is not None:
+            value = node.inputs[0]
+        alone = alone and len(value.uses()) == 1
+        if (code := codes(value)) is not None:
+            return code, (str(value.name), 0), alone
+        if node is None or node.op_type != "Cast" or attributes(node).get("to") not in FLOATS:
+            return None, slot, False
+        slot, value = (str(value.name), 0), node.inputs[0]
+    found = stored(value)
+    return (found if found is not None and found.dtype in FLOATS else None), slot, alone
 
 
 def _per_channel(value: ir.Value, axes: tuple[int, ...], shape: Shape) -> bool:
     """Whether a stored value has one number for each channel."""
-    source = stored(value)
+    source, _, _ = _kept(value, ("", 0))
     if source is None or source.const_value is None:
         return False
     own = tuple(int(d) for d in source.const_value.shape.numpy())
