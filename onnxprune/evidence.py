@@ -384,7 +384,8 @@ class _Losses:
                 return None
             for slot in member.readers:
                 operator = self.operators.found.get(slot)
-                if operator is None and not self._writes(slot, member.axis):
+                tied = operator is not None and operator.tie  # a mask would be seen by readers of other units too
+                if tied or (operator is None and not self._writes(slot, member.axis)):
                     return None
                 if operator is not None and (member.axis,) == operator.layout.inner:
                     found.append((Gate(member.initializer, member.axis), np.stack([member.positions, member.units])))

@@ -29,7 +29,7 @@ from onnxprune.lsq import Regression, missed
 from onnxprune.model import Model, add_initializer, free_name
 from onnxprune.plugin import Problem, Reconstructor, Runs, Solution, Sparsifier, trait
 from onnxprune.running import BESIDE, MEMORY, Packed, give_back, limits, memory_of, packed, unpacked
-from onnxprune.sites import Operator, Site, Slot, State, Visit, stored, visits
+from onnxprune.sites import SCALED, Operator, Site, Slot, State, Visit, stored, visits
 from onnxprune.storage import dump, read_model
 from onnxprune.types import Array, Mask, Positions, Shape
 from onnxprune.verify import spread
@@ -301,7 +301,7 @@ class _Dense:
         arrays = self.values([*(operator.source for operator in site.operators), *site.rest], pinned, keep)
         assert self.flow is not None and arrays is not None
         parts = [
-            _Part(self.flow, operator, rows.read(x, operator.layout))
+            _Part(self.flow, operator, rows.read(_numbers(self.flow, operator, x), operator.layout))
             for operator, x in zip(site.operators, arrays, strict=False)
         ]
         return _total(parts, [rows.of(value, site.axes) for value in arrays[len(parts) :]])
@@ -537,7 +537,7 @@ def _places(k: int, local: bool) -> list[_Place]:
         for operator, x in zip(site.operators, arrays, strict=False):
             for axis, positions in operator.left if local or not operator.x else ():
                 x = [np.take(array, positions, axis) for array in x]
-            parts.append(_Part(flow, operator, rows.read(x, operator.layout)))
+            parts.append(_Part(flow, operator, rows.read(_numbers(flow, operator, x), operator.layout)))
         others = [rows.of(value, site.axes) for value in arrays[len(parts) :]]
         others = [other[:, site.kept] for other in others] if local and site.kept is not None else others
         places.append(_Place(site, wanted, _total(parts, others), rows.held_out, parts))
@@ -752,14 +752,31 @@ def _written(values: Array, like: Array, levels: Levels | None) -> Array:
 
 
 def _levels(flow: Flow, slot: Slot) -> Levels | None:
-    """Where a DequantizeLinear reads what is stored for one input of one node."""
-    node = flow.nodes[flow.maker[slot[0]]]
-    if node.op_type != "DequantizeLinear" or slot[1] != 0:
+    """Where what is stored for one input of one node are codes."""
+    node, (name, k) = flow.nodes[flow.maker[slot[0]]], slot
+
+    def stored(k: int) -> Array:
+        return flow.array((name, k)).astype(np.float64)
+
+    array, point = flow.array(slot), np.zeros(1)
+    if node.op_type == "DequantizeLinear" and k == 0:
+        scale, axis = stored(1), int(attributes(node).get("axis", 1))  # type: ignore[call-overload]
+        point = stored(2) if len(node.inputs) > 2 and node.inputs[2] is not None else point
+    elif node.op_type in SCALED and k == 3:
+        scale, point, axis = stored(4), stored(5), SCALED[node.op_type]
+    elif node.op_type in SCALED and k == 8:
+        scale, axis = stored(1) * stored(4), 0
+    else:
         return None
-    array, axis = flow.array(slot), int(attributes(node).get("axis", 1))  # type: ignore[call-overload]
-    scale = flow.array((slot[0], 1)).astype(np.float64)
-    point = flow.array((slot[0], 2)) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(1)
-    return spread(scale, array, axis), spread(point.astype(np.float64), array, axis)
+    return spread(scale, array, axis), spread(point, array, axis)
+
+
+def _numbers(flow: Flow, operator: Operator, arrays: Sequence[Array]) -> Sequence[Array]:
+    """What an operator reads, as numbers where it reads integers that stand for some."""
+    if not operator.scaled:
+        return arrays
+    scale, point = (flow.array((operator.node, operator.reads + k)).astype(np.float32) for k in (1, 2))
+    return [(array.astype(np.float32) - point) * scale for array in arrays]
 
 
 def _takes(site: Site, flow: Flow, rows: int) -> int:

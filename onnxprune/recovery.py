@@ -210,7 +210,9 @@ class Recovery:
             return Repaired(pruned, [], [])
         start = started(self.analysis, plan, pruned, self.bases, self.stays)
         if not start.sites:
-            return Repaired(pruned, [], ["nothing could be repaired: no linear operator has a weight that can be fitted"])
+            return Repaired(
+                pruned, [], ["nothing could be repaired: no linear operator has a weight that can be fitted"]
+            )
         self._begin(self.samples.fitted, self.samples.held_out, TRIAL_ROWS)
         naive = reconstruct.repair(self.worker, pruned, [], None, judge=True).divergence
         tried = reconstruct.repair(

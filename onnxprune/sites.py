@@ -32,6 +32,7 @@ LINEAR = {  # (domain, operator): inputs that may be its weight; of those that a
 }
 INSIDE = frozenset(("FusedConv", "FusedGemm", "Attention"))
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+SCALED = {"QLinearConv": 0, "QLinearMatMul": -1}  # products of integers, and the axis along which weights have scales
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Operator:
     columns went, and not only whole groups. `x` is the node's input `reads`, `source` what the dense one has there;
     without an `x` what the dense one has is read in either case. Where `coded`, the weight is stored as integers that
     a DequantizeLinear reads. All operators of one `tie` have the same weight, and nothing else reads it; an operator
-    without one has its own.
+    without one has its own. Where `scaled`, `x` are integers as well, of which the node's next two inputs say what
+    they stand for.
     """
 
     node: str
@@ -70,6 +72,7 @@ class Operator:
     reads: int = 0
     coded: bool = False
     tie: str = ""
+    scaled: bool = False
 
     @property
     def plain(self) -> Contraction | None:
@@ -235,7 +238,7 @@ def find_sites(
     given = _Given(shapes, keep, stays, untied, joint, _readers(dense), alone)
     sites = []
     for index, node in enumerate(pruned.graph):
-        sites += [(index, site) for site in _recurrent(node, given)]
+        sites += [(index, site) for site in (*_recurrent(node, given), *_scaled(node, given))]
         operator = _operator(node, given)
         if operator is None:
             continue
@@ -456,6 +459,45 @@ def _recurrent(node: ir.Node, given: _Given) -> Iterator[Site]:
     elif set(activations[::2]) <= {"Sigmoid"}:
         reset = tuple(replace(one, left=()) for one in operators((1,), state))
         yield site((2,), operators((2,), replace(state, x=source, reset=reset)), "candidate")
+
+
+def _scaled(node: ir.Node, given: _Given) -> Iterator[Site]:
+    """The product of integers before it is rounded to those of the output, as the numbers that they stand for."""
+    name = str(node.outputs[0].name)
+    if node.domain not in ("", "ai.onnx") or node.op_type not in SCALED or not {1, 2, 4, 5, 6, 7} <= _constants(node):
+        return
+    x, weight = node.inputs[0], node.inputs[3]
+    if x is None or weight is None or x.const_value is not None or not given.shapes.keys() >= {name, str(x.name)}:
+        return
+    shape, source = _shape(weight), given.readers.get((name, 0), str(x.name))
+    if weight.dtype not in CODES or len(weight.uses()) > 1 or str(weight.name) in given.stays or len(shape) < 2:
+        return
+    convolves = node.op_type == "QLinearConv"
+    layout = _convolution(attributes(node), shape, False) if convolves else matmul(given.size(str(x.name)), shape)
+    mask = given.kept(name, layout.axes) if layout is not None else None
+    if layout is None or mask is None or any(_size(node, k) != 1 for k in (1, 2, 6, 7)):
+        return
+    bias: Slot | None = None
+    steps: tuple[Step, ...] = ()
+    if 8 in _constants(node):
+        (step,) = steps = (_step("add", [(node.inputs[8], (name, 8))], given.stays),)
+        bias, steps = (None, steps) if step.fixed else (step.slots[0], ())
+    masks = [given.keep(Axis(str(x.name), axis)) for axis in range(len(given.shapes[str(x.name)]))]
+    left = tuple((axis, np.flatnonzero(mask)) for axis, mask in enumerate(masks) if not mask.all())
+    lost = any(not masks[axis].all() for axis in layout.summed)
+    operator = Operator(name, layout, str(x.name), (name, 3), bias, steps, left, lost, source, coded=True, scaled=True)
+    bounds, order = _range(node.inputs[6], node.inputs[7]), Axis(name, layout.axes[-1])
+    yield Site(f"{name} inside", "", layout.axes, _positions(mask), (operator,), (), bounds, order=order)
+
+
+def _constants(node: ir.Node) -> set[int]:
+    """Numbers of the inputs that are stored."""
+    return {k for k, value in enumerate(node.inputs) if stored(value) is not None}
+
+
+def _size(node: ir.Node, k: int) -> int:
+    value = node.inputs[k]
+    return value.const_value.size if value is not None and value.const_value is not None else 0
 
 
 def _text(given: object) -> str:
@@ -728,7 +770,7 @@ def _kept(value: ir.Value | None, slot: Slot) -> tuple[ir.Value | None, Slot, bo
             return None, slot, False
         slot, value = (str(value.name), 0), node.inputs[0]
     found = stored(value)
-    return (found if found is not None and found.dtype in FLOATS else None), slot, alone
+    return (found if found is not None and found.dtype in (*FLOATS, *CODES) else None), slot, alone
 
 
 def _per_channel(value: ir.Value, axes: tuple[int, ...], shape: Shape) -> bool:
@@ -758,7 +800,7 @@ def _passes(node: ir.Node) -> tuple[float, float]:
         behind = _bounds(node.outputs[0])
         return max(behind[0], 0.0), max(behind[1], 0.0)
     if node.op_type == "QuantizeLinear":
-        return _range(node)
+        return _range(*node.inputs[1:3]) if "output_dtype" not in node.attributes else (-np.inf, np.inf)
     if node.op_type != "Clip":
         return -np.inf, np.inf
     limits: list[float] = []
@@ -773,13 +815,13 @@ def _passes(node: ir.Node) -> tuple[float, float]:
     return limits[0], limits[1]
 
 
-def _range(node: ir.Node) -> tuple[float, float]:
-    """What a QuantizeLinear with one scale can tell apart."""
-    known = [v.const_value.numpy() for v in node.inputs[1:] if v is not None and v.const_value is not None]
-    if len(known) < len(node.inputs) - 1 or known[0].size != 1 or "output_dtype" in node.attributes:
+def _range(scale: ir.Value | None, zero: ir.Value | None = None) -> tuple[float, float]:
+    """What integers of one scale can tell apart."""
+    known = [v.const_value.numpy() for v in (scale, zero) if v is not None and v.const_value is not None]
+    if scale is None or len(known) < 1 + (zero is not None) or known[0].size != 1:
         return -np.inf, np.inf
     point = known[1].reshape(-1) if len(known) > 1 else np.zeros(1, np.uint8)
     if point.dtype.name not in ("int8", "uint8", "int16", "uint16"):
         return -np.inf, np.inf
-    limits, scale, zero = np.iinfo(point.dtype), float(known[0].reshape(-1)[0]), int(point[0])
-    return (limits.min - zero) * scale, (limits.max - zero) * scale
+    limits, size, middle = np.iinfo(point.dtype), float(known[0].reshape(-1)[0]), int(point[0])
+    return (limits.min - middle) * size, (limits.max - middle) * size
