@@ -29,7 +29,7 @@ from onnxprune.lsq import Regression, missed
 from onnxprune.model import Model, add_initializer, free_name
 from onnxprune.plugin import Problem, Reconstructor, Runs, Solution, Sparsifier, trait
 from onnxprune.running import BESIDE, MEMORY, Packed, give_back, limits, memory_of, packed, unpacked
-from onnxprune.sites import SCALED, Operator, Site, Slot, State, Visit, stored, visits
+from onnxprune.sites import Operator, Site, Slot, State, Visit, scaled, stored, visits
 from onnxprune.storage import dump, read_model
 from onnxprune.types import Array, Mask, Positions, Shape
 from onnxprune.verify import spread
@@ -762,10 +762,10 @@ def _levels(flow: Flow, slot: Slot) -> Levels | None:
     if node.op_type == "DequantizeLinear" and k == 0:
         scale, axis = stored(1), int(attributes(node).get("axis", 1))  # type: ignore[call-overload]
         point = stored(2) if len(node.inputs) > 2 and node.inputs[2] is not None else point
-    elif node.op_type in SCALED and k == 3:
-        scale, point, axis = stored(4), stored(5), SCALED[node.op_type]
-    elif node.op_type in SCALED and k == 8:
-        scale, axis = stored(1) * stored(4), 0
+    elif (how := scaled(node)) is not None and k == 3:
+        scale, point, axis = stored(4), stored(5), how[0]
+    elif how is not None and k == how[1]:
+        scale, axis = stored(1) * stored(4), -1
     else:
         return None
     return spread(scale, array, axis), spread(point, array, axis)

@@ -32,7 +32,11 @@ LINEAR = {  # (domain, operator): inputs that may be its weight; of those that a
 }
 INSIDE = frozenset(("FusedConv", "FusedGemm", "Attention"))
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
-SCALED = {"QLinearConv": 0, "QLinearMatMul": -1}  # products of integers, and the axis along which weights have scales
+SCALED = {  # products of integers that are scaled to others: inputs that are the bias and the scale of the output
+    ("", "QLinearConv"): (8, 6),
+    ("", "QLinearMatMul"): (-1, 6),
+    (MICROSOFT, "QGemm"): (6, 7),
+}
 
 
 @dataclass(frozen=True)
@@ -463,36 +467,41 @@ def _recurrent(node: ir.Node, given: _Given) -> Iterator[Site]:
 
 def _scaled(node: ir.Node, given: _Given) -> Iterator[Site]:
     """The product of integers before it is rounded to those of the output, as the numbers that they stand for."""
-    name = str(node.outputs[0].name)
-    if node.domain not in ("", "ai.onnx") or node.op_type not in SCALED or not {1, 2, 4, 5, 6, 7} <= _constants(node):
+    name, (last, scale) = str(node.outputs[0].name), SCALED.get(_kind(node), (-1, 0))
+    known = {k for k, value in enumerate(node.inputs) if stored(value) is not None}
+    if not scale or not {1, 2, 4, 5} <= known:
         return
     x, weight = node.inputs[0], node.inputs[3]
     if x is None or weight is None or x.const_value is not None or not given.shapes.keys() >= {name, str(x.name)}:
         return
-    shape, source = _shape(weight), given.readers.get((name, 0), str(x.name))
-    if weight.dtype not in CODES or len(weight.uses()) > 1 or str(weight.name) in given.stays or len(shape) < 2:
+    if weight.dtype not in CODES or len(weight.uses()) > 1 or str(weight.name) in given.stays:
         return
-    convolves = node.op_type == "QLinearConv"
-    layout = _convolution(attributes(node), shape, False) if convolves else matmul(given.size(str(x.name)), shape)
+    layout = _layout(node, 3, given.size(str(x.name)), _shape(weight)) if len(_shape(weight)) > 1 else None
     mask = given.kept(name, layout.axes) if layout is not None else None
-    if layout is None or mask is None or any(_size(node, k) != 1 for k in (1, 2, 6, 7)):
+    if layout is None or mask is None or any(_size(node, k) != 1 for k in (1, 2)):
         return
     bias: Slot | None = None
     steps: tuple[Step, ...] = ()
-    if 8 in _constants(node):
-        (step,) = steps = (_step("add", [(node.inputs[8], (name, 8))], given.stays),)
-        bias, steps = (None, steps) if step.fixed else (step.slots[0], ())
+    if len(node.inputs) > last >= 0 and node.inputs[last] is not None:
+        step = _step("add", [(node.inputs[last], (name, last))], given.stays)
+        if last not in known or _size(node, last) != _outputs(layout, weight):
+            return
+        bias, steps = (None, (step,)) if step.fixed else (step.slots[0], ())
     masks = [given.keep(Axis(str(x.name), axis)) for axis in range(len(given.shapes[str(x.name)]))]
     left = tuple((axis, np.flatnonzero(mask)) for axis, mask in enumerate(masks) if not mask.all())
-    lost = any(not masks[axis].all() for axis in layout.summed)
+    lost, source = any(not masks[axis].all() for axis in layout.summed), given.readers.get((name, 0), str(x.name))
     operator = Operator(name, layout, str(x.name), (name, 3), bias, steps, left, lost, source, coded=True, scaled=True)
-    bounds, order = _range(node.inputs[6], node.inputs[7]), Axis(name, layout.axes[-1])
+    bounds = _range(*node.inputs[scale : scale + 2]) if len(node.inputs) > scale else (-np.inf, np.inf)
+    order = Axis(name, layout.axes[-1])
     yield Site(f"{name} inside", "", layout.axes, _positions(mask), (operator,), (), bounds, order=order)
 
 
-def _constants(node: ir.Node) -> set[int]:
-    """Numbers of the inputs that are stored."""
-    return {k for k, value in enumerate(node.inputs) if stored(value) is not None}
+def scaled(node: ir.Node) -> tuple[int, int] | None:
+    """(the axis of a weight of integers along which its scales lie, the input that is the bias) of such a product."""
+    if _kind(node) not in SCALED:
+        return None
+    turned = node.op_type == "QLinearConv" or bool(attributes(node).get("transB", 0))
+    return 0 if turned else -1, SCALED[_kind(node)][0]
 
 
 def _size(node: ir.Node, k: int) -> int:
@@ -555,7 +564,11 @@ def _counterpart(value: ir.Value, readers: Mapping[Slot, str], shapes: Mapping[s
 
 def _may_weigh(node: ir.Node) -> tuple[int, ...]:
     """Numbers of the inputs that a node may multiply another input by, the usual one first."""
-    return LINEAR.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type), ())
+    return LINEAR.get(_kind(node), ())
+
+
+def _kind(node: ir.Node) -> tuple[str, str]:
+    return "" if node.domain == "ai.onnx" else node.domain, node.op_type
 
 
 def _operator(node: ir.Node, given: _Given) -> Operator | None:
@@ -614,11 +627,11 @@ def _layout(node: ir.Node, k: int, x: Shape, weight: Shape) -> Layout | None:
     """How a node multiplies by a weight that it reads as input k, if there is nothing else in it."""
     attrs: Mapping[str, Any] = attributes(node)
     found: Contraction | None = None
-    if node.op_type in ("Gemm", "FusedGemm") and attrs.get("alpha", 1.0) == attrs.get("beta", 1.0) == 1.0:
+    if node.op_type in ("Gemm", "FusedGemm", "QGemm") and attrs.get("alpha", 1.0) == attrs.get("beta", 1.0) == 1.0:
         found = Contraction("kn" if attrs.get("transA", 0) else "nk", "mk" if attrs.get("transB", 0) else "km", "nm")
     elif node.op_type == "Attention" and len(x) == 3 and len(weight) == 2:
         found = matmul(x, weight)
-    elif node.op_type == "MatMul" and len(x) > 1:
+    elif node.op_type in ("MatMul", "QLinearMatMul") and len(x) > 1:
         found = matmul(x, weight, left=k == 0)
     elif node.op_type == "FusedMatMul" and len(x) > 1 and attrs.get("alpha", 1.0) == 1.0:
         turned = [bool(attrs.get("transA", 0)), bool(attrs.get("transB", 0))]
@@ -626,7 +639,7 @@ def _layout(node: ir.Node, k: int, x: Shape, weight: Shape) -> Layout | None:
             found = matmul(x, weight, left=k == 0, turned=(turned[1 - k], turned[k]))
     elif node.op_type == "Einsum":
         found = einsum(_text(attrs.get("equation", "")), k, x, weight)
-    elif node.op_type in ("Conv", "FusedConv", "ConvTranspose"):
+    elif node.op_type in ("Conv", "FusedConv", "QLinearConv", "ConvTranspose"):
         return _convolution(attrs, weight, node.op_type == "ConvTranspose")
     return found if found is not None and found.valid else None
 
