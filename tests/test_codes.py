@@ -13,9 +13,14 @@ import pytest
 from click.testing import CliRunner
 from onnx import numpy_helper, parser
 
+from onnxprune.allocate import sites_of
+from onnxprune.analysis import Analysis
 from onnxprune.cli import main
 from onnxprune.codes import Grid, fed_back, on_grid
+from onnxprune.flow import Flow, Sessions
 from onnxprune.plugin import Problem, Solution
+from onnxprune.reconstruct import Rows, Sampling, _numbers, _Part
+from onnxprune.types import Plan
 
 ort.set_default_logger_severity(4)
 
@@ -162,3 +167,23 @@ def test_a_grid_too_coarse_to_help_leaves_everything_alone() -> None:
     found = on_grid(problem, solution, fine)
     assert found is not None
     np.testing.assert_allclose(found.weight, 0.1, atol=0.006)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_an_operator_of_integers_is_its_product_rounded(per_channel: bool, tmp_path: Path) -> None:
+    """What is fitted lies within half a step of what the operator gives, where that has room for it."""
+    analysis = Analysis(quantised(cnn(), tmp_path, "QOperator", per_channel=per_channel))
+    model, feed = analysis.prepared.model, {"x": images(16, 5)}
+    sites = sites_of(analysis, Plan({}), model)
+    assert {site.value for site in sites if not site.dense} == {f"{k}_quantized inside" for k in "abcy"}
+    for site in sites:
+        (operator,) = site.operators
+        flow = Flow(model, [feed], Sessions(), {operator.x})
+        read, made = (values[0] for values in flow.values([operator.x, operator.node]))
+        shape = operator.layout.shape(read.shape, flow.array(operator.weight).shape)
+        rows = Rows([shape], site.axes, [16], [None], Sampling())
+        x = rows.read(_numbers(flow, operator, [read]), operator.layout)
+        k = 7 if operator.node.startswith("y") else 6
+        step, zero = (float(flow.array((operator.node, k + n))) for n in (0, 1))
+        found = np.clip(_Part(flow, operator, x).output(), *site.bounds)
+        assert np.abs(found - (rows.of([made], site.axes) - zero) * step).max() < 0.51 * step
