@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from onnxprune import plugin, reconstruct
-from onnxprune.allocate import TRIAL_ROWS, Samples, Trials, rotated, started
+from onnxprune.allocate import TRIAL_ROWS, Samples, Trials, rotated, sites_of, started
 from onnxprune.analysis import Analysis, cost_shapes
 from onnxprune.bases import Bases
 from onnxprune.cache import Kept, digest, key_of, opened, versions
@@ -26,7 +26,7 @@ from onnxprune.plugin import Reconstructor
 from onnxprune.recipe import Methods, Options
 from onnxprune.running import Runner
 from onnxprune.select import Rounding, parse_size
-from onnxprune.sites import fitting
+from onnxprune.sites import fitting, visits
 from onnxprune.types import Array, Group, Mask, Plan, Progress, quietly
 from onnxprune.worker import Worker
 
@@ -196,6 +196,8 @@ class Recovery:
         inputs = sum(math.prod(shapes.get(str(value.name), ())) for value in true_inputs(model.graph))
         dense = self.analysis.costs.of(np.ones(self.analysis.labels, np.bool_))["macs"]
         run, fit = dense * self.samples.work / max(inputs, 1), TRIAL_ROWS * fitting(model.graph, shapes)
+        order = visits(model.graph, sites_of(self.analysis, Plan({}), model, self.stays))
+        run *= 1 + USUAL * sum(bool(visit.behind) for visit in order)
         work = WORK.get(self.options.effort, WORK["default"])
         samples = self.samples.some(max(work / (2 * knobs) - fit, 0) / max(run, 1))
         return samples, work / (run * samples.work / max(self.samples.work, 1) + fit)
@@ -269,6 +271,7 @@ def _large(found: reconstruct.Repair) -> list[str]:
 
 
 WORK = {"default": 1e13, "thorough": 1e14}  # MACs that trials may take together
+USUAL = 3  # runs for each weight of which some readers lie behind others
 ENOUGH = 3  # rows for each column below which a fit is thin
 MANY = 64  # samples below which what they have in common by chance is fitted too
 SHARE = 3  # of the memory, one part for statistics
