@@ -239,7 +239,7 @@ class Operators:
         model = analysis.prepared.model
         sites = find_sites(model, model, self.shapes, whole, joint=True)
         every = [operator for site in sites for operator in site.operators]
-        self.found = {o.weight: _whole(o) for o in every if len(o.layout.inner) == 1 and not o.coded}
+        self.found = {o.weight: _whole(o) for o in every if len(o.layout.inner) == 1 and not o.scaled}
         self.names = {slot: s.initializer for s in analysis.view.stored.values() for slot in s.uses}
         self.sizes = {slot: s.shape for s in analysis.view.stored.values() for slot in s.uses}
         self.free = {o.weight for s in sites if any(each.homes() for each in s.operators) for o in s.operators}
@@ -384,8 +384,9 @@ class _Losses:
                 return None
             for slot in member.readers:
                 operator = self.operators.found.get(slot)
-                tied = operator is not None and operator.tie  # a mask would be seen by readers of other units too
-                if tied or (operator is None and not self._writes(slot, member.axis)):
+                # A mask would be seen by readers of other units too, and integers cannot be multiplied by one.
+                fixed = operator is not None and (operator.tie or operator.coded)
+                if fixed or (operator is None and not self._writes(slot, member.axis)):
                     return None
                 if operator is not None and (member.axis,) == operator.layout.inner:
                     found.append((Gate(member.initializer, member.axis), np.stack([member.positions, member.units])))
