@@ -344,7 +344,7 @@ def _running(worker: Worker, model: Model, threads: int, memory: int | None) -> 
         sent = packed(model)
 
         def run_in_pieces(feed: Feed, outputs: Sequence[str] | None = None) -> dict[str, Array]:
-            (found,) = worker.call(in_pieces, sent, [dict(feed)], threads, memory)
+            ((found,),) = worker.call(in_pieces, [sent], [dict(feed)], threads, memory)
             return {name: array for name, array in found.items() if outputs is None or name in outputs}
 
         yield run_in_pieces

@@ -26,14 +26,15 @@ LOADED = 1024  # pieces that stay loaded
 FED = frozenset(("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"))  # types of initializers that are inputs of a piece
 
 
+ALIGN = 64  # bytes
 ROOM = 1 << 30  # bytes of values that a flow keeps in memory; the rest goes to unnamed files
 
 
 class Sessions:
     """Loaded pieces by what they are; the oldest go first."""
 
-    def __init__(self, threads: int = 1, loaded: int = LOADED) -> None:
-        self.threads, self.loaded = threads, loaded
+    def __init__(self, threads: int = 1, loaded: int = LOADED, shared: bool = False) -> None:
+        self.threads, self.loaded, self.shared = threads, loaded, shared
         self._made: OrderedDict[bytes, ort.OrtSession] = OrderedDict()
 
     def session(self, model: bytes) -> ort.OrtSession:
@@ -41,7 +42,8 @@ class Sessions:
         if model not in self._made:
             if len(self._made) == self.loaded:
                 self._made.popitem(last=False)
-            made = ort.BACKENDS["cpu"].session(model, threads=self.threads, optimise=False, arena=False)
+            how = {"threads": self.threads, "optimise": False, "arena": False, "shared": self.shared}
+            made = ort.BACKENDS["cpu"].session(model, **how)
             self._made[model] = made
         self._made.move_to_end(model)
         return self._made[model]
@@ -85,6 +87,7 @@ class Flow:
         self.held: Counter[str] = Counter()  # bytes in memory
         self._changed: dict[Slot, Array] = {}
         self._arrays: dict[str, Array] = {}
+        self._space = np.empty(0, np.uint8)
         self._slots: dict[Slot, str] = {
             (str(node.outputs[0].name), k): str(value.name)
             for node in self.nodes
@@ -124,6 +127,19 @@ class Flow:
                 return tensor.numpy()
             self._arrays[name] = np.asarray(tensor.numpy())
         return self._arrays[name]
+
+    def _made(self, parts: Mapping[str, Part]) -> dict[str, Array]:
+        """What is left of weights, in the memory that those of the piece before were in."""
+        sizes = [part.nbytes + -part.nbytes % ALIGN for part in parts.values()]
+        if sum(sizes) > len(self._space):
+            self._space = np.empty(sum(sizes), np.uint8)
+        found, start = {}, 0
+        for (name, part), size in zip(parts.items(), sizes, strict=True):
+            place = self._space[start : start + part.nbytes]
+            found[name] = place.view(part.dtype.numpy()).reshape(part.shape.numpy())
+            part.fill(found[name])
+            start += size
+        return found
 
     def _parts(self, todo: Sequence[int]) -> Iterator[list[int]]:
         """These nodes in runs that read `most` bytes of weights."""
@@ -206,6 +222,7 @@ class Flow:
         import onnx
 
         weights: dict[str, Array] = {}
+        parts: dict[str, Part] = {}
         constants: dict[str, ir.Value] = {}
         made: set[str] = set()
         entering: dict[str, Array] = {}
@@ -228,13 +245,18 @@ class Flow:
                     value = self.stored[name]
                     tensor = value.const_value
                     if tensor is not None and tensor.size > 1 and tensor.dtype.name in FED:
+                        if isinstance(tensor, Part):
+                            parts[name] = tensor
+                            continue
                         weights.setdefault(name, self._stored(name))
                     else:
                         constants[name] = value
                 elif name not in made:
                     entering[name] = self.live[name][0]
         read = {name for proto in protos for name in proto.input} | {n for k in todo for n in _captured(self.nodes[k])}
-        weights = {name: self._fed(array) for name, array in weights.items() if name in read}
+        weights = {name: array for name, array in weights.items() if name in read}
+        weights |= self._made({name: part for name, part in parts.items() if name in read})
+        weights = {name: self._fed(array) for name, array in weights.items()}
         graph = onnx.GraphProto(name="piece", node=protos)
         inner = any(bodies(self.nodes[k]) for k in todo)  # what a body hands out needs a shape, found from these
         for name, array in (*entering.items(), *weights.items()):

@@ -77,9 +77,15 @@ class Prover:
 
     def compare(self, worker: Worker, reference: Model, candidate: Model) -> list[verify.Difference]:
         """Differences between two models on the feeds that the dense one accepts."""
+        known = self._known(candidate)
+        if known is None:
+            made, known = self.runner(worker).together([reference, candidate], self.feeds)
+            self._keep(candidate, known)
+        else:
+            made = self.runner(worker)(reference, self.feeds)
         narrowed = interface.noted(candidate.metadata_props)
-        wanted = [interface.narrow(outputs, narrowed) for outputs in self.runner(worker)(reference, self.feeds)]
-        return verify.compare(wanted, self.outputs(worker, candidate), verify.tolerance_of(reference))
+        wanted = [interface.narrow(outputs, narrowed) for outputs in made]
+        return verify.compare(wanted, known, verify.tolerance_of(reference))
 
     def runner(self, worker: Worker) -> Runner:
         """What runs models in this child."""
@@ -87,12 +93,16 @@ class Prover:
 
     def outputs(self, worker: Worker, model: Model) -> list[dict[str, Array]]:
         """What the dense model or the latest candidate computes from each feed."""
-        for known, found in self._outputs:
-            if known is model:
-                return found
-        found = self.runner(worker)(model, self.feeds)
-        self._outputs = [*(row for row in self._outputs if row[0] is self.analysis.dense), (model, found)]
+        if (found := self._known(model)) is None:
+            found = self.runner(worker)(model, self.feeds)
+            self._keep(model, found)
         return found
+
+    def _known(self, model: Model) -> list[dict[str, Array]] | None:
+        return next((found for known, found in self._outputs if known is model), None)
+
+    def _keep(self, model: Model, found: list[dict[str, Array]]) -> None:
+        self._outputs = [*(row for row in self._outputs if row[0] is self.analysis.dense), (model, found)]
 
     def typical(self, worker: Worker, usual: Mapping[str, Array]) -> Mapping[str, Array]:
         """A feed of the usual sizes if the dense model accepts it, else one of those that the proof runs on."""

@@ -6,10 +6,11 @@ import ctypes
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -26,8 +27,7 @@ from onnxprune.worker import Worker, tell
 Feeds = Sequence[Mapping[str, Array]]
 HALVES = ("FLOAT16", "BFLOAT16")  # of which ONNX Runtime makes single precision on a CPU
 MEMORY = 3 * 10**9  # bytes of weights above which a model is not loaded as a whole
-PIECE = 1 << 28  # bytes of weights in a piece, at most a quarter of the memory: one is cast while it is used
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+PIECE = 1 << 27  # bytes of weights in a piece, at most a quarter of the memory: one is cast while it is used
 BESIDE = 1 << 28  # bytes from which weights are streamed to a file beside the model
 SMALL = 1024  # bytes up to which a weight travels with the graph
 
@@ -70,9 +70,15 @@ class Runner:
                     ort.run, path, list(feeds) if made is model else list(map(bfloat.fed, feeds)), threads=self.threads
                 )
             return
-        sent = packed(model)
-        threads = max(self.threads, len(os.sched_getaffinity(0)))
-        yield lambda feeds: self.worker.call(in_pieces, sent, list(feeds), threads, self.memory)
+        yield lambda feeds: self.together([model], feeds)[0]
+
+    def together(self, models: Sequence[ir.Model], feeds: Feeds) -> list[list[dict[str, Array]]]:
+        """Outputs of several models for each feed; those that go piece by piece do so side by side."""
+        if any(map(self.fits, models)):
+            return [self(model, feeds) for model in models]
+        threads, sent = max(self.threads, len(os.sched_getaffinity(0))), [packed(model) for model in models]
+        found: list[list[dict[str, Array]]] = self.worker.call(in_pieces, sent, list(feeds), threads, self.memory)
+        return found
 
 
 Packed = tuple[bytes, Mapping[str, ir.TensorProtocol]]
@@ -99,31 +105,38 @@ def limits(model: ir.Model, memory: int) -> dict[str, int]:
     return {"most": min(PIECE, memory // 4), "room": memory // 4}
 
 
-def in_pieces(sent: Packed, feeds: Feeds, threads: int, memory: int) -> list[dict[str, Array]]:
-    """In the child: outputs for each feed, with the weights of a few nodes at a time."""
-    _reuse()
-    model = unpacked(sent)
-    names = [str(value.name) for value in model.graph.outputs]
-    inputs = [str(value.name) for value in model.graph.inputs if value.name not in model.graph.initializers]
-    if missing := [name for feed in feeds for name in inputs if name not in feed]:
-        raise InputError("there is no value for this input", object=missing[0])
-    most, told = min(PIECE, memory // 4), partial(tell, "run it in pieces")
-    flow = Flow(model, feeds, Sessions(threads, 1), names, most=most, room=memory // 4, told=told)
-    return [dict(zip(names, row, strict=True)) for row in zip(*flow.values(names), strict=True)]
+def in_pieces(sent: Sequence[Packed], feeds: Feeds, threads: int, memory: int) -> list[list[dict[str, Array]]]:
+    """In the child: outputs of each model for each feed, with the weights of a few nodes of each at a time.
 
+    Models share cores and memory. Two of them keep two cores busier than one does, of which single operators wait.
+    """
+    models = [unpacked(one) for one in sent]
+    share = memory // 4 // len(models)
+    reached: dict[int, tuple[int, int]] = {}
 
-def _reuse() -> None:
-    """Let the C library keep what is freed: casts of weights take it anew all the time, and every page costs."""
-    with suppress(AttributeError, OSError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 1 << 30)
+    def run(k: int) -> list[dict[str, Array]]:
+        def told(done: int, total: int) -> None:
+            reached[k] = done, total
+            tell("run it in pieces", *map(sum, zip(*reached.values(), strict=True)))
+
+        graph = models[k].graph
+        names = [str(value.name) for value in graph.outputs]
+        inputs = [str(value.name) for value in graph.inputs if value.name not in graph.initializers]
+        if missing := [name for feed in feeds for name in inputs if name not in feed]:
+            raise InputError("there is no value for this input", object=missing[0])
+        sessions = Sessions(max(1, threads // len(models)), 1, shared=True)
+        flow = Flow(models[k], feeds, sessions, names, most=min(PIECE, share), room=share, told=told)
+        return [dict(zip(names, row, strict=True)) for row in zip(*flow.values(names), strict=True)]
+
+    with ThreadPoolExecutor(len(models)) as pool:
+        return list(pool.map(run, range(len(models))))
 
 
 def give_back() -> None:
-    """In the child: let the C library return what is freed, as it does by itself, and what it has kept so far."""
-    with suppress(AttributeError, OSError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 1 << 16)
-        libc.mallopt(M_TRIM_THRESHOLD, 1 << 17)
-        libc.malloc_trim(0)
+    """In the child: return the memory that pieces have kept."""
+    graph = onnx.parser.parse_graph("nothing (float[1] x) => (float[1] y) { y = Neg (x) }")
+    model = onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 13)])
+    session = ort.BACKENDS["cpu"].session(model.SerializeToString(), shared=True)
+    session.run({"x": np.zeros(1, np.float32)}, shrink=True)
+    with suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnxprune.errors import InputError
 from onnxprune.types import Array
 
-BLOCK = 1 << 26  # bytes that are copied at a time
+BLOCK = 1 << 22  # bytes that are copied at a time: they stay in the cache of a core
 LEAST = 1 << 16  # bytes below which a slice is made at once
 
 
@@ -94,28 +94,46 @@ class Part(ir.LazyTensor):
         return Part, (self.whole, self.name, self.taken, self.zeroed)
 
     def blocks(self) -> Iterator[Array]:
-        """Its rows, as many at a time as lie in some BLOCK bytes of the file."""
-        whole = self.whole.numpy()
-        plain = whole.view(f"u{whole.itemsize}") if whole.itemsize <= 8 else whole  # half floats are slow to take from
-        rows = self.taken.get(0, np.arange(len(whole)))
-        step = max(1, BLOCK // max(1, whole[:1].nbytes))
-        for start in range(0, len(rows), step):
-            chosen = rows[start : start + step]
-            part = np.take(plain, chosen, 0)
-            for axis, gone in self.zeroed.items():
-                part[(slice(None),) * axis + (np.isin(chosen, gone) if axis == 0 else gone,)] = 0
-            for axis, positions in self.taken.items():
-                if axis:
-                    part = np.take(part, positions, axis)
-            yield part.view(whole.dtype)
+        """Its rows, as many at a time as lie in some BLOCK bytes."""
+        shape, step = self.shape.numpy(), self._step()
+        for start in range(0, shape[0], step):
+            block = np.empty((min(step, shape[0] - start), *shape[1:]), self.dtype.numpy())
+            self._fill(block, start)
+            yield block
+
+    def fill(self, found: Array) -> None:
+        """Make it in this array of its shape and type, which lies in one piece."""
+        step = self._step()
+        for start in range(0, len(found), step):
+            self._fill(found[start : start + step], start)
+
+    def _step(self) -> int:
+        return max(1, BLOCK // max(1, self.nbytes // max(1, self.shape.numpy()[0])))
 
     def _made(self) -> ir.Tensor[Any]:
         found = np.empty(self.shape.numpy(), self.dtype.numpy())
-        start = 0
-        for block in self.blocks():
-            found[start : start + len(block)] = block
-            start += len(block)
+        self.fill(found)
         return ir.Tensor(found, dtype=self.dtype, name=self.name)
+
+    def _fill(self, block: Array, start: int) -> None:
+        """Its rows from `start` on, as many as `block` has."""
+        whole = self.whole.numpy()
+        unit = f"u{min(whole.itemsize, 8)}"  # half floats are slow to take from, and bits can be masked
+        out, source = (array.reshape(*array.shape, 1).view(unit) for array in (block, whole))
+        stop = start + len(block)
+        if (rows := self.taken.get(0)) is None:
+            source = source[start:stop]
+        inner = [axis for axis in self.taken if axis]
+        if rows is not None or not inner:  # with `clip`, nothing is copied on the way to `out`
+            chosen = np.arange(len(source)) if rows is None else rows[start:stop]
+            source = np.take(source, chosen, 0, out=None if inner else out, mode="clip")
+        for axis in inner:
+            source = np.take(source, self.taken[axis], axis, out=out if axis == inner[-1] else None, mode="clip")
+        for axis, gone in self.zeroed.items():
+            stays = np.full(whole.shape[axis], -1).astype(unit)
+            stays[gone] = 0
+            stays = stays[self.taken[axis]] if axis in self.taken else stays
+            out &= (stays if axis else stays[start:stop]).reshape(-1, *[1] * (whole.ndim - axis))
 
 
 def taken(tensor: ir.TensorProtocol, keep: Mapping[int, Array], name: str) -> ir.TensorProtocol:

@@ -244,12 +244,14 @@ def _exactly(pipe: FileIO, size: int) -> bytearray:
 
 
 _outgoing: FileIO | None = None
+_speaking = threading.Lock()  # one message at a time
 
 
 def tell(stage: str, done: int, total: int) -> None:
     """Say how far a call is, while it runs."""
     if _outgoing is not None:
-        _send(_outgoing, _packed(("progress", (stage, done, total))))
+        with _speaking:
+            _send(_outgoing, _packed(("progress", (stage, done, total))))
 
 
 def serve(parent: int) -> None:

@@ -150,7 +150,7 @@ def test_a_message_cut_short_is_refused_in_the_same_words(
 
 
 def pieces(model: ir.Model, feed: dict[str, np.ndarray], memory: int) -> dict[str, np.ndarray]:
-    return in_pieces(packed(model), [feed], 1, memory)[0]
+    return in_pieces([packed(model)], [feed], 1, memory)[0][0]
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name.startswith(("mlp", "head", "conv", "resid", "lstm"))])

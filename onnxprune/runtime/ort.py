@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,9 +79,12 @@ class OrtSession:
     device: str
     interface: Interface
 
-    def run(self, feed: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+    def run(
+        self, feed: Mapping[str, Array], outputs: Sequence[str] | None = None, shrink: bool = False
+    ) -> dict[str, Array]:
         """{output: array}; a sequence or map as one entry for each element, `name[0]`, an absent optional as none.
 
+        With `shrink` the arena of the session returns what it does not need any more.
         bfloat16 comes back as float32, which holds it exactly. Raises InputError with ONNX Runtime's reason.
         """
         wanted = [port for port in self.interface.outputs if outputs is None or port.name in outputs]
@@ -92,7 +95,7 @@ class OrtSession:
             if any(kind in port.type for kind in UNREAD):
                 raise InputError(f"outputs of type {port.type} cannot be read", object=port.name)
         found: dict[str, Array] = {}
-        for name, value in zip(names, self._step(feed, names)(), strict=True):
+        for name, value in zip(names, self._step(feed, names, shrink)(), strict=True):
             found.update(_flat(name, value))
         return found
 
@@ -120,15 +123,20 @@ class OrtSession:
 
         return _guarded(step)
 
-    def _step(self, feed: Mapping[str, Array], names: list[str]) -> Callable[[], Any]:
+    def _step(self, feed: Mapping[str, Array], names: list[str], shrink: bool = False) -> Callable[[], Any]:
         """A run that answers values of these outputs: arrays, OrtValues where bfloat16 takes part."""
-        arrays = self._checked(feed)
+        arrays, options = self._checked(feed), None
+        if shrink:
+            import onnxruntime
+
+            options = onnxruntime.RunOptions()
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         ports = (*self.interface.inputs, *self.interface.outputs)
         if not any("bfloat16" in port.type for port in ports):
-            return _guarded(lambda: self.made.run(names, arrays))
+            return _guarded(lambda: self.made.run(names, arrays, options))
         with translated("run"):
             values = {name: _value(array) for name, array in arrays.items()}
-        return _guarded(lambda: self.made.run_with_ort_values(names, values))
+        return _guarded(lambda: self.made.run_with_ort_values(names, values, options))
 
     def _checked(self, feed: Mapping[str, Array]) -> dict[str, Array]:
         for port in self.interface.inputs:
@@ -193,11 +201,19 @@ class OrtBackend:
         return None if offered else "this onnxruntime has no CUDA; pip uninstall it, then pip install 'onnxprune[gpu]'"
 
     def session(
-        self, model: str | bytes, *, threads: int = 1, optimise: bool = True, arena: bool = True, exact: bool = False
+        self,
+        model: str | bytes,
+        *,
+        threads: int = 1,
+        optimise: bool = True,
+        arena: bool = True,
+        shared: bool = False,
+        exact: bool = False,
     ) -> OrtSession:
         """Load the model at a path, or from its bytes; without `arena`, memory is returned after use instead of kept.
 
-        `exact` takes kernels for eight bits that do not saturate, which are slower on processors without VNNI.
+        Sessions that are `shared` take it from one arena of the process, and their threads sleep while they have
+        nothing to do: for large pieces that run one after the other. `exact` takes kernels for eight bits that do not saturate, which are slower on processors without VNNI.
 
         Raises InputError if the model cannot be loaded, MachineError if the provider does not start.
         """
@@ -208,6 +224,11 @@ class OrtBackend:
             options.use_deterministic_compute = True
             options.log_severity_level = 4
             options.enable_cpu_mem_arena = arena
+            if shared:
+                _share()
+                options.enable_mem_pattern = False
+                options.add_session_config_entry("session.use_env_allocators", "1")
+                options.add_session_config_entry("session.intra_op.allow_spinning", "0")
             if exact:
                 options.add_session_config_entry("session.x64quantprecision", "1")
             if not optimise:
@@ -217,6 +238,19 @@ class OrtBackend:
         if self.provider not in made.get_providers():  # ONNX Runtime falls back to the CPU with a mere warning
             raise MachineError("CUDA did not start; are driver, CUDA and cuDNN there?", object=f"backend {self.name}")
         return OrtSession(made, self.name, Interface(_ports(made.get_inputs()), _ports(made.get_outputs())))
+
+
+REGION = 1 << 30  # bytes that the shared arena asks for at first; pages that nobody writes to take no memory
+
+
+@cache
+def _share() -> None:
+    """Make the arena, once in a process."""
+    import onnxruntime as ort
+
+    place = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    exact = {"max_mem": 0, "arena_extend_strategy": 1, "initial_chunk_size_bytes": REGION}
+    ort.create_and_register_allocator(place, ort.OrtArenaCfg(exact | {"max_dead_bytes_per_chunk": 1 << 20}))
 
 
 @contextmanager
