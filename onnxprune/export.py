@@ -102,7 +102,7 @@ def export(
             raise InternalError(f"{difference} once it is in this format", file=source.path)
         progress("write")
         if to == "onnx":
-            files = storage.write_model(made.model, output, force=force, external=source.external)
+            files: tuple[Path, ...] = storage.write_model(made.model, output, force=force, external=source.external)
         else:
             parts = {result.with_suffix(path.suffix): path for path in reversed(finals)}
             storage.publish(parts, force=force)

@@ -42,8 +42,9 @@ class Sessions:
         if model not in self._made:
             if len(self._made) == self.loaded:
                 self._made.popitem(last=False)
-            how = {"threads": self.threads, "optimise": False, "arena": False, "shared": self.shared}
-            made = ort.BACKENDS["cpu"].session(model, **how)
+            made = ort.BACKENDS["cpu"].session(
+                model, threads=self.threads, optimise=False, arena=False, shared=self.shared
+            )
             self._made[model] = made
         self._made.move_to_end(model)
         return self._made[model]

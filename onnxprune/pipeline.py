@@ -6,8 +6,10 @@ import fnmatch
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -20,6 +22,7 @@ from onnxprune import bfloat, cache, feeds, interface, pace, plugin, quality, ru
 from onnxprune import measure as latency
 from onnxprune import report as reports
 from onnxprune import select as selection
+from onnxprune.ahead import ahead
 from onnxprune.allocate import Trials
 from onnxprune.analysis import Analysis, cost_of, cost_shapes, data_files, named, samples_of
 from onnxprune.bases import Bases
@@ -287,7 +290,7 @@ def family(
     progress: Progress = quietly,
     command: Sequence[str] = (),
 ) -> list[Result]:
-    """Several targets from one analysis; nothing is written before all of them are reached and proven.
+    """Several targets from one analysis; nothing gets its name before all of them are reached and proven.
 
     `beside` has the reports of each target, in the format that their suffix names, `texts` other files to be written
     with them. `inputs` are files that were read for this besides those that the options name: no output may be one.
@@ -303,23 +306,42 @@ def family(
     analysis.source.hash_ahead()
     variants = [replace(options, remove=this.remove) for options in variants]
     first = variants[0]
-    with Worker(seconds=first.timeout, progress=progress) as worker:
-        if first.measure and not first.dry_run:
-            worker.call(runtime.backend, first.backend)  # before hours of work for a latency that cannot be had
-        prover = Prover(analysis, this.calibration, first.seed, first.threads, selection.parse_size(first.memory))
-        with clock.stage("run the dense model"):
-            check_dense(prover, worker, first)
-        watch = None
-        if any("latency" in options.target for options in variants):
-            with clock.stage("measure operators"):
-                watch = stopwatch(analysis, prover, worker, this.evaluation, first, clock.progress)
-        for options, path in zip(variants, this.paths, strict=True):
-            results.append(
-                _one(analysis, options, path, prover, worker, this.calibration, this.evaluation, clock, command, watch)
-            )
-    if not first.dry_run:
-        with clock.stage("write"):
-            results = write(results, this.paths, beside, analysis, first, prover.feeds, texts)
+    with storage.Drafts() as drafts:
+        with Worker(seconds=first.timeout, progress=progress) as worker:
+            if first.measure and not first.dry_run:
+                worker.call(runtime.backend, first.backend)  # before hours of work for a latency that cannot be had
+            prover = Prover(analysis, this.calibration, first.seed, first.threads, selection.parse_size(first.memory))
+            early = None
+            if not this.calibration and not prover.runner(worker).fits(analysis.dense):
+                early = ahead(
+                    partial(_scored, analysis, first, lambda groups: plugin.Evidence(analysis.weights, first.seed))
+                )
+            with clock.stage("run the dense model"):
+                check_dense(prover, worker, first)
+            watch = None
+            if any("latency" in options.target for options in variants):
+                with clock.stage("measure operators"):
+                    watch = stopwatch(analysis, prover, worker, this.evaluation, first, clock.progress)
+            for options, path in zip(variants, this.paths, strict=True):
+                results.append(
+                    _one(
+                        analysis,
+                        options,
+                        path,
+                        prover,
+                        worker,
+                        this.calibration,
+                        this.evaluation,
+                        clock,
+                        command,
+                        drafts,
+                        watch,
+                        early if options is first else None,
+                    )
+                )
+        if not first.dry_run:
+            with clock.stage("write"):
+                results = write(results, this.paths, beside, analysis, first, prover.feeds, texts, drafts)
     return results
 
 
@@ -429,19 +451,28 @@ def _one(
     evaluation: tuple[list[dict[str, Array]], Array | None],
     clock: Clock,
     command: Sequence[str],
+    drafts: storage.Drafts,
     watch: pace.Stopwatch | None = None,
+    early: Future[Scored] | None = None,
 ) -> Result:
-    """Score, select, rewrite, prove, repair, measure one target."""
+    """Score, select, rewrite, prove, repair, measure one target; `early` has the scores if they were begun before."""
     watch = watch if "latency" in options.target else None
     recovery = Recovery(analysis, samples, options, worker, clock.progress)
     with clock.stage("score"):
-        groups = choose_groups(analysis, options)
-        groups, importance = score(analysis, groups, options, recovery.evidence(groups))
+        groups, importance = early.result() if early is not None else _scored(analysis, options, recovery.evidence)
     if prover.feeds and any(group.kind == "width" for group in groups):
         recovery.leave_means(lambda model: all(r.holds for r in prover.compare(worker, analysis.dense, model)))
+    large = not prover.runner(worker).fits(analysis.dense)
+    final = recovery.reconstructor is None and options.pattern is None and options.precision == "fp32"
+
+    def begin(model: Model) -> None:
+        """Write what takes long and will most likely stay as it is, while it is proven."""
+        if large and final and watch is None and path is not None and not options.dry_run:
+            drafts.begin(model, path, analysis.source.external)
+
     for _ in range(AGAIN):
         with clock.stage("select, rewrite and prove"):
-            proven = _proven(analysis, groups, importance, options, prover, worker, recovery, watch)
+            proven = _proven(analysis, groups, importance, options, prover, worker, recovery, watch, begin)
         selected = proven.model
         with clock.stage("repair"):
             repaired = recovery.repair(proven.plan, proven.model)
@@ -455,6 +486,15 @@ def _one(
             return with_pattern(found, sparse)
     assert watch is not None
     raise watch.unsettled(analysis.source.path)
+
+
+Scored = tuple[tuple[Group, ...], list[Array]]
+
+
+def _scored(analysis: Analysis, options: Options, evidence: Callable[[Sequence[Group]], plugin.Evidence]) -> Scored:
+    """The groups that may shrink, with their scores."""
+    groups = choose_groups(analysis, options)
+    return score(analysis, groups, options, evidence(groups))
 
 
 ROUGH = 3  # plans of an equal share that are measured before a search
@@ -689,9 +729,10 @@ def _proven(
     prover: Prover,
     worker: Worker,
     recovery: Recovery,
-    watch: pace.Stopwatch | None = None,
+    watch: pace.Stopwatch | None,
+    begin: Callable[[Model], None],
 ) -> Proven:
-    """A plan that is proven, after leaving alone the groups that are not."""
+    """A plan that is proven, after leaving alone the groups that are not; `begin` sees each model of a whole plan."""
     unproven: list[int] = []
     while True:
         left = [(g, s) for g, s in zip(groups, importance, strict=True) if g.id not in unproven]
@@ -710,17 +751,23 @@ def _proven(
         if not prover.feeds:
             return Proven(plan, _rewritten(analysis, plan), analysis.removals(plan), None, unproven)
 
-        def attempt(ids: frozenset[int], plan: Plan = plan, others: list[int] = unproven) -> Proven | None:
+        whole = frozenset(touched)
+
+        def attempt(
+            ids: frozenset[int], plan: Plan = plan, others: list[int] = unproven, whole: frozenset[int] = whole
+        ) -> Proven | None:
             part = Plan({k: keep for k, keep in plan.keep.items() if k in ids})
             gone = analysis.removals(part)
             try:
                 smaller = _rewritten(analysis, part)
+                if ids == whole:
+                    begin(smaller)
                 found = prover.prove(worker, smaller, gone, analysis.alive(part))
             except (InternalError, InputError):
                 return None
             return Proven(plan, smaller, gone, found, others) if all(d.holds for d in found) else None
 
-        if (proven := attempt(frozenset(touched))) is not None:
+        if (proven := attempt(whole)) is not None:
             return proven
         unproven = unproven + sorted(verify.blame(touched, lambda ids: attempt(ids) is not None))
 
@@ -889,6 +936,7 @@ def write(
     options: Options,
     inputs: plugin.Feeds,
     texts: Mapping[str | Path, str] = MappingProxyType({}),
+    drafts: storage.Drafts | None = None,
 ) -> list[Result]:
     """Write models, reports and `texts`; where one of them cannot be written, none that is new stays.
 
@@ -901,7 +949,7 @@ def write(
     try:
         for result, path, names in zip(results, paths, beside, strict=True):
             if path is not None:
-                result, files = _written(result, path, analysis, options, inputs[:1])
+                result, files = _written(result, path, analysis, options, inputs[:1], drafts)
                 done += files
             for name in map(Path, names):
                 storage.write_text(name, reports.rendered(result.report, name.suffix), force=options.force)
@@ -919,7 +967,12 @@ def write(
 
 
 def _written(
-    result: Result, path: Path, analysis: Analysis, options: Options, inputs: plugin.Feeds
+    result: Result,
+    path: Path,
+    analysis: Analysis,
+    options: Options,
+    inputs: plugin.Feeds,
+    drafts: storage.Drafts | None,
 ) -> tuple[Result, tuple[Path, ...]]:
     """The result with its model in the file, checked there before it gets its name, and the files."""
 
@@ -952,8 +1005,9 @@ def _written(
         force=options.force,
         external=analysis.source.external,
         prove=checked,
+        drafts=drafts,
     )
     pruned = result.report.pruned.model_copy(
-        update={"sha256": storage.digest(files), "bytes": sum(f.stat().st_size for f in files), "path": str(path)}
+        update={"sha256": files.sha256, "bytes": sum(f.stat().st_size for f in files), "path": str(path)}
     )
     return Result(path, result.model, result.plan, result.report.model_copy(update={"pruned": pruned})), files

@@ -11,19 +11,19 @@ import hashlib
 import mmap
 import os
 import stat
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
+from onnxprune.ahead import ahead
 from onnxprune.errors import InputError, MachineError, shown, shown_path
 from onnxprune.weights import Mapped, Place, attach
 from onnxprune.wire import without_weights
@@ -62,33 +62,37 @@ class Source:
     @cached_property
     def sha256(self) -> str:
         """Hash over the model file and those of its data, when it is asked for. Raises MachineError if one changed."""
-        ahead: Future[str] | None = self.__dict__.get("ahead")
-        return self._hashed() if ahead is None else ahead.result()
+        begun: Future[str] | None = self.__dict__.get("ahead")
+        return self._hashed() if begun is None else begun.result()
 
     def hash_ahead(self) -> None:
         """Begin with the hash of large files beside whatever else is done; that reads them into the cache as well."""
         if self.bytes <= WHOLE or "ahead" in self.__dict__:
             return
-        ahead = self.__dict__["ahead"] = Future[str]()
-
-        def hashed() -> None:
-            try:
-                ahead.set_result(self._hashed())
-            except BaseException as error:
-                ahead.set_exception(error)
-
-        threading.Thread(target=hashed, daemon=True).start()
+        self.__dict__["ahead"] = ahead(self._hashed)
 
     def _hashed(self) -> str:
         hashes = []
         for path, state in zip(self.files, self.states, strict=True):
             with os.fdopen(open_regular(path), "rb") as file:
-                hashes.append(hashlib.file_digest(file, "sha256"))
+                hashes.append(_hash(file))
                 if _state(file.fileno()) != state:
                     raise MachineError("changed since it was read", file=path)
         for one in hashes[1:]:
             hashes[0].update(one.digest())
         return hashes[0].hexdigest()
+
+
+def _hash(file: IO[bytes]) -> hashlib._Hash:
+    """Of a file as it is mapped: what is large lies in the cache already, or will be read from there next."""
+    found = hashlib.sha256()
+    if size := os.fstat(file.fileno()).st_size:
+        with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as data, memoryview(data) as whole:
+            data.madvise(mmap.MADV_SEQUENTIAL)
+            for start in range(0, size, WHOLE):
+                with whole[start : start + WHOLE] as part:
+                    found.update(part)
+    return found
 
 
 def _state(descriptor: int) -> tuple[int, ...]:

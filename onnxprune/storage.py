@@ -7,10 +7,13 @@ import io
 import os
 import secrets
 import stat
+import threading
 import tokenize
 import zipfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
@@ -18,16 +21,18 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from onnxprune.ahead import ahead
 from onnxprune.errors import InputError, MachineError, shown
 from onnxprune.reading import Source, open_regular, read_bytes, read_model, serialized
 from onnxprune.types import Array
 from onnxprune.weights import contents, lifted, standing
 
 __all__ = [
+    "Drafts",
     "Source",
+    "Written",
     "check_output",
     "check_outputs",
-    "digest",
     "dump",
     "read_arrays",
     "read_bytes",
@@ -41,18 +46,67 @@ INLINE = 1_900_000_000  # bytes of weights above which they go to a file of thei
 SMALL = 1024  # bytes up to which a tensor stays in the model file all the same
 ALIGN = 4096
 ENGINES = (".engine", ".plan")
+AT_ONCE = 1 << 26  # bytes after which the disk is told to write
 DIGITS = 12  # of the content's hash in the name of a data file
 DATA_LIMIT = 16 * 2**30  # bytes of arrays that a data file may hold
 HEADER_LIMIT = 1 << 16  # bytes of what says how one of them is laid out
 
 
-def digest(files: Sequence[Path]) -> str:
-    """sha256 over a model file followed by its data files, as Source.sha256 has it."""
-    total = hashlib.sha256(files[0].read_bytes())
-    for file in files[1:]:
-        with file.open("rb") as handle:
-            total.update(hashlib.file_digest(handle, "sha256").digest())
-    return total.hexdigest()
+class Written(tuple[Path, ...]):
+    """The files of a model, and their `sha256` as Source.sha256 would have it."""
+
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path, content: bytes, data: Path | None, digest: bytes) -> Written:
+        """A model file with this content, and the file of its data with this hash."""
+        found = cls((path,) if data is None else (path, data))
+        found.sha256 = hashlib.sha256(content + digest).hexdigest()
+        return found
+
+
+class Drafts:
+    """Data files that are written, in threads, before it is known whether they are wanted; by where they belong.
+
+    What nobody took is gone at the end.
+    """
+
+    def __init__(self) -> None:
+        self._begun: dict[Path, tuple[ir.Model, threading.Event, Future[tuple[Path, bytes]]]] = {}
+
+    def __enter__(self) -> Drafts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for path in [*self._begun]:
+            self._drop(path)
+
+    def begin(self, model: ir.Model, path: Path, external: bool) -> None:
+        """Write what `write_model` would, in the place of what was begun there before."""
+        self._drop(path)
+        if not _beside(model, external):
+            return
+        stop = threading.Event()
+
+        def written() -> tuple[Path, bytes]:
+            _, tensors, starts = _apart(model)
+            with _temporary(path) as (temporary, file):
+                return temporary, _stream(tensors, starts, file, stop)
+
+        self._begun[path] = model, stop, ahead(written)
+
+    def take(self, model: ir.Model, path: Path) -> tuple[Path, bytes] | None:
+        """(file, sha256) of a model's data if it was begun for this place; the file is the caller's. Raises OSError."""
+        if path not in self._begun or self._begun[path][0] is not model:
+            return None
+        return self._begun.pop(path)[2].result()
+
+    def _drop(self, path: Path) -> None:
+        if path in self._begun:
+            _, stop, begun = self._begun.pop(path)
+            stop.set()
+            with suppress(OSError, CancelledError):
+                begun.result()[0].unlink()
 
 
 def check_outputs(
@@ -213,18 +267,21 @@ def write_model(
     external: bool,
     prove: Callable[[Path], None] | None = None,
     durable: bool = True,
-) -> tuple[Path, ...]:
+    drafts: Drafts | None = None,
+) -> Written:
     """Write a model, whole or not at all; `prove` sees the finished file before it gets its name.
 
     With `external`, or above 1.9 GB, weights go to `NAME.HASH.data` beside it, which is complete before the model
-    file, the single point of commitment, is renamed. Returns the files. Raises InputError, MachineError.
+    file, the single point of commitment, is renamed. The data may have been written ahead, as one of `drafts`.
+    Raises InputError, MachineError.
     """
     data: Path | None = None
+    digest = b""
     made: int | None = None
     with _disk(path):
         try:
             if _beside(model, external):
-                proto, data, made = _with_data(model, path, durable)
+                proto, data, digest, made = _with_data(model, path, durable, drafts)
             else:
                 proto = _message(model)
             content = proto.SerializeToString(deterministic=True)
@@ -243,7 +300,7 @@ def write_model(
                     if data.stat().st_ino == made:  # else another run has put its copy there, and relies on it
                         data.unlink()
             raise
-    return (path,) if data is None else (path, data)
+    return Written.of(path, content, data, digest)
 
 
 def _message(model: ir.Model) -> onnx.ModelProto:
@@ -267,27 +324,49 @@ def _apart(model: ir.Model) -> tuple[ir.Model, dict[str, ir.TensorProtocol], dic
     return skeleton, tensors, starts | {"": offset}
 
 
-def _with_data(model: ir.Model, path: Path, durable: bool) -> tuple[onnx.ModelProto, Path, int | None]:
+def _with_data(
+    model: ir.Model, path: Path, durable: bool, drafts: Drafts | None
+) -> tuple[onnx.ModelProto, Path, bytes, int | None]:
     """Stream large initializers to a data file named by its content.
 
-    Gives the model that refers to it, the file, and what the system knows it by where it was not there before.
+    Gives the model that refers to it, the file, its sha256, and what the system knows it by where it was not there
+    before.
     """
     skeleton, tensors, starts = _apart(model)
-    content = hashlib.sha256()
-    with _temporary(path, durable) as (temporary, file):
-        for name, tensor in tensors.items():
-            for part in (b"\0" * (starts[name] - file.tell()), *contents(tensor)):
-                file.write(part)
-                content.update(part)
-    final = path.with_name(f"{path.name}.{content.hexdigest()[:DIGITS]}.data")
+    if drafts is not None and (taken := drafts.take(model, path)) is not None:
+        temporary, digest = taken
+    else:
+        with _temporary(path, durable) as (temporary, file):
+            digest = _stream(tensors, starts, file)
+    final = path.with_name(f"{path.name}.{digest.hex()[:DIGITS]}.data")
     made = None if os.path.lexists(final) else temporary.stat().st_ino
-    if made is None and not _holds(final, content.digest()):
+    if made is None and not _holds(final, digest):
         temporary.unlink()
         raise InputError("exists and holds something else; choose another output", file=final)
     _commit(temporary, final, True, durable)
     for name, tensor in tensors.items():
         skeleton.graph.initializers[name].const_value = standing(tensor, name, final.name, starts[name])
-    return _message(skeleton), final, made
+    return _message(skeleton), final, digest, made
+
+
+def _stream(
+    tensors: Mapping[str, ir.TensorProtocol],
+    starts: Mapping[str, int],
+    file: IO[bytes],
+    stop: threading.Event | None = None,
+) -> bytes:
+    """Write tensors to where they start in a file; its sha256. Raises CancelledError when it is to stop."""
+    content, sent = hashlib.sha256(), 0
+    for name, tensor in tensors.items():
+        for part in chain([b"\0" * (starts[name] - file.tell())], contents(tensor)):
+            if stop is not None and stop.is_set():
+                raise CancelledError
+            file.write(part)
+            content.update(part)
+            if file.tell() - sent >= AT_ONCE:  # lets the disk begin with what is there, for the sync at the end
+                os.posix_fadvise(file.fileno(), sent, AT_ONCE, os.POSIX_FADV_DONTNEED)
+                sent += AT_ONCE
+    return content.digest()
 
 
 def _holds(path: Path, digest: bytes) -> bool:

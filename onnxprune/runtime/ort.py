@@ -213,7 +213,8 @@ class OrtBackend:
         """Load the model at a path, or from its bytes; without `arena`, memory is returned after use instead of kept.
 
         Sessions that are `shared` take it from one arena of the process, and their threads sleep while they have
-        nothing to do: for large pieces that run one after the other. `exact` takes kernels for eight bits that do not saturate, which are slower on processors without VNNI.
+        nothing to do: for large pieces that run one after the other. `exact` takes kernels for eight bits that do not
+        saturate, which are slower on processors without VNNI.
 
         Raises InputError if the model cannot be loaded, MachineError if the provider does not start.
         """
