@@ -25,7 +25,7 @@ from google.protobuf.message import DecodeError
 
 from onnxprune.ahead import ahead
 from onnxprune.errors import InputError, MachineError, shown, shown_path
-from onnxprune.weights import Mapped, Place, attach
+from onnxprune.weights import BLOCK, Mapped, Place, attach
 from onnxprune.wire import without_weights
 
 LIMIT = 2**31 - 1  # bytes that protobuf can parse
@@ -89,8 +89,8 @@ def _hash(file: IO[bytes]) -> hashlib._Hash:
     if size := os.fstat(file.fileno()).st_size:
         with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as data, memoryview(data) as whole:
             data.madvise(mmap.MADV_SEQUENTIAL)
-            for start in range(0, size, WHOLE):
-                with whole[start : start + WHOLE] as part:
+            for start in range(0, size, BLOCK):
+                with whole[start : start + BLOCK] as part:
                     found.update(part)
     return found
 
