@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy.linalg import LinAlgError, cho_factor, cho_solve, cholesky
@@ -11,36 +12,68 @@ from scipy.linalg import LinAlgError, cho_factor, cho_solve, cholesky
 from onnxprune.plugin import Problem, Solution
 from onnxprune.types import Array, Mask
 
-Aim = tuple[Array, Array]  # see Regression.aim
 RIDGES = (1e-3, 1e-2, 1e-1, 5e-1)  # shares of the mean diagonal of the second moments
 
 
 @dataclass(frozen=True)
 class Fit:
-    """x @ weight + shift, where x is [rows, columns]: weight float64[columns, outputs], shift float64[outputs]."""
+    """x @ weight + shift, where x is [rows, columns]: weight float64[columns, outputs], shift float64[outputs].
 
-    weight: Array
+    With a `basis`, float64[columns, k], the weight is basis @ share, and not made before somebody wants it.
+    """
+
+    share: Array
     shift: Array
+    basis: Array | None = None
+
+    @cached_property
+    def weight(self) -> Array:
+        """float64[columns, outputs]."""
+        return self.share if self.basis is None else np.asarray(self.basis @ self.share)
 
     def __call__(self, x: Array) -> Array:
         """float32[rows, outputs]."""
-        return np.asarray(x @ self.weight.astype(np.float32) + self.shift.astype(np.float32))
+        if self.basis is None:
+            return np.asarray(x @ self.share.astype(np.float32) + self.shift.astype(np.float32))
+        return np.asarray((x @ self.basis) @ self.share + self.shift, np.float32)
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What rows `x` are to become: float32[rows, columns], centred; y float32[rows, outputs] and its means float64."""
+
+    x: Array
+    y: Array
+    mean: Array
+
+    @cached_property
+    def cross(self) -> Array:
+        """float64[columns, outputs]: products of x and y."""
+        return (self.x.T @ self.y).astype(np.float64) / max(len(self.y), 1)
 
 
 class Regression:
     """Second moments of the rows of x (float32[rows, columns]); solves for any number of targets and dampings.
 
-    With `intercept` the moments are centred and the shift is not damped, else it is zero.
+    With `intercept` the moments are centred and the shift is not damped, else it is zero. Where there are fewer rows
+    than columns, products of rows take the place of those of columns: the damped weight is a sum of rows, since
+    (X^T X + r)^-1 X^T = X^T (X X^T + r)^-1.
     """
 
     def __init__(self, x: Array, intercept: bool = True) -> None:
         self.x = x
         self.mean = x.mean(axis=0, dtype=np.float64) if intercept and len(x) else np.zeros(x.shape[1])
         self._centred = x - self.mean.astype(np.float32) if intercept else x
-        self.moments = (self._centred.T @ self._centred).astype(np.float64) / max(len(x), 1)
-        self.scale = float(np.trace(self.moments)) / max(x.shape[1], 1)
+        self._rows = self._centred.astype(np.float64) if len(x) < x.shape[1] else None
+        self._products = self.moments if self._rows is None else self._rows @ self._rows.T / max(len(x), 1)
+        self.scale = float(np.trace(self._products)) / max(x.shape[1], 1)
         self._intercept = intercept
-        self._factors: dict[float, tuple[Array, bool]] = {}  # the last alone: each is as large as the moments
+        self._factors: dict[float, tuple[Array, bool]] = {}  # the last alone: each is as large as the products
+
+    @cached_property
+    def moments(self) -> Array:
+        """float64[columns, columns]."""
+        return (self._centred.T @ self._centred).astype(np.float64) / max(len(self.x), 1)
 
     def solve(self, y: Array, ridge: float) -> Fit:
         """The weights that bring x nearest to y, float32[rows, outputs], damped by `ridge` x the mean diagonal.
@@ -50,23 +83,24 @@ class Regression:
         return self.towards(self.aim(y), ridge)
 
     def aim(self, y: Array) -> Aim:
-        """(float64[columns, outputs], float64[outputs]): products of x and y, and the means of y."""
-        mean = y.mean(axis=0, dtype=np.float64) if self._intercept else np.zeros(y.shape[1])
-        return (self._centred.T @ y).astype(np.float64) / max(len(y), 1), mean
+        """For `towards`: one aim serves every damping."""
+        return Aim(self._centred, y, y.mean(axis=0, dtype=np.float64) if self._intercept else np.zeros(y.shape[1]))
 
     def towards(self, aim: Aim, ridge: float) -> Fit:
-        """`solve` for what `aim` made of y: one aim serves every damping."""
-        cross, mean = aim
-        if not np.isfinite(self.scale) or not np.isfinite(cross).all():
+        """`solve` for what `aim` made of y."""
+        wanted = aim.cross if self._rows is None else (aim.y - aim.mean) / max(len(aim.y), 1)
+        if not np.isfinite(self.scale) or not np.isfinite(wanted).all():
             raise LinAlgError("moments are beyond what numbers hold")
-        weight = np.asarray(cho_solve(self._factor(ridge), cross)) if self.scale > 0 else np.zeros_like(cross)
-        return Fit(weight, mean - self.mean @ weight)
+        share = np.asarray(cho_solve(self._factor(ridge), wanted)) if self.scale > 0 else np.zeros_like(wanted)
+        if self._rows is None:
+            return Fit(share, aim.mean - self.mean @ share)
+        return Fit(share, aim.mean - (self._rows @ self.mean) @ share, self._rows.T)
 
     def _factor(self, ridge: float) -> tuple[Array, bool]:
-        """Cholesky factor of the damped moments; more damping where it fails."""
+        """Cholesky factor of the damped products; more damping where it fails."""
         while ridge not in self._factors:
             self._factors.clear()
-            damped = self.moments.copy()
+            damped = self._products.copy()
             damped[np.diag_indices_from(damped)] += ridge * self.scale
             try:
                 self._factors[ridge] = cho_factor(damped, overwrite_a=True, check_finite=False)

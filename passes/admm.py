@@ -53,10 +53,9 @@ class Masked:
 
     def __call__(self, moments: Regression, aim: Aim, ridge: float) -> Fit:
         """The change of the kept weights, as Regression.towards gives that of all."""
-        cross, mean = aim
         scale = np.sqrt(np.maximum(np.diag(moments.moments), 1e-12 * moments.scale + 1e-300))
         normal = moments.moments / np.outer(scale, scale) + np.diag(ridge * moments.scale / scale**2)
-        target = cross / scale[:, None]
+        target = aim.cross / scale[:, None]
         rho = self.rho * float(np.diag(normal).mean())
         factor = cho_factor(normal + rho * np.eye(len(normal)), check_finite=False)
         dual, change = np.zeros_like(target), cho_solve(factor, target)
@@ -66,4 +65,4 @@ class Masked:
             dual += change - kept
             change = cho_solve(factor, target + rho * (kept - dual))
         weight = np.where(self.keep, change + dual, 0) / scale[:, None]
-        return Fit(weight, mean - moments.mean @ weight)
+        return Fit(weight, aim.mean - moments.mean @ weight)
