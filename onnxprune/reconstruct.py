@@ -780,7 +780,7 @@ def _numbers(flow: Flow, operator: Operator, arrays: Sequence[Array]) -> Sequenc
 
 
 def _takes(site: Site, flow: Flow, rows: int) -> int:
-    """Bytes that fitting a site takes, roughly: weights, second moments and rows, each a few times over."""
+    """Bytes that fitting a site takes, roughly: weights, products and rows, each a few times over."""
     weights = columns = wide = width = 0
     for operator in site.operators:
         groups, reads, outputs = operator.layout.sizes(flow.array(operator.weight).shape)
@@ -788,7 +788,7 @@ def _takes(site: Site, flow: Flow, rows: int) -> int:
         weights += groups * reads * outputs
         columns += reads
         wide += groups * reads
-    return 8 * (5 * weights + 3 * columns**2) + 16 * rows * (wide + width)
+    return 8 * (5 * weights + 3 * min(columns, rows) ** 2) + 32 * rows * (wide + width)
 
 
 def _key(operator: Operator) -> Key:

@@ -105,7 +105,7 @@ class Drafts:
         if path in self._begun:
             _, stop, begun = self._begun.pop(path)
             stop.set()
-            with suppress(OSError, CancelledError):
+            with suppress(Exception):  # nobody wants it
                 begun.result()[0].unlink()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -22,12 +23,14 @@ from onnx import numpy_helper
 from test_reading import mlp
 from zoo import ZOO
 
-from onnxprune import feeds, plugin, prune, reading, reconstruct, storage, weights, wire
+from onnxprune import feeds, plugin, prune, reading, reconstruct, storage, verify, weights, wire
+from onnxprune.ahead import ahead
 from onnxprune.analysis import Analysis
 from onnxprune.calibrate import Columns, MomentsOf, ProfileOf, Reads, RowsOf, collect
 from onnxprune.errors import ImpossibleError, MachineError
 from onnxprune.flow import Flow, Sessions
 from onnxprune.model import normalise, prepare
+from onnxprune.prove import Prover
 from onnxprune.running import Runner, in_pieces, memory_of, packed
 from onnxprune.sparsify import sparsify
 from onnxprune.types import Member
@@ -305,6 +308,92 @@ def test_magnitudes_of_blocks_are_those_of_the_whole(stored: weights.Mapped, mon
         member = Member("w", "w", (), False, axis, at, np.arange(len(at)), "weight", "")
         for order in (1, 2):
             np.testing.assert_allclose(seen.power(member, order), plain.power(member, order), rtol=1e-12)
+
+
+def test_magnitudes_of_half_floats_are_exact() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    finite = every[np.isfinite(every)]
+    for halves in (finite, finite[None, ::-1], every):
+        with np.errstate(invalid="ignore"):
+            found, wanted = plugin._magnitudes(halves), np.abs(halves.astype(np.float32))
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_two_models_run_side_by_side(tmp_path: Path) -> None:
+    model = reading.read_model(wide(tmp_path))[0]
+    other = model.clone()
+    whole = other.graph.initializers["w"].const_value
+    assert isinstance(whole, weights.Mapped)
+    other.graph.initializers["w"].const_value = weights.Part(whole, "w", zeroed={1: np.arange(0, 1023, 2)})
+    batches = [{"x": np.random.default_rng(k).standard_normal((k + 1, 67)).astype(np.float16)} for k in range(2)]
+    with Worker() as worker:
+        run = Runner(worker, 1, 1000)
+        for found, alone in zip(run.together([model, other], batches), (model, other), strict=True):
+            for outputs, wanted in zip(found, run(alone, batches), strict=True):
+                np.testing.assert_array_equal(outputs["y"], wanted["y"])
+        whole_ones = Runner(worker, 1, 1 << 30).together([model, other], batches)
+    np.testing.assert_allclose(whole_ones[1][0]["y"], found[0]["y"], atol=2e-2)
+
+
+def test_a_draft_is_what_would_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, streams = storage._stream, []
+    model = Analysis(wide(tmp_path)).dense
+    plain, early = tmp_path / "plain", tmp_path / "early"
+    for folder in (plain, early):
+        folder.mkdir()
+    wanted = storage.write_model(model, plain / "o.onnx", force=True, external=True)
+    monkeypatch.setattr(storage, "_stream", lambda *args: streams.append(args) or stream(*args))
+    with storage.Drafts() as drafts:
+        drafts.begin(model.clone(), early / "o.onnx", True)
+        drafts.begin(model, early / "o.onnx", True)
+        drafts.begin(model, early / "other.onnx", True)
+        drafts.begin(model, early / "inside.onnx", False)
+        assert drafts.take(model.clone(), early / "o.onnx") is None
+        assert drafts.take(model, early / "inside.onnx") is None
+        found = storage.write_model(model, early / "o.onnx", force=True, external=True, drafts=drafts)
+    assert len(streams) == 3
+    assert [path.read_bytes() for path in found] == [path.read_bytes() for path in wanted]
+    assert found.sha256 == wanted.sha256 == reading.read_model(found[0])[1].sha256
+    assert sorted(early.iterdir()) == sorted(found)
+
+
+def test_what_is_begun_and_not_wanted_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = wide(tmp_path, np.float32, 4093)
+    right, tried = Prover.prove, []
+
+    def failing(self: Prover, worker: Worker, candidate: ir.Model, gone: Any, alive: Any) -> Any:
+        tried.append([*tmp_path.glob("out/.*")])
+        if len(tried) == 1:
+            return [verify.Difference("y", 1.0, 0.1)]
+        return right(self, worker, candidate, gone, alive)
+
+    monkeypatch.setattr(Prover, "prove", failing)
+    monkeypatch.setattr(verify, "blame", lambda suspects, holds: frozenset())
+    (tmp_path / "out").mkdir()
+    report = prune(path, tmp_path / "out" / "o.onnx", ratio=0.5, memory="1MB").report
+    assert report.verification.proven
+    assert len(tried) == 2
+    assert len([*tmp_path.glob("out/*")]) == 2  # the model and its data
+
+    def full(*args: Any) -> bytes:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage, "_stream", full)
+    with pytest.raises(MachineError, match="No space left"):
+        prune(path, tmp_path / "out" / "p.onnx", ratio=0.5, memory="1MB")
+    assert len([*tmp_path.glob("out/*")]) == 2
+
+
+def test_what_is_begun_ahead_answers_or_raises() -> None:
+    assert ahead(lambda: 3).result() == 3
+    with pytest.raises(ZeroDivisionError):
+        ahead(lambda: 1 // 0).result()
+
+
+def test_a_large_model_that_cannot_shrink_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ImpossibleError, match="nothing can be removed"):
+        prune(wide(tmp_path), tmp_path / "o.onnx", ratio=0.5, memory="1MB", ignore=["w", "v"])
 
 
 def test_a_child_reads_weights_where_they_lie(stored: weights.Mapped) -> None:

@@ -335,6 +335,24 @@ def test_least_squares_does_not_mind_the_order_of_rows() -> None:
     np.testing.assert_allclose(one.shift, other.shift, atol=1e-6)
 
 
+@pytest.mark.parametrize("intercept", [True, False])
+def test_fewer_rows_than_columns_are_fitted_like_any(intercept: bool) -> None:
+    rng = np.random.default_rng(4)
+    x, y = (rng.standard_normal((23, k)).astype(np.float32) + 1 for k in (31, 5))
+    for ridge in (1e-3, 0.5):
+        found = Regression(x, intercept).solve(y, ridge)
+        assert found.basis is not None
+        mean = x.mean(axis=0, dtype=np.float64) if intercept else np.zeros(31)
+        rows = x - mean
+        normal = rows.T @ rows / 23
+        normal += ridge * np.trace(normal) / 31 * np.eye(31)
+        weight = np.linalg.solve(normal, rows.T @ y / 23)
+        shift = y.mean(axis=0) - mean @ weight if intercept else np.zeros(5)
+        np.testing.assert_allclose(found.weight, weight, atol=1e-5)
+        np.testing.assert_allclose(found.shift, shift, atol=1e-5)
+        np.testing.assert_allclose(found(x[:7]), x[:7] @ weight + shift, atol=1e-4)
+
+
 @pytest.mark.parametrize("ridge", [0.0, 1e-3])
 @pytest.mark.parametrize("x", [np.ones((7, 3)), np.zeros((7, 3)), np.eye(2, 5), np.ones((1, 4))])
 def test_singular_moments_are_damped(x: np.ndarray, ridge: float) -> None:

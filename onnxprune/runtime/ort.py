@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -226,7 +227,8 @@ class OrtBackend:
             options.log_severity_level = 4
             options.enable_cpu_mem_arena = arena
             if shared:
-                _share()
+                with _sharing:
+                    _shared()
                 options.enable_mem_pattern = False
                 options.add_session_config_entry("session.use_env_allocators", "1")
                 options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -244,8 +246,11 @@ class OrtBackend:
 REGION = 1 << 30  # bytes that the shared arena asks for at first; pages that nobody writes to take no memory
 
 
+_sharing = threading.Lock()
+
+
 @cache
-def _share() -> None:
+def _shared() -> None:
     """Make the arena, once in a process."""
     import onnxruntime as ort
 
