@@ -27,6 +27,7 @@ FED = frozenset(("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"))  # types of initiali
 
 
 ALIGN = 64  # bytes
+FEW = 4  # feeds that a piece computes in one run
 ROOM = 1 << 30  # bytes of values that a flow keeps in memory; the rest goes to unnamed files
 
 
@@ -193,14 +194,22 @@ class Flow:
         inside = Counter(name for k in todo for name in self.reads[k])
         made = [str(out.name) for k in todo for out in self.nodes[k].outputs if out.name]
         later = [n for n in made if n in wanted or n in self.outputs or self.waiting[n] > inside[n]]
-        piece, weights = self._piece(todo, later)
-        session = self.sessions.session(piece)
-        entering = [port.name for port in session.interface.inputs if port.name not in weights]
         results: dict[str, list[Array]] = {name: [] for name in later}
-        for k in range(self.count):
-            found = session.run({**weights, **{name: self.live[name][k] for name in entering}})
-            for name in later:
-                results[name].append(self._kept(name, found[name]))
+        feeds = self._at_once(todo)
+        piece, weights = self._piece(todo, later, feeds)
+        session = self.sessions.session(piece)
+        entering = {port.name for port in session.interface.inputs if port.name not in weights}
+        for first in range(0, self.count, feeds):
+            given = {
+                own: self.live[name][first + k]
+                for name in self.live
+                for k in range(feeds)
+                if (own := _own(name, k)) in entering
+            }
+            found = session.run(weights | given)
+            for k in range(feeds):
+                for name in later:
+                    results[name].append(self._kept(name, found[_own(name, k)]))
         self.live |= results
         self.waiting -= inside
         for k in todo:
@@ -218,8 +227,13 @@ class Flow:
         k = self.maker.get(name)
         return k is not None and self.done[k] and name not in self.live
 
-    def _piece(self, todo: Sequence[int], outputs: Sequence[str]) -> tuple[bytes, dict[str, Array]]:
-        """(a model of these nodes, {its inputs that are weights: array})."""
+    def _at_once(self, todo: Sequence[int]) -> int:
+        """How many feeds a piece computes in one run: all where they are few, since half floats are cast in each run."""
+        plain = not any(bodies(self.nodes[k]) for k in todo)
+        return self.count if plain and self.sessions.shared and self.count <= FEW else 1
+
+    def _piece(self, todo: Sequence[int], outputs: Sequence[str], feeds: int) -> tuple[bytes, dict[str, Array]]:
+        """(a model of these nodes, for so many feeds at once, {its inputs that are weights: array})."""
         import onnx
 
         weights: dict[str, Array] = {}
@@ -258,13 +272,22 @@ class Flow:
         weights = {name: array for name, array in weights.items() if name in read}
         weights |= self._made({name: part for name, part in parts.items() if name in read})
         weights = {name: self._fed(array) for name, array in weights.items()}
-        graph = onnx.GraphProto(name="piece", node=protos)
+        graph = onnx.GraphProto(name="piece")
+        ours = {*made, *entering}
+        for proto in protos:
+            for k in range(feeds):
+                node = graph.node.add()
+                node.CopyFrom(proto)
+                node.name = _own(proto.name, k)
+                node.input[:] = [_own(name, k) if name in ours else name for name in proto.input]
+                node.output[:] = [_own(name, k) for name in proto.output]
         inner = any(bodies(self.nodes[k]) for k in todo)  # what a body hands out needs a shape, found from these
-        for name, array in (*entering.items(), *weights.items()):
+        each = {_own(name, k): array for k in range(feeds) for name, array in entering.items()}
+        for name, array in (*each.items(), *weights.items()):
             dims = [size if name in weights else None for size in array.shape]
             graph.input.append(onnx.helper.make_tensor_value_info(name, _element(array), dims if inner else None))
-        for name in outputs:
-            graph.output.append(onnx.ValueInfoProto(name=name))
+        for k in range(feeds):
+            graph.output.extend(onnx.ValueInfoProto(name=_own(name, k)) for name in outputs)
         for name, value in constants.items():
             assert value.const_value is not None
             whole = bfloat.wide(value.const_value) if self.single else value.const_value
@@ -278,6 +301,11 @@ class Flow:
     def _fed(self, array: Array) -> Array:
         """What stored numbers are for the nodes that run."""
         return bfloat.widened(array) if self.single else array
+
+
+def _own(name: str, feed: int) -> str:
+    """A value's name in a piece, for one of its feeds; what is left out has none."""
+    return f"{name}\0{feed}" if name and feed else name
 
 
 def _element(array: Array) -> int:
