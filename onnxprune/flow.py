@@ -228,7 +228,7 @@ class Flow:
         return k is not None and self.done[k] and name not in self.live
 
     def _at_once(self, todo: Sequence[int]) -> int:
-        """How many feeds a piece computes in one run: all where they are few, since half floats are cast in each run."""
+        """How many feeds a piece computes in one run: all of a few, since half floats are cast in each run."""
         plain = not any(bodies(self.nodes[k]) for k in todo)
         return self.count if plain and self.sessions.shared and self.count <= FEW else 1
 
@@ -276,11 +276,11 @@ class Flow:
         ours = {*made, *entering}
         for proto in protos:
             for k in range(feeds):
-                node = graph.node.add()
-                node.CopyFrom(proto)
-                node.name = _own(proto.name, k)
-                node.input[:] = [_own(name, k) if name in ours else name for name in proto.input]
-                node.output[:] = [_own(name, k) for name in proto.output]
+                own = graph.node.add()
+                own.CopyFrom(proto)
+                own.name = _own(proto.name, k)
+                own.input[:] = [_own(name, k) if name in ours else name for name in proto.input]
+                own.output[:] = [_own(name, k) for name in proto.output]
         inner = any(bodies(self.nodes[k]) for k in todo)  # what a body hands out needs a shape, found from these
         each = {_own(name, k): array for k in range(feeds) for name, array in entering.items()}
         for name, array in (*each.items(), *weights.items()):
