@@ -27,7 +27,6 @@ FED = frozenset(("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"))  # types of initiali
 
 
 ALIGN = 64  # bytes
-FEW = 4  # feeds that a piece computes in one run
 ROOM = 1 << 30  # bytes of values that a flow keeps in memory; the rest goes to unnamed files
 
 
@@ -55,7 +54,8 @@ class Flow:
     """What a model computes from a list of feeds, as far as it was asked for.
 
     No piece reads more than `most` bytes of weights, but for those of a single node; values take up to `room` bytes of
-    memory. `told` counts nodes that ran, of those that were asked for.
+    memory. One run of a piece is for up to `most_feeds`, since half floats are cast in each. `told` counts nodes that
+    ran, of those that were asked for.
     """
 
     def __init__(
@@ -67,10 +67,11 @@ class Flow:
         *,
         most: float = math.inf,
         room: int = ROOM,
+        most_feeds: int = 1,
         told: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.model, self.sessions, self.told = model, sessions, told
-        self.most, self.room = most, room
+        self.most, self.room, self.most_feeds = most, room, most_feeds
         runs = bfloat.single(model)
         self.single = runs is not model
         self.nodes = list(runs.graph)
@@ -228,9 +229,10 @@ class Flow:
         return k is not None and self.done[k] and name not in self.live
 
     def _at_once(self, todo: Sequence[int]) -> int:
-        """How many feeds a piece computes in one run: all of a few, since half floats are cast in each run."""
-        plain = not any(bodies(self.nodes[k]) for k in todo)
-        return self.count if plain and self.sessions.shared and self.count <= FEW else 1
+        """How many feeds a piece computes in one run: as many as leave no rest."""
+        if any(bodies(self.nodes[k]) for k in todo):
+            return 1
+        return max(some for some in range(1, self.most_feeds + 1) if self.count % some == 0)
 
     def _piece(self, todo: Sequence[int], outputs: Sequence[str], feeds: int) -> tuple[bytes, dict[str, Array]]:
         """(a model of these nodes, for so many feeds at once, {its inputs that are weights: array})."""

@@ -28,6 +28,7 @@ Feeds = Sequence[Mapping[str, Array]]
 HALVES = ("FLOAT16", "BFLOAT16")  # of which ONNX Runtime makes single precision on a CPU
 MEMORY = 3 * 10**9  # bytes of weights above which a model is not loaded as a whole
 PIECE = 1 << 27  # bytes of weights in a piece, at most a quarter of the memory: one is cast while it is used
+FEW = 4  # feeds that a piece computes at once
 BESIDE = 1 << 28  # bytes from which weights are streamed to a file beside the model
 SMALL = 1024  # bytes up to which a weight travels with the graph
 
@@ -100,9 +101,11 @@ def unpacked(sent: Packed) -> ir.Model:
 
 def limits(model: ir.Model, memory: int) -> dict[str, int]:
     """What a Flow may take of a model's weights and values at a time; no limits where all of the model fits."""
-    if memory_of(model) <= memory:
-        return {}
-    return {"most": min(PIECE, memory // 4), "room": memory // 4}
+    return {} if memory_of(model) <= memory else _limits(memory // 4)
+
+
+def _limits(share: int) -> dict[str, int]:
+    return {"most": min(PIECE, share), "room": share, "most_feeds": FEW}
 
 
 def in_pieces(sent: Sequence[Packed], feeds: Feeds, threads: int, memory: int) -> list[list[dict[str, Array]]]:
@@ -125,7 +128,7 @@ def in_pieces(sent: Sequence[Packed], feeds: Feeds, threads: int, memory: int) -
         if missing := [name for feed in feeds for name in inputs if name not in feed]:
             raise InputError("there is no value for this input", object=missing[0])
         sessions = Sessions(max(1, threads // len(models)), 1, shared=True)
-        flow = Flow(models[k], feeds, sessions, names, most=min(PIECE, share), room=share, told=told)
+        flow = Flow(models[k], feeds, sessions, names, **_limits(share), told=told)
         return [dict(zip(names, row, strict=True)) for row in zip(*flow.values(names), strict=True)]
 
     with ThreadPoolExecutor(len(models)) as pool:
