@@ -249,7 +249,7 @@ def test_little_memory_is_enough_for_repair(kind: type[np.generic], tmp_path: Pa
 
 def test_what_takes_too_much_memory_to_fit_is_left_alone_and_named(tmp_path: Path) -> None:
     path, data = wide(tmp_path, np.float32, 4093), tmp_path / "c.npz"
-    np.savez(data, x=np.random.default_rng(3).standard_normal((3200, 67)).astype(np.float32))
+    np.savez(data, x=np.random.default_rng(3).standard_normal((4096, 67)).astype(np.float32))
     given = {"ratio": 0.25, "criterion": "mag", "memory": "1MB", "calibration": str(data), "no_cache": True}
     report = prune(path, tmp_path / "o.onnx", **given).report
     assert report.verification.proven
