@@ -53,16 +53,9 @@ HEADER_LIMIT = 1 << 16  # bytes of what says how one of them is laid out
 
 
 class Written(tuple[Path, ...]):
-    """The files of a model, and their `sha256` as Source.sha256 would have it."""
+    """The files of a model, and their `sha256` as Source.sha256 would have it; none of what is thrown away."""
 
-    sha256: str
-
-    @classmethod
-    def of(cls, path: Path, content: bytes, data: Path | None, digest: bytes) -> Written:
-        """A model file with this content, and the file of its data with this hash."""
-        found = cls((path,) if data is None else (path, data))
-        found.sha256 = hashlib.sha256(content + digest).hexdigest()
-        return found
+    sha256 = ""
 
 
 class Drafts:
@@ -300,7 +293,12 @@ def write_model(
                     if data.stat().st_ino == made:  # else another run has put its copy there, and relies on it
                         data.unlink()
             raise
-    return Written.of(path, content, data, digest)
+    files = Written((path,) if data is None else (path, data))
+    if durable:
+        total = hashlib.sha256(content)
+        total.update(digest)
+        files.sha256 = total.hexdigest()
+    return files
 
 
 def _message(model: ir.Model) -> onnx.ModelProto:
