@@ -137,9 +137,10 @@ def in_pieces(sent: Sequence[Packed], feeds: Feeds, threads: int, memory: int) -
 
 def give_back() -> None:
     """In the child: return the memory that pieces have kept."""
-    graph = onnx.parser.parse_graph("nothing (float[1] x) => (float[1] y) { y = Neg (x) }")
-    model = onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 13)])
-    session = ort.BACKENDS["cpu"].session(model.SerializeToString(), shared=True)
-    session.run({"x": np.zeros(1, np.float32)}, shrink=True)
+    if ort.sharing():
+        graph = onnx.parser.parse_graph("nothing (float[1] x) => (float[1] y) { y = Neg (x) }")
+        model = onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 13)])
+        session = ort.BACKENDS["cpu"].session(model.SerializeToString(), shared=True)
+        session.run({"x": np.zeros(1, np.float32)}, shrink=True)
     with suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

@@ -23,7 +23,7 @@ from onnx import numpy_helper
 from test_reading import mlp
 from zoo import ZOO
 
-from onnxprune import feeds, plugin, prune, reading, reconstruct, storage, verify, weights, wire
+from onnxprune import feeds, plugin, prune, reading, reconstruct, running, storage, verify, weights, wire
 from onnxprune.ahead import ahead
 from onnxprune.analysis import Analysis
 from onnxprune.calibrate import Columns, MomentsOf, ProfileOf, Reads, RowsOf, collect
@@ -332,6 +332,29 @@ def test_two_models_run_side_by_side(tmp_path: Path) -> None:
                 np.testing.assert_array_equal(outputs["y"], wanted["y"])
         whole_ones = Runner(worker, 1, 1 << 30).together([model, other], batches)
     np.testing.assert_allclose(whole_ones[1][0]["y"], found[0]["y"], atol=2e-2)
+
+
+def anonymous() -> int:
+    """Bytes of anonymous memory of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+
+def _kept(sent: Any, batch: Any) -> tuple[int, int, int]:
+    """In the child: memory before, with what pieces keep, and after that went."""
+    before = anonymous()
+    in_pieces([sent], [batch], 1, 1 << 30)
+    between = anonymous()
+    running.give_back()
+    return before, between, anonymous()
+
+
+def test_what_pieces_keep_is_given_back(tmp_path: Path) -> None:
+    model = reading.read_model(wide(tmp_path, np.float16, 400_000))[0]  # 50 MB for each weight, twice that once cast
+    with Worker() as worker:
+        before, between, after = worker.call(_kept, packed(model), {"x": np.ones((1, 67), np.float16)})
+    assert between - before > 9e7
+    assert after - before < 4e7
 
 
 def test_a_draft_is_what_would_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -259,6 +259,11 @@ def _shared() -> None:
     ort.create_and_register_allocator(place, ort.OrtArenaCfg(exact | {"max_dead_bytes_per_chunk": 1 << 20}))
 
 
+def sharing() -> bool:
+    """Whether there is an arena that sessions share."""
+    return _shared.cache_info().currsize > 0
+
+
 @contextmanager
 def _spelled(model: str | bytes) -> Iterator[str | bytes]:
     """A path in UTF-8, which is all that ONNX Runtime takes: through a link to its folder, if need be."""
