@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from onnxprune import interrupt
 from onnxprune.errors import ImpossibleError, InputError, InternalError, PruneError, ours, printable, shown
 from onnxprune.worker import MOST_THREADS
 
@@ -70,12 +71,9 @@ class Verbs(click.Group):
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
             raise SystemExit(code if isinstance(code, int) else 0)
-        except click.exceptions.Abort:
-            click.echo("onnxprune: interrupted", err=True)
-            raise SystemExit(130) from None
-        except KeyboardInterrupt:
-            click.echo("onnxprune: interrupted", err=True)
-            raise SystemExit(130) from None
+        except click.exceptions.Abort:  # click's for an interrupt before or after the verb
+            click.echo(interrupt.SAID, err=True)
+            raise SystemExit(interrupt.CODE) from None
         except click.exceptions.NoArgsIsHelpError:
             fail(InputError("give a verb; 'onnxprune --help' lists them"), as_json)
             raise SystemExit(2) from None
@@ -87,9 +85,13 @@ class Verbs(click.Group):
             fail(found, as_json)
             raise SystemExit(found.code) from None
 
-
-def _terminated(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
+    def invoke(self, ctx: click.Context) -> Any:
+        """Do it; an interrupt is one line here already: click would print an empty one before it."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo(interrupt.SAID, err=True)
+            raise SystemExit(interrupt.CODE) from None
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -100,7 +102,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGTERM, _terminated)
     # Before NumPy loads: a pool for it costs more than it gains, and results would depend on the number of cores.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -116,15 +117,16 @@ def run() -> None:
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         most = spare if hard == resource.RLIM_INFINITY else min(spare, hard)
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    interrupt.insist()
     try:
         main()
     except SystemExit as end:
-        if end.code != 130:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is done, and only has to go
+        if end.code != interrupt.CODE:
+            interrupt.hear(signal.SIG_IGN)  # it is done, and only has to go
             raise
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(130)
+        os._exit(interrupt.CODE)
 
 
 SPARE = 0.9  # of the memory that is free
@@ -232,9 +234,14 @@ def parse_targets(texts: tuple[str, ...]) -> list[dict[str, str]]:
 
 @contextmanager
 def stages(hidden: bool) -> Iterator[Progress]:
-    """A line on stderr that names the stage, its time, and what is left where that is known; on a terminal only."""
+    """A line on stderr that names the stage, its time, and what is left where that is known; on a terminal only.
+
+    From here on there is something to clean up. Not before: an interrupt that is raised while native modules load can
+    crash them.
+    """
     from onnxprune.types import quietly
 
+    interrupt.hear(interrupt.unwind)
     if hidden or not sys.stderr.isatty():
         yield quietly
         return

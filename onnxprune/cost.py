@@ -15,6 +15,7 @@ import numpy as np
 
 from onnxprune.branches import Branches, living
 from onnxprune.dims import DimGraph
+from onnxprune.ops import ODD
 from onnxprune.types import Array, Axis, Group, Mask, OpNode, Positions, Shape, Stored, View
 
 BITS = {"FLOAT": 32, "DOUBLE": 64, "FLOAT16": 16, "BFLOAT16": 16, "INT8": 8, "UINT8": 8, "INT16": 16, "UINT16": 16,
@@ -25,7 +26,19 @@ ROUNDS = 1 << 31  # a trip count from here on means: until the condition says st
 
 
 def mac_terms(node: OpNode) -> list[list[Axis]]:
-    """For each product in a node, the axes whose lengths multiply to its MACs; none for operators that do not count."""
+    """For each product in a node, the axes whose lengths multiply to its MACs; none for operators that do not count.
+
+    None either for what reads something else than such an operator can.
+    """
+    try:
+        found = _products(node)
+        fits = all(0 <= axis.index < len(node.shapes[axis.value]) for axes in found for axis in axes)
+    except (KeyError, *ODD):
+        return []
+    return found if fits else []
+
+
+def _products(node: OpNode) -> list[list[Axis]]:
     x, y = node.inputs[0] if node.inputs else "", node.outputs[0]
     kind = node.op_type
     if kind in ("Conv", "ConvTranspose", "FusedConv", "ConvInteger", "QLinearConv"):

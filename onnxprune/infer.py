@@ -352,7 +352,7 @@ def _ask(facts: Facts, seen: Seen) -> None:
         return
     try:
         wanted = wants(op_node(seen.node, seen.opset, facts, facts.values, {}))
-    except KeyError:  # the shape of an input is not known
+    except (KeyError, *ops.ODD):  # the shape of an input is not known, or an attribute is no such operator's
         return
     for k, sizes in wanted.items():
         name = seen.inputs[k]

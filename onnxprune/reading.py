@@ -331,7 +331,7 @@ class Signature(NamedTuple):
 
 
 MANY = 1 << 30
-UNKNOWN = Signature(((0, MANY), (0, MANY)), {})
+UNKNOWN = Signature(((0, MANY), (1, MANY)), {})
 
 
 @lru_cache(maxsize=1024)

@@ -157,6 +157,8 @@ def _put(
         copy = ir.Value(name=own, shape=value.shape, type=value.type, const_value=tensor)
         graph.register_initializer(copy)
         nodes[reader].replace_input_with(k, copy)
+    if not value.uses() and not value.is_graph_output():  # before IR version 4, what nothing reads cannot be loaded
+        (value.graph or graph).initializers.pop(str(value.name))
 
 
 def _add_nothing(model: ir.Model, node: ir.Node, k: int, dtype: ir.DataType) -> None:

@@ -136,27 +136,82 @@ def start(*args: object, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env)
 
 
+READY = """
+import sys
+from onnxprune import interrupt
+interrupt.hear(interrupt.leave)
+print("ready", flush=True)
+from onnxprune.__main__ import run
+run()
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("sent", "after"), [(signal.SIGINT, 1.2), (signal.SIGTERM, 2.0), (signal.SIGINT, 3.0)])
+@pytest.mark.parametrize(
+    ("sent", "moments"),
+    [
+        (signal.SIGINT, (0, 0.03, 0.1, 0.16, 0.25, 0.35, 0.5, 0.8, 1.2, 1.8, 3.0)),
+        (signal.SIGTERM, (0, 0.05, 0.2, 0.4, 0.6, 1.0, 1.5, 2.2)),
+    ],
+)
 def test_an_interrupt_ends_it_soon_and_without_a_trace(
-    sent: signal.Signals, after: float, model: Path, tmp_path: Path
+    sent: signal.Signals, moments: tuple[float, ...], model: Path, tmp_path: Path
 ) -> None:
-    before = files(tmp_path)
-    process = start("prune", model, "-o", tmp_path / "o.onnx", "--ratio", 0.5, "--no-measure")
-    time.sleep(after)
-    process.send_signal(sent)
-    sent_at = time.monotonic()
-    _, stderr = process.communicate(timeout=30)
-    assert time.monotonic() - sent_at < 5
-    if process.returncode == 0:  # it was done already
-        onnx.checker.check_model(onnx.load(tmp_path / "o.onnx"))
-        return
-    assert "Traceback" not in stderr
-    assert process.returncode in (130, -sent)  # before the first line of ours, Python itself dies of the signal
-    left = files(tmp_path)
-    if left.pop("o.onnx", None) is not None:  # written, and interrupted on the way out: then it is whole
-        onnx.checker.check_model(onnx.load(tmp_path / "o.onnx"))
-    assert left == before
+    """At any moment from our first line on: while modules load, while models run, and while files are written."""
+    before, scratch, out = files(tmp_path), tmp_path / "scratch", tmp_path / "o.onnx"
+    scratch.mkdir()
+    command = [sys.executable, "-c", READY, "prune", str(model), "-o", str(out), "--ratio", "0.5", "--no-measure"]
+    for after in moments:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   env=os.environ | {"TMPDIR": str(scratch)})  # fmt: skip
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(after)
+        process.send_signal(sent)
+        sent_at = time.monotonic()
+        _, stderr = process.communicate(timeout=30)
+        assert time.monotonic() - sent_at < 5, after
+        written = out.exists()  # if it was done already, or interrupted on the way out, it is whole
+        if written:
+            onnx.checker.check_model(onnx.load(out))
+            out.unlink()
+        assert process.returncode == 130 or (process.returncode == 0 and written), (after, stderr)
+        assert stderr == ("onnxprune: interrupted\n" if process.returncode else ""), after
+        assert files(tmp_path) == before, after
+        assert not [*scratch.iterdir()], after
+
+
+def test_interrupts_are_heard_before_anything_large_is_loaded() -> None:
+    code = """
+import sys
+from onnxprune import __main__ as program
+def heard(handler):
+    print(handler.__name__, {"click", "numpy", "onnx", "subprocess"} & set(sys.modules))
+    sys.exit()
+program.interrupt.hear = heard
+program.run()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "leave set()\n"
+
+
+def test_an_interrupt_that_meets_a_destructor_is_not_lost() -> None:
+    code = """
+import os, signal, time
+from onnxprune import interrupt
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+interrupt.hear(interrupt.unwind)
+interrupt.insist()
+try:
+    Last()
+    time.sleep(9)
+except KeyboardInterrupt:
+    print("heard")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("heard\n", "")
 
 
 @pytest.mark.slow
