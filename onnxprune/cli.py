@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
@@ -118,6 +119,7 @@ def run() -> None:
         most = spare if hard == resource.RLIM_INFINITY else min(spare, hard)
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     interrupt.insist()
+    warnings.simplefilter("ignore")  # of Python and of libraries; ours go another way
     try:
         main()
     except SystemExit as end:

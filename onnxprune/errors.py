@@ -59,6 +59,10 @@ class InputError(PruneError):
     code = 2
 
 
+class UnloadableError(InputError):
+    """ONNX Runtime refuses the model, whatever its inputs are."""
+
+
 class ImpossibleError(PruneError):
     """The input is fine, but what is asked cannot be had; the message says what can."""
 

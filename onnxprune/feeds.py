@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -12,6 +13,7 @@ from onnxprune.errors import ImpossibleError, InputError, MachineError, shown
 from onnxprune.infer import true_inputs
 from onnxprune.types import Array, Shape
 
+DRAWN = 2**24  # numbers that are drawn for one random input; in a larger one they repeat
 LIMIT = 2**31  # bytes that one random input may take
 CARRIERS = frozenset("Cast Identity Reshape Unsqueeze Squeeze Flatten Transpose Concat Slice Expand Clip".split())
 
@@ -102,36 +104,47 @@ def combination(graph: ir.Graph, choice: int) -> dict[str, int]:
 def random_feed(graph: ir.Graph, shapes: Mapping[str, Shape], seed: int, choice: int | None = None) -> dict[str, Array]:
     """One feed: floats normal, indices within their tables, other integers and flags mostly one (as masks are).
 
-    Inputs that choose between branches take what combination `choice` (by default `seed`) says.
-    Raises ImpossibleError for an input type that no random value can stand for.
+    Inputs that choose between branches take what combination `choice` (by default `seed`) says. Raises ImpossibleError
+    for an input that no random value can stand for, MachineError for one that is too large.
     """
     rng = np.random.default_rng(seed)
     bounds, whole = index_bounds(graph), counted(graph)
     chosen = combination(graph, seed if choice is None else choice)
     feed = {}
     for value in true_inputs(graph):
-        name = str(value.name)
-        dtype = value.dtype
-        if dtype is None or dtype == ir.DataType.STRING or name not in shapes:
-            raise ImpossibleError("no random value can stand for this input; pass --calibration", object=name)
-        kind = dtype.numpy()
+        name, kind = str(value.name), kind_of(value, shapes)
         shape = shapes[name]
         if (needed := prod(shape) * kind.itemsize) > LIMIT:
             raise MachineError(f"shape {list(shape)} needs {needed:,} bytes; try --input-shape", object=name)
+        size = shape if prod(shape) <= DRAWN else (DRAWN,)
         if name in chosen:
-            drawn: Array = np.full(shape, chosen[name])
+            drawn: Array = np.full(size, chosen[name])
         elif name in bounds:
-            drawn = rng.integers(0, bounds[name], shape)
+            drawn = rng.integers(0, bounds[name], size)
         elif name in whole and np.issubdtype(kind, np.integer):
-            drawn = np.ones(shape)
+            drawn = np.ones(size)
         elif np.issubdtype(kind, np.integer) or kind == np.bool_:
-            drawn = (rng.random(shape) < 0.9).astype(np.int64)
+            drawn = (rng.random(size) < 0.9).astype(np.int64)
             if drawn.ndim:
                 drawn.reshape(-1)[:1] = 1
         else:
-            drawn = rng.standard_normal(shape)
-        feed[name] = np.asarray(drawn).astype(kind)
+            drawn = rng.standard_normal(size)
+        made = np.asarray(drawn).astype(kind)
+        feed[name] = made if size == shape else np.resize(made, shape)
     return feed
+
+
+def kind_of(value: ir.Value, shapes: Mapping[str, Shape]) -> np.dtype[Any]:
+    """What a random value for a graph input consists of. Raises ImpossibleError if none can stand for it."""
+    numbers = value.dtype not in (None, ir.DataType.UNDEFINED, ir.DataType.STRING)
+    if value.dtype is None or not numbers or str(value.name) not in shapes:
+        raise ImpossibleError("no random value can stand for this input; pass --calibration", object=str(value.name))
+    return value.dtype.numpy()
+
+
+def bytes_of(graph: ir.Graph, shapes: Mapping[str, Shape]) -> int:
+    """What a random feed takes in memory. Raises ImpossibleError as above."""
+    return sum(prod(shapes[str(v.name)]) * kind_of(v, shapes).itemsize for v in true_inputs(graph))
 
 
 def padding_of(graph: ir.Graph, feeds: Sequence[Mapping[str, Array]]) -> str | None:

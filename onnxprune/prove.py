@@ -10,7 +10,7 @@ import numpy as np
 
 from onnxprune import feeds, interface, verify
 from onnxprune.analysis import Analysis, cost_shapes
-from onnxprune.errors import ImpossibleError, InputError, LateError, MachineError, PruneError
+from onnxprune.errors import ImpossibleError, InputError, LateError, MachineError, PruneError, UnloadableError
 from onnxprune.infer import control, true_inputs, walk
 from onnxprune.infer import seed as seed_facts
 from onnxprune.model import Model, normalise
@@ -21,6 +21,7 @@ from onnxprune.worker import Worker
 
 RANDOM = 2  # random feeds that a proof runs on, of those that the dense model accepts
 Run = Callable[[Sequence[Mapping[str, Array]]], list[dict[str, Array]]]
+BULK = 1 << 28  # bytes of a feed from which on small ones come first, and each is sent by itself
 SAMPLES = 2  # feeds of the user's own data that it runs on as well
 FIRST = 30.0, 0.075  # seconds, and share of the time limit, for a model that nobody has seen running yet
 SLOWEST = 1e7, 2e8  # bytes of weights, and MACs, that even a busy machine gets done in a second
@@ -58,8 +59,8 @@ class Prover:
             self.usual = cost_shapes(analysis.prepared.model, analysis.given, analysis.view.shapes)
             prepared = analysis.prepared
             sizes: list[Mapping[str, Shape]] = [prepared.facts.shapes, prepared.other.shapes, self.usual]
-            for k, shapes in enumerate(sizes):
-                feeds.random_feed(graph, shapes, seed + k)
+            if max(feeds.bytes_of(graph, shapes) for shapes in sizes) > BULK:
+                sizes.sort(key=lambda shapes: feeds.bytes_of(graph, shapes))
             if any(control(node) == "If" for node in walk(graph)):
                 sizes += [seed_facts(graph, s).shapes for s in single_lengths(analysis.dense, analysis.given)]
             if memory_of(analysis.dense) > memory:
@@ -170,17 +171,19 @@ class Prover:
     def _accepted(self, run: Run, choice: int, most: int) -> list[Ran]:
         """Up to `most` random feeds that the dense model runs with, and what it makes of them.
 
-        As many as are wanted are run at once: loading takes longer than running.
+        As many as are wanted are run at once, unless they are large: loading takes longer than running.
         """
         found: list[Ran] = []
         sizes = list(enumerate(self.sizes))
         while sizes and len(found) < most:
-            some, sizes = sizes[: most - len(found)], sizes[most - len(found) :]
+            bulky = feeds.bytes_of(self.analysis.dense.graph, sizes[0][1]) > BULK
+            count = 1 if bulky else most - len(found)
+            some, sizes = sizes[:count], sizes[count:]
             made = [feed for k, shapes in some if (feed := self._drawn(shapes, k, choice)) is not None]
             for part in (made, *([feed] for feed in made)) if len(made) > 1 else (made,) if made else ():
                 try:
                     ran = run(part)
-                except LateError:
+                except (LateError, UnloadableError):
                     raise
                 except (InputError, MachineError) as error:  # what is too large at one size may fit at another
                     self.problem = error

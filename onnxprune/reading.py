@@ -21,7 +21,7 @@ from typing import IO, NamedTuple
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from onnxprune.ahead import ahead
 from onnxprune.errors import InputError, MachineError, shown, shown_path
@@ -172,8 +172,16 @@ def deserialized(proto: onnx.ModelProto) -> ir.Model:
 
 
 def serialized(model: ir.Model) -> onnx.ModelProto:
-    """The protobuf message of a model."""
-    proto = ir.serde.serialize_model(model)
+    """The protobuf message of a model. Raises InputError for a text that protobuf handed out undecoded."""
+    try:
+        proto = ir.serde.serialize_model(model)
+    except ir.serde.SerdeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UnicodeDecodeError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise InputError(f"'{shown(cause.object)}' in it is not UTF-8") from None
     maps = model.graph.meta.get(MAPS, {})
     for value in proto.graph.output:
         if value.name in maps:
@@ -216,6 +224,8 @@ def _parse(path: Path) -> tuple[onnx.ModelProto, dict[str, Mapped], tuple[int, .
         raise InputError("not an ONNX model, or cut short", file=path) from None
     if not proto.HasField("graph") or not proto.graph.output or not proto.ir_version:
         raise InputError("not an ONNX model: it has no graph with outputs", file=path)
+    for part in (proto, proto.graph, *proto.metadata_props, *proto.graph.metadata_props, *proto.graph.node):
+        _make_legible(part)
     weights: dict[str, Mapped] = {}
     for k, (offset, length) in places.items():
         tensor = proto.graph.initializer[k]
@@ -227,6 +237,15 @@ def _parse(path: Path) -> tuple[onnx.ModelProto, dict[str, Mapped], tuple[int, .
         else:
             tensor.raw_data = data[offset : offset + length]
     return proto, weights, state
+
+
+def _make_legible(message: Message) -> None:
+    """Escape what is not UTF-8 in texts that mean nothing to us, and that ONNX Runtime does not decode."""
+    for field in ("doc_string", "producer_name", "producer_version", "key", "value"):
+        if isinstance(text := getattr(message, field, ""), bytes):
+            setattr(message, field, text.decode(errors="backslashreplace"))
+    if isinstance(message, onnx.GraphProto) and isinstance(message.name, bytes):
+        message.name = message.name.decode(errors="backslashreplace")
 
 
 def _is_plain(tensor: onnx.TensorProto, length: int) -> bool:

@@ -6,10 +6,13 @@ the new inputs or attributes of a node whose sizes are written down in it (Resha
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
+
+import numpy as np
 
 from onnxprune.types import Array, Axis, Mask, OpNode, Relation, Shape
 
@@ -43,7 +46,7 @@ ResizeFunction = Callable[[Resizing], Edit | None]
 ShapeFunction = Callable[[OpNode], Sequence[Shape]]
 WantsFunction = Callable[[OpNode], Mapping[int, Sequence[int]]]
 
-ODD = (IndexError, TypeError, ValueError, ZeroDivisionError)  # of rules, for inputs that no such operator has
+ODD = (ArithmeticError, IndexError, TypeError, ValueError)  # of rules, for inputs that no such operator has
 FAMILIES = ("elementwise", "linear", "movement", "index", "mixing", "recurrent", "fused", "quant", "control")
 RULES: dict[tuple[str, str], RuleFunction] = {}
 RESIZES: dict[tuple[str, str], ResizeFunction] = {}
@@ -146,7 +149,8 @@ def relations(node: OpNode) -> list[Relation] | str:
     if function is None:
         return REASONS.get(key, f"no rule for {node.domain + '::' if node.domain else ''}{node.op_type}")
     try:
-        return list(function(node))
+        with np.errstate(all="raise"):
+            return list(function(node))
     except KeyError as missing:
         return f"{node.op_type}: the shape or value of '{str(missing.args[0]).split(chr(0))[0]}' is not known"
     except ODD:
@@ -158,9 +162,10 @@ def shapes_of(node: OpNode) -> tuple[Sequence[Shape], int]:
     _load()
     function, like = SHAPES.get((_normal(node.domain), node.op_type), (None, 0))
     try:
-        return (function(node) if function is not None else ()), like
-    except (KeyError, *ODD):  # the shape of an input is not known, or has another rank
+        shapes = [tuple(map(operator.index, shape)) for shape in function(node)] if function is not None else []
+    except (KeyError, *ODD):  # the shape of an input is not known, or has another rank, or an attribute another type
         return (), like
+    return ([] if any(size < 0 for shape in shapes for size in shape) else shapes), like
 
 
 def wants_of(domain: str, op_type: str) -> WantsFunction | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnxprune.errors import InputError, MachineError, PruneError
+from onnxprune.errors import InputError, MachineError, PruneError, UnloadableError
 from onnxprune.interface import narrow, noted
 from onnxprune.types import Array, Signature
 
@@ -69,7 +69,8 @@ def translated(doing: str) -> Iterator[None]:
             line = line.encode("unicode_escape").decode("ascii")
         line = line if len(line) <= 300 else line[:297] + "..."
         culprit = f"node '{node[1]}'" if node and node[1] else ""
-        raise InputError(f"ONNX Runtime cannot {doing} the model: {line}", object=culprit) from None
+        kind = UnloadableError if doing == "load" else InputError
+        raise kind(f"ONNX Runtime cannot {doing} the model: {line}", object=culprit) from None
 
 
 @dataclass(frozen=True)
