@@ -144,7 +144,7 @@ def kind_of(value: ir.Value, shapes: Mapping[str, Shape]) -> np.dtype[Any]:
 
 def bytes_of(graph: ir.Graph, shapes: Mapping[str, Shape]) -> int:
     """What a random feed takes in memory. Raises ImpossibleError as above."""
-    return sum(prod(shapes[str(v.name)]) * kind_of(v, shapes).itemsize for v in true_inputs(graph))
+    return sum(kind_of(v, shapes).itemsize * prod(shapes[str(v.name)]) for v in true_inputs(graph))
 
 
 def padding_of(graph: ir.Graph, feeds: Sequence[Mapping[str, Array]]) -> str | None:

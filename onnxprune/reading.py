@@ -299,6 +299,9 @@ def _check_graph(graph: onnx.GraphProto, opsets: Mapping[str, int]) -> None:
 
     Nodes read and make as many values as their operators, if these are known, and attributes have their types.
     """
+    for value in graph.input:
+        if value.type.WhichOneof("value") in (None, "tensor_type") and not value.type.tensor_type.elem_type:
+            raise InputError("has no type", object=f"graph input '{shown(value.name)}'")
     pending: list[tuple[onnx.GraphProto, tuple[frozenset[str], ...]]] = [(graph, ())]
     while pending:
         current, outer = pending.pop()

@@ -78,6 +78,33 @@ def node(model: Model, **fields: str) -> None:
         setattr(model.graph.node[1], key, value)
 
 
+def typed(model: Model, kind: int) -> None:
+    model.graph.input[0].type.tensor_type.elem_type = kind
+
+
+def attention(model: Model, **attributes: object) -> None:
+    """ONNX Runtime's own operator, whose attributes no schema describes here."""
+    add(model, "Unsqueeze", ["r", "axes"], "q")
+    model.graph.initializer.append(numpy_helper.from_array(np.array([0]), "axes"))
+    add(model, "MultiHeadAttention", ["q", "q", "q"], "z", TensorProto.FLOAT, domain="com.microsoft", **attributes)
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+
+
+def picked(model: Model) -> None:
+    for name, value in (("none", np.zeros((0, 3), np.float32)), ("at", np.array([1, 2]))):
+        model.graph.initializer.append(numpy_helper.from_array(value, name))
+    add(model, "Gather", ["none", "at"], "z", TensorProto.FLOAT)
+    add(model, "MatMul", ["y", "z"], "zz", TensorProto.FLOAT)
+
+
+def denoted(model: Model) -> None:
+    model.graph.input[0].type.denotation = "batch"
+
+
+def wide(model: Model, size: int) -> None:
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = size
+
+
 # name: (bytes, words of the message)
 BAD: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "empty file"),
@@ -127,6 +154,21 @@ BAD: dict[str, tuple[bytes, str]] = {
     ),
     "group 0": (changed(lambda m: add(m, "Conv", ["x", "w1"], "z", TensorProto.FLOAT, group=0)), "ONNX Runtime"),
     "NaN": (changed(lambda m: setattr(weight(m), "raw_data", b"\xff" * 320)), "no output is finite"),
+}
+
+
+BAD |= {
+    "a node that makes nothing": (
+        changed(lambda m: m.graph.node.append(helper.make_node("Foo", ["y"], [], "last", domain="their"))),
+        "'last': makes 0 values, 1 and more",
+    ),
+    "input without a type": (changed(lambda m: m.graph.input[0].ClearField("type")), "'x': has no type"),
+    "input without an element type": (changed(lambda m: typed(m, 0)), "'x': has no type"),
+    "their attribute of another type": (changed(lambda m: attention(m, num_heads=[0.5])), "attribute type"),
+    "no heads": (changed(lambda m: attention(m, num_heads=0)), "num_heads"),
+    "positions of nothing": (changed(lambda m: picked(m)), "ONNX Runtime cannot"),
+    "a text that is not UTF-8": (changed(lambda m: denoted(m)).replace(b"batch", b"ba\xff\xfeh"), "not UTF-8"),
+    "an input of gigabytes": (changed(lambda m: wide(m, 1 << 24)), "ONNX Runtime cannot"),
 }
 
 
@@ -219,6 +261,20 @@ def nameless(model: Model) -> None:
     model.graph.initializer[0].name = ""
 
 
+def twice(model: Model) -> None:
+    """Two layers with one bias, of which each loses positions of its own."""
+    model.graph.initializer.append(numpy_helper.from_array(np.eye(16, dtype=np.float32), "w16"))
+    add(model, "Gemm", ["r", "w16", "b1"], "h2")
+    add(model, "Relu", ["h2"], "r2")
+    model.graph.node[2].input[0] = "r2"
+    unsorted(model)
+
+
+def texts(model: Model) -> None:
+    model.doc_string = model.producer_name = model.graph.name = model.graph.node[0].doc_string = "Caf"
+    model.metadata_props.add(key="Caf", value="Caf")
+
+
 def nothing(model: Model) -> None:
     pass
 
@@ -247,6 +303,8 @@ ODD: dict[str, bytes] = {
     "map output": changed(names_by_class),
     "optional output": changed(optional, opset=18),
     "unknown field": mlp().SerializeToString() + b"\xfa\x3f\x03abc",
+    "before IR 4, one bias for two layers": changed(twice, opset=9, ir=3),
+    "texts that are not UTF-8": changed(texts).replace(b"Caf", b"C\xff\xfe"),
     "no static types": changed(lambda m: m.graph.output[0].ClearField("type")),
 }
 
