@@ -219,6 +219,11 @@ class Costs:
             found["latency"] = self.timed.fixed + self._total(self.timed.values(shares), self.timed.nodes, nodes)
         return found
 
+    @property
+    def runs(self) -> float:
+        """How many nodes run, those of a loop's body in each round, where the number of rounds is written down."""
+        return self._total(np.ones(len(self.homes)), np.arange(len(self.homes)), None)
+
     def _lives(self, alive: Mask) -> tuple[Mask | None, Array]:
         """(nodes of the main graph that are left, None for all; float64[initializers]: one where it is left)."""
         if self.branches is None or not (goes := self.branches.gone(alive)).any():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -24,9 +25,10 @@ Run = Callable[[Sequence[Mapping[str, Array]]], list[dict[str, Array]]]
 BULK = 1 << 28  # bytes of a feed from which on small ones come first, and each is sent by itself
 SAMPLES = 2  # feeds of the user's own data that it runs on as well
 FIRST = 30.0, 0.075  # seconds, and share of the time limit, for a model that nobody has seen running yet
-SLOWEST = 1e7, 2e8  # bytes of weights, and MACs, that even a busy machine gets done in a second
+SLOWEST = 1e7, 2e8, 3e4  # bytes of weights, MACs, and nodes in loops, that even a busy machine gets done in a second
 TIMES = 8  # what random inputs may take of what those take that MACs are counted for
 FASTEST = 1e13  # MACs that no machine gets done in a second
+FASTEST_RUNS = 3e6  # nodes in loops likewise
 
 
 def allowance(seconds: float) -> float:
@@ -145,15 +147,27 @@ class Prover:
 
         Loops may be endless, and functions explode when they are inlined: what weighs little is not waited for.
         """
-        work = self.analysis.costs.of(np.ones(self.analysis.labels, np.bool_))
-        if work["macs"] / FASTEST > worker.seconds:
-            raise LateError(f"{work['macs']:.1e} MACs take longer than {worker.seconds:g} s; raise --timeout",
+        macs = self.work["macs"]
+        if macs / FASTEST > worker.seconds:
+            raise LateError(f"{macs:.1e} MACs take longer than {worker.seconds:g} s; raise --timeout",
                             file=self.analysis.source.path)  # fmt: skip
+        return worker.within(allowance(worker.seconds) + self.due(worker.seconds), 2 * max(self.memory, MEMORY))
+
+    @cached_property
+    def work(self) -> Mapping[str, float]:
+        """What the dense model costs."""
+        return self.analysis.costs.of(np.ones(self.analysis.labels, np.bool_))
+
+    def due(self, limit: float) -> float:
+        """Seconds that one execution of the dense model may well take, going by what it weighs, computes and repeats.
+
+        A loop with more rounds than fit into `limit` seconds has another end, if it has one.
+        """
         usual = sum(prod(self.usual.get(str(value.name), ())) for value in true_inputs(self.analysis.dense.graph))
         given = sum(array.size for feed in self.samples for array in feed.values())
-        times = max(TIMES, given / max(usual, 1))
-        due = work["size"] / SLOWEST[0] + times * work["macs"] / SLOWEST[1]
-        return worker.within(allowance(worker.seconds) + due, 2 * max(self.memory, MEMORY))
+        times, runs = max(TIMES, given / max(usual, 1)), self.analysis.costs.runs
+        looped = runs / SLOWEST[2] if runs / FASTEST_RUNS < limit else 0.0
+        return self.work["size"] / SLOWEST[0] + times * self.work["macs"] / SLOWEST[1] + looped
 
     def _random(self, run: Run) -> list[Ran]:
         """Random feeds that the dense model accepts, for every combination of choices."""

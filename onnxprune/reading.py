@@ -138,7 +138,7 @@ def read_model(path: str | Path) -> tuple[ir.Model, Source]:
     proto, weights, state = _parse(path)
     try:
         _check_opsets(proto)
-        _check_functions(proto.functions)
+        _check_functions(proto)
         _check_graph(proto.graph, {o.domain: o.version for o in proto.opset_import})
         mapped, states = _map_external(proto, path)
         model = deserialized(proto)
@@ -281,11 +281,15 @@ def _check_opsets(proto: onnx.ModelProto) -> None:
             raise InputError(f"opset {entry.version} is unknown; this onnx package knows 1 to {newest}")
 
 
-def _check_functions(functions: Sequence[onnx.FunctionProto]) -> None:
-    """Raise InputError where a function is defined twice or calls itself, through others too."""
-    known = {(f.domain, f.name, f.overload): f for f in functions}
-    if len(known) < len(functions):
+def _check_functions(proto: onnx.ModelProto) -> None:
+    """Raise InputError where a function is defined twice, is given too much, or calls itself, through others too."""
+    known = {(f.domain, f.name, f.overload): f for f in proto.functions}
+    if len(known) < len(proto.functions):
         raise InputError("a function is defined twice")
+    for node in (n for nodes in (proto.graph.node, *(f.node for f in proto.functions)) for n in _nodes(nodes)):
+        function = known.get((node.domain, node.op_type, node.overload))
+        if function is not None and (len(node.input) > len(function.input) or len(node.output) > len(function.output)):
+            raise InputError(f"calls '{shown(function.name)}' with more values than it has", object=_title(node))
     calls = {key: {(n.domain, n.op_type, n.overload) for n in _nodes(f.node)} & set(known) for key, f in known.items()}
     while leaves := [key for key, called in calls.items() if not called & set(calls)]:
         for key in leaves:

@@ -12,7 +12,7 @@ import numpy as np
 from onnxprune import bfloat, feeds, interface, ops, plugin, quality, runtime, storage
 from onnxprune import measure as latency
 from onnxprune.analysis import Analysis, cost_shapes, named, samples_of
-from onnxprune.errors import ImpossibleError, InputError
+from onnxprune.errors import ImpossibleError, InputError, LateError
 from onnxprune.model import Model, input_sizes
 from onnxprune.prove import Prover, allowance
 from onnxprune.recipe import KINDS
@@ -162,12 +162,19 @@ def _accepted(
 ) -> Mapping[str, Array]:
     """Random inputs that a model runs on: of the usual sizes, else of those that are found to be accepted."""
     given = named(path, lambda: input_sizes(model, input_shape))
+    first = allowance(worker.seconds)
+    late: LateError | None = None
     try:
         feed = feeds.random_feed(model.graph, cost_shapes(model, given), 0)
-        with worker.within(allowance(worker.seconds)):
+        with worker.within(first):
             worker.call(ort.run, copy, [feed], threads=threads)
+        return feed
+    except LateError as error:
+        late = error
     except (InputError, ImpossibleError):
-        prover = Prover(Analysis(path, input_shape), [], 0, threads)
-        prover.check_dense(worker)
-        return prover.feeds[0]
-    return feed
+        pass
+    prover = Prover(Analysis(path, input_shape), [], 0, threads)
+    if late is not None and prover.due(worker.seconds) < first:  # there is no reason why it should take longer
+        raise late
+    prover.check_dense(worker)
+    return prover.feeds[0]

@@ -27,12 +27,26 @@ def _any(rng: random.Random, things: Sequence[object]) -> int:
     return rng.randrange(len(things))
 
 
+def _bodies(model: onnx.ModelProto) -> list[onnx.GraphProto | onnx.FunctionProto]:
+    """Functions, and the graphs inside nodes."""
+    found: list[onnx.GraphProto | onnx.FunctionProto] = list(model.functions)
+    for graph in (model.graph, *found):
+        found += [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+    return found
+
+
 def _node(model: onnx.ModelProto, rng: random.Random) -> onnx.NodeProto:
-    return model.graph.node[_any(rng, model.graph.node)]
+    """Any node, half of the time one inside another or in a function, where there are such."""
+    inner = [node for body in _bodies(model) for node in body.node] if rng.random() < 0.5 else []
+    nodes = inner or model.graph.node
+    return nodes[_any(rng, nodes)]
 
 
 def _tensor(model: onnx.ModelProto, rng: random.Random) -> onnx.TensorProto:
-    return model.graph.initializer[_any(rng, model.graph.initializer)]
+    """Any initializer, or now and then a tensor in an attribute."""
+    held = [a.t for node in model.graph.node for a in node.attribute if a.HasField("t")] if rng.random() < 0.2 else []
+    tensors = held or model.graph.initializer
+    return tensors[_any(rng, tensors)]
 
 
 @change
@@ -296,6 +310,44 @@ def inside_a_branch(model: onnx.ModelProto, rng: random.Random) -> None:
     body = helper.make_graph([inner], "b", [], out)
     model.graph.initializer.append(helper.make_tensor("cond", TensorProto.BOOL, [], [True]))
     node.CopyFrom(helper.make_node("If", ["cond"], list(node.output), then_branch=body, else_branch=body))
+
+
+@change
+def node_with_nothing(model: onnx.ModelProto, rng: random.Random) -> None:
+    node = _node(model, rng)
+    node.ClearField(rng.choice(["input", "output", "attribute", "op_type"]))
+
+
+@change
+def name_of_a_body(model: onnx.ModelProto, rng: random.Random) -> None:
+    """An input, an output or a formal parameter of a body goes, comes twice or has another name."""
+    bodies = _bodies(model)
+    body = bodies[_any(rng, bodies)]
+    values = body.input if rng.random() < 0.5 else body.output
+    k, what = _any(rng, values), rng.randrange(3)
+    if what == 0:
+        del values[k]
+    elif what == 1:
+        values.append(values[k])  # type: ignore[arg-type]
+    elif isinstance(body, onnx.GraphProto):
+        values[k].name = rng.choice(NAMES)  # type: ignore[union-attr]
+    else:
+        values[k] = rng.choice(NAMES)  # type: ignore[assignment, call-overload]
+
+
+@change
+def texts_of_all_kinds(model: onnx.ModelProto, rng: random.Random) -> None:
+    name = rng.choice(NAMES)
+    model.producer_name = model.doc_string = model.graph.name = name
+    node = _node(model, rng)
+    node.name = node.doc_string = node.overload = rng.choice(NAMES)
+    model.metadata_props.add(key=name, value=name)
+
+
+@change
+def a_domain_more(model: onnx.ModelProto, rng: random.Random) -> None:
+    domain = rng.choice(["", "ai.onnx", "ai.onnx.ml", "com.microsoft", "own", "a" * 300])
+    model.opset_import.add(domain=domain, version=rng.choice([-1, 0, 1, 5, 17, 99]))
 
 
 def mutated(model: onnx.ModelProto, seed: int, count: int = 1) -> tuple[list[str], bytes]:

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from test_reading import Model, add, external, mlp, weight
 from test_writing import files
 
-from onnxprune import reading, storage
+from onnxprune import prove, reading, storage
 from onnxprune.cli import main
 from onnxprune.errors import InputError
 
@@ -455,6 +455,21 @@ def test_a_model_without_end_is_a_clean_error_soon(make: Callable[[], Model], tm
     assert "m.onnx: " in result.stderr and "longer than 4 s" in result.stderr
     assert sorted(files(tmp_path)) == ["m.onnx"]
     assert run("measure", path, "--timeout", 4).exit_code == 4
+
+
+@pytest.mark.slow
+def test_a_loop_that_is_long_by_its_number_of_rounds_gets_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing says why it should, a model that nobody has seen running is not waited for as long."""
+    monkeypatch.setattr(prove, "FIRST", (1.5, 0.0))
+    path = tmp_path / "m.onnx"
+    codes = []
+    for trips in (3_000_000, 2**40, None):
+        path.write_bytes(loop(trips).SerializeToString())
+        codes.append(run("measure", path, "--rounds", 1, "--seconds", 1).exit_code)
+        codes.append(run("prune", path, "-o", tmp_path / "o.onnx", "--ratio", 0.5, "--no-measure").exit_code)
+    assert codes == [0, 0, 4, 4, 4, 4]
 
 
 def test_many_keys_and_many_models_take_no_longer_than_they_should(tmp_path: Path) -> None:

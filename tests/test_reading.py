@@ -162,6 +162,10 @@ BAD |= {
         changed(lambda m: m.graph.node.append(helper.make_node("Foo", ["y"], [], "last", domain="their"))),
         "'last': makes 0 values, 1 and more",
     ),
+    "a function given too much": (
+        changed(lambda m: (function(m, "Relu"), m.graph.node[1].input.append("h")), ir=9),
+        "'act': calls 'Bend' with more values",
+    ),
     "input without a type": (changed(lambda m: m.graph.input[0].ClearField("type")), "'x': has no type"),
     "input without an element type": (changed(lambda m: typed(m, 0)), "'x': has no type"),
     "their attribute of another type": (changed(lambda m: attention(m, num_heads=[0.5])), "attribute type"),
