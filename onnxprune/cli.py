@@ -255,9 +255,13 @@ def stages(hidden: bool) -> Iterator[Progress]:
     with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("start", left="")
 
+        last = 0
+
         def told(stage: str, done: int = 0, total: int = 0) -> None:
-            if (text := printable(stage)) != bar.tasks[0].description:
+            nonlocal last
+            if (text := printable(stage)) != bar.tasks[0].description or done < last:  # another, or the same anew
                 bar.reset(task, description=text)
+            last = done
             elapsed = bar.tasks[0].elapsed or 0.0
             left = f"{done} of {total}, {time_left(elapsed, done, total)}" if total else ""
             bar.update(task, left=left)

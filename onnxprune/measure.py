@@ -13,11 +13,12 @@ import numpy as np
 
 from onnxprune import runtime
 from onnxprune.errors import InputError
-from onnxprune.types import Array
-from onnxprune.worker import call
+from onnxprune.types import Array, Progress, quietly
+from onnxprune.worker import Worker, tell
 
 SAMPLE = 2e-3  # seconds that one sample takes at least: clocks and schedulers are coarse
 WARM = 5  # runs before the first sample, where there is time
+SAYS = 1.0  # seconds between two words on how far it is
 ENOUGH = 3  # rounds without which a spread says nothing
 
 
@@ -55,6 +56,7 @@ def measure(
     seconds: float = 10.0,
     timeout: float = 600.0,
     memory: int | None = None,
+    progress: Progress = quietly,
 ) -> list[Latency]:
     """Latency of each model on the same inputs, A B A B in a child process of its own.
 
@@ -64,18 +66,18 @@ def measure(
     if threads < 1 or rounds < 1 or not 0 < seconds < math.inf:
         raise InputError("threads, rounds and seconds are positive numbers", object="measure")
     files = [str(path) for path in paths]
-    limit = timeout + seconds
-    rows: list[Latency] = call(
-        sample, files, dict(feeds), runtime.known(backend), threads, rounds, seconds, seconds=limit, memory=memory
-    )
+    with Worker(seconds=timeout + seconds, memory=memory, progress=progress) as worker:
+        rows: list[Latency] = worker.call(sample, files, dict(feeds), runtime.known(backend), threads, rounds, seconds)
     return rows
 
 
-def told(paths: Sequence[str | Path], feeds: Mapping[str, Array], *, backend: str, threads: int) -> list[Latency]:
+def told(
+    paths: Sequence[str | Path], feeds: Mapping[str, Array], *, backend: str, threads: int, progress: Progress
+) -> list[Latency]:
     """Latency of a dense and a pruned model: longer where the first rounds cannot tell which of them is faster."""
-    rows = measure(paths, feeds, backend=backend, threads=threads)
+    rows = measure(paths, feeds, backend=backend, threads=threads, progress=progress)
     if faster(*rows) is None:
-        rows = measure(paths, feeds, backend=backend, threads=threads, rounds=100, seconds=30.0)
+        rows = measure(paths, feeds, backend=backend, threads=threads, rounds=100, seconds=30.0, progress=progress)
     return rows
 
 
@@ -89,11 +91,14 @@ def sample(
     repeats = [math.ceil(SAMPLE / _warm(step, seconds / 10 / len(steps))) for step in steps]
     samples: list[list[tuple[float, float]]] = [[] for _ in steps]
     gc.disable()
-    longest = 0.0
+    longest, said = 0.0, time.perf_counter()
     for turn in range(rounds):
         start = time.perf_counter()
         if turn and start + longest > end:
             break
+        if start - said > SAYS:  # seldom, and between rounds: who shows it takes time as well
+            said = start
+            tell("measure", turn, min(rounds, turn + math.ceil((end - start) / longest)))
         for step, count, rows in zip(steps, repeats, samples, strict=True):
             rows.append(_sample(step, count))
         longest = max(longest, time.perf_counter() - start)

@@ -100,7 +100,7 @@ class Stopwatch:
         progress: Progress = quietly,
     ) -> None:
         self.analysis, self.feed, self.options, self.cache = analysis, feed, options, cache
-        self.where = place(options)
+        self.where, self.progress = place(options), progress
         self.factor = 1.0
         self.last = (0.0, 0.0)
         self.rows: dict[str, tuple[float, float]] = {}
@@ -154,6 +154,7 @@ class Stopwatch:
                 rounds=rounds,
                 seconds=seconds,
                 timeout=self.options.timeout,
+                progress=self.progress,
             )
         return rows[0].ms, rows[-1].ms
 

@@ -341,7 +341,7 @@ def family(
                 )
         if not first.dry_run:
             with clock.stage("write"):
-                results = write(results, this.paths, beside, analysis, first, prover.feeds, texts, drafts)
+                results = write(results, this.paths, beside, analysis, first, prover.feeds, progress, texts, drafts)
     return results
 
 
@@ -571,7 +571,7 @@ def measured(
         if options.measure and not options.dry_run:
             with clock.stage("measure"):
                 if (unmeasured := _unmeasured(analysis, prover, worker, options)) is None:
-                    rows = _measured(analysis, proven.model, prover, worker, evaluation[0], options)
+                    rows = _measured(analysis, proven.model, prover, worker, evaluation[0], options, clock.progress)
                 else:
                     told = [unmeasured]
     dense, pruned = _models(analysis, path, proven, size, rows)
@@ -620,6 +620,7 @@ def _measured(
     worker: Worker,
     evaluation: Sequence[Mapping[str, Array]],
     options: Options,
+    progress: Progress,
 ) -> list[latency.Latency]:
     """Latency of dense and pruned."""
     with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
@@ -628,7 +629,7 @@ def _measured(
             for name, model in (("dense", analysis.dense), ("pruned", pruned))
         ]
         feed = prover.typical(worker, _usual_feed(analysis, evaluation, prover, options))
-        return latency.told(files, feed, backend=options.backend, threads=options.threads)
+        return latency.told(files, feed, backend=options.backend, threads=options.threads, progress=progress)
 
 
 def _usual_feed(
@@ -935,6 +936,7 @@ def write(
     analysis: Analysis,
     options: Options,
     inputs: plugin.Feeds,
+    progress: Progress,
     texts: Mapping[str | Path, str] = MappingProxyType({}),
     drafts: storage.Drafts | None = None,
 ) -> list[Result]:
@@ -949,7 +951,7 @@ def write(
     try:
         for result, path, names in zip(results, paths, beside, strict=True):
             if path is not None:
-                result, files = _written(result, path, analysis, options, inputs[:1], drafts)
+                result, files = _written(result, path, analysis, options, inputs[:1], progress, drafts)
                 done += files
             for name in map(Path, names):
                 storage.write_text(name, reports.rendered(result.report, name.suffix), force=options.force)
@@ -972,12 +974,13 @@ def _written(
     analysis: Analysis,
     options: Options,
     inputs: plugin.Feeds,
+    progress: Progress,
     drafts: storage.Drafts | None,
 ) -> tuple[Result, tuple[Path, ...]]:
     """The result with its model in the file, checked there before it gets its name, and the files."""
 
     def loads(candidate: Path) -> None:
-        with Worker(seconds=options.timeout) as worker:
+        with Worker(seconds=options.timeout, progress=progress) as worker:
             run = Runner(worker, options.threads, selection.parse_size(options.memory))
             try:
                 if run.fits(result.model) and not bfloat.computes(result.model):
@@ -1006,6 +1009,7 @@ def _written(
         external=analysis.source.external,
         prove=checked,
         drafts=drafts,
+        told=partial(progress, "write, in MB"),
     )
     pruned = result.report.pruned.model_copy(
         update={"sha256": files.sha256, "bytes": sum(f.stat().st_size for f in files), "path": str(path)}

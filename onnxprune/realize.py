@@ -504,7 +504,7 @@ def realize(
     if chosen.dry_run:
         return result
     with clock.stage("write"):
-        return pipeline.write([result], opened.paths, [beside], analysis, chosen, prover.feeds)[0]
+        return pipeline.write([result], opened.paths, [beside], analysis, chosen, prover.feeds, progress)[0]
 
 
 def _lost(analysis: Analysis, simple: Simple) -> list[verify.Removal]:

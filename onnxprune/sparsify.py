@@ -77,4 +77,4 @@ def sparsify(
     if chosen.dry_run:
         return found
     with clock.stage("write"):
-        return pipeline.write([found], opened.paths, [beside], analysis, chosen, prover.feeds)[0]
+        return pipeline.write([found], opened.paths, [beside], analysis, chosen, prover.feeds, progress)[0]

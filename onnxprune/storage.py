@@ -45,6 +45,7 @@ __all__ = [
 INLINE = 1_900_000_000  # bytes of weights above which they go to a file of their own
 SMALL = 1024  # bytes up to which a tensor stays in the model file all the same
 ALIGN = 4096
+MEGABYTE = 1_000_000
 ENGINES = (".engine", ".plan")
 AT_ONCE = 1 << 26  # bytes after which the disk is told to write
 DIGITS = 12  # of the content's hash in the name of a data file
@@ -261,8 +262,11 @@ def write_model(
     prove: Callable[[Path], None] | None = None,
     durable: bool = True,
     drafts: Drafts | None = None,
+    told: Callable[[int, int], None] = lambda done, total: None,
 ) -> Written:
     """Write a model, whole or not at all; `prove` sees the finished file before it gets its name.
+
+    `told` hears how many megabytes of how many are in the file that holds the weights.
 
     With `external`, or above 1.9 GB, weights go to `NAME.HASH.data` beside it, which is complete before the model
     file, the single point of commitment, is renamed. The data may have been written ahead, as one of `drafts`.
@@ -274,7 +278,7 @@ def write_model(
     with _disk(path):
         try:
             if _beside(model, external):
-                proto, data, digest, made = _with_data(model, path, durable, drafts)
+                proto, data, digest, made = _with_data(model, path, durable, drafts, told)
             else:
                 proto = _message(model)
             content = proto.SerializeToString(deterministic=True)
@@ -323,7 +327,7 @@ def _apart(model: ir.Model) -> tuple[ir.Model, dict[str, ir.TensorProtocol], dic
 
 
 def _with_data(
-    model: ir.Model, path: Path, durable: bool, drafts: Drafts | None
+    model: ir.Model, path: Path, durable: bool, drafts: Drafts | None, told: Callable[[int, int], None]
 ) -> tuple[onnx.ModelProto, Path, bytes, int | None]:
     """Stream large initializers to a data file named by its content.
 
@@ -335,7 +339,7 @@ def _with_data(
         temporary, digest = taken
     else:
         with _temporary(path, durable) as (temporary, file):
-            digest = _stream(tensors, starts, file)
+            digest = _stream(tensors, starts, file, told=told)
     final = path.with_name(f"{path.name}.{digest.hex()[:DIGITS]}.data")
     made = None if os.path.lexists(final) else temporary.stat().st_ino
     if made is None and not _holds(final, digest):
@@ -352,6 +356,7 @@ def _stream(
     starts: Mapping[str, int],
     file: IO[bytes],
     stop: threading.Event | None = None,
+    told: Callable[[int, int], None] = lambda done, total: None,
 ) -> bytes:
     """Write tensors to where they start in a file; its sha256. Raises CancelledError when it is to stop."""
     content, sent = hashlib.sha256(), 0
@@ -361,6 +366,7 @@ def _stream(
                 raise CancelledError
             file.write(part)
             content.update(part)
+            told(file.tell() // MEGABYTE, starts[""] // MEGABYTE)
             if file.tell() - sent >= AT_ONCE:  # lets the disk begin with what is there, for the sync at the end
                 os.posix_fadvise(file.fileno(), sent, AT_ONCE, os.POSIX_FADV_DONTNEED)
                 sent += AT_ONCE

@@ -153,7 +153,14 @@ def measure_models(
             feed = _accepted(models[0], str(copies[0]), first, input_shape, threads, worker)
         progress("measure")
         return latency.measure(
-            copies, feed, backend=backend, threads=threads, rounds=rounds, seconds=seconds, timeout=timeout
+            copies,
+            feed,
+            backend=backend,
+            threads=threads,
+            rounds=rounds,
+            seconds=seconds,
+            timeout=timeout,
+            progress=progress,
         )
 
 

@@ -33,7 +33,7 @@ from onnxprune.model import normalise, prepare
 from onnxprune.prove import Prover
 from onnxprune.running import Runner, in_pieces, memory_of, packed
 from onnxprune.sparsify import sparsify
-from onnxprune.types import Member
+from onnxprune.types import Member, Plan
 from onnxprune.worker import Worker, call
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -295,6 +295,29 @@ def test_a_runner_takes_pieces_where_the_whole_is_too_large(tmp_path: Path) -> N
     with Worker() as worker:
         assert not Runner(worker, 1, 1000).fits(model)
     np.testing.assert_allclose(parts, whole, atol=2e-2)
+
+
+def test_a_proof_in_pieces_says_how_far_both_of_its_runs_are(tmp_path: Path) -> None:
+    analysis = Analysis(wide(tmp_path))
+    prover, said = Prover(analysis, [], memory=1000), []
+    with Worker(progress=lambda *told: said.append(told)) as worker:
+        prover.check_dense(worker)
+        said.clear()
+        prover.compare(worker, analysis.dense.clone(), analysis.rewrite(Plan({})))
+    assert [done for _, done, _ in said] == [*range(1, len(said) + 1)]
+    assert {(stage, total) for stage, _, total in said} == {("run it in pieces", len(said))}
+
+
+def test_writing_says_how_much_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "MEGABYTE", 1)
+    said: list[tuple[int, int]] = []
+    model = Analysis(wide(tmp_path)).dense
+    _, data = storage.write_model(
+        model, tmp_path / "o.onnx", force=True, external=True, told=lambda *told: said.append(told)
+    )
+    assert len(said) > 1
+    assert sorted(said) == said
+    assert said[-1] == (data.stat().st_size, data.stat().st_size)
 
 
 def test_magnitudes_of_blocks_are_those_of_the_whole(stored: weights.Mapped, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -498,8 +498,15 @@ def test_what_can_be_counted_shows_what_is_left(monkeypatch: pytest.MonkeyPatch)
         told("repair [/red]\x1b", 1, 4)
         time.sleep(0.4)
         told("write")
+        time.sleep(1.1)
+        told("prove", 3, 4)
+        time.sleep(1.1)
+        told("prove", 1, 4)  # the next proof: it does not take as long as both together
+        time.sleep(0.4)
     text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", terminal.getvalue())
     assert re.search(r"repair \[/red\]\\x1b 0:00:00 1 of 4, 0:00:0\d left", text)
+    assert "prove 0:00:01 3 of 4" in text
+    assert re.search(r"prove 0:00:00 1 of 4, 0:00:0[01] left", text)
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,14 @@ def test_seconds_bound_the_sampling(tmp_path: Path) -> None:
     assert rows[0].rounds == rows[1].rounds > 1
 
 
+def test_what_is_left_of_the_sampling_is_said(tmp_path: Path) -> None:
+    said: list[tuple[str, int, int]] = []
+    measure([conv(tmp_path / "m.onnx")], FEED, rounds=10**6, seconds=2.6, progress=lambda *told: said.append(told))
+    assert said
+    assert all(stage == "measure" and 0 < done < total < 10**6 for stage, done, total in said)
+    assert sorted(said) == said
+
+
 def test_one_round_at_least(tmp_path: Path) -> None:
     rows = measure([conv(tmp_path / "m.onnx")] * 2, FEED, seconds=1e-6)
     assert rows[0].rounds == 1
