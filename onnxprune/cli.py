@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import os
 import re
 import resource
@@ -24,7 +25,7 @@ from click.core import ParameterSource
 
 from onnxprune import interrupt
 from onnxprune.errors import ImpossibleError, InputError, InternalError, PruneError, ours, printable, shown
-from onnxprune.worker import MOST_THREADS
+from onnxprune.limits import MOST_SEED, MOST_THREADS
 
 if TYPE_CHECKING:
     from onnxprune.analysis import Analysis
@@ -161,8 +162,21 @@ def common(command: Command) -> Command:
     return wrapped
 
 
-SEED, THREADS = click.IntRange(0, 2**63), click.IntRange(1, MOST_THREADS)
-SECONDS = click.FloatRange(0, min_open=True)
+SEED, THREADS = click.IntRange(0, MOST_SEED), click.IntRange(1, MOST_THREADS)
+
+
+class Positive(click.FloatRange):
+    """A number above zero, which NaN is not."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Raises BadParameter."""
+        found = float(super().convert(value, param, ctx))
+        if math.isnan(found):
+            self.fail("nan is no number", param, ctx)
+        return found
+
+
+SECONDS = Positive(0, min_open=True)
 PRECISION = click.option(
     "--precision", default="fp32", show_default=True, metavar="fp32|fp16|bf16|int8", help="What it computes in."
 )
@@ -353,7 +367,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "seed": {"type": int, "default": 0, "show_default": True},
     "threads": {"type": int, "default": 1, "show_default": True},
     "timeout": {
-        "type": float,
+        "type": SECONDS,
         "default": 600.0,
         "show_default": True,
         "help": "Seconds that one execution may take.",
@@ -503,7 +517,8 @@ def _written(name: str, make: Callable[..., Result], model: str, given: dict[str
     help="nm-mag, nm-wanda or nm-sparsegpt.  [default: the best that the data allows]",
 )
 @click.option("--reconstruct", metavar="admm|none", help="Repair of what is kept.  [default: admm, given data]")
-@takes("permute", "calibration", "evaluation", "metric", "memory", "ignore", "input-shape", "backend", "no-measure")
+@takes("permute", "calibration", "evaluation", "metric", "memory", "cache", "no-cache", "ignore", "input-shape")
+@takes("backend", "no-measure")
 @takes(*WRITING)
 @common
 def sparsify(model: str, **given: Any) -> None:
@@ -674,7 +689,7 @@ def explain(model: str, a: str, b: str, as_json: bool, verbose: bool, quiet: boo
 @takes("evaluation", "metric", "timeout")
 @click.option("--max-relative-error", type=float, metavar="X", help="Fail (exit 3) above this output difference.")
 @takes("input-shape")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @common
 def compare(dense: str, pruned: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) -> None:
     """Output differences between two models, and task quality where there are labels."""
@@ -713,7 +728,7 @@ def compare(dense: str, pruned: str, as_json: bool, verbose: bool, quiet: bool, 
 @click.argument("pruned")
 @click.option("--plan", required=True, metavar="REPORT", help="The JSON report of the run that wrote PRUNED.")
 @takes("input-shape", "timeout")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @common
 def verify(dense: str, pruned: str, plan: str, as_json: bool, verbose: bool, quiet: bool, **given: Any) -> None:
     """Repeat the proof from the report, without trusting the run that wrote it."""
@@ -732,7 +747,7 @@ def verify(dense: str, pruned: str, plan: str, as_json: bool, verbose: bool, qui
 @main.command()
 @click.argument("models", nargs=-1, required=True)
 @click.option("--backend", default="cpu", show_default=True)
-@click.option("--threads", type=int, default=1, show_default=True)
+@click.option("--threads", type=THREADS, default=1, show_default=True)
 @click.option("--rounds", type=int, default=30, show_default=True)
 @click.option("--seconds", type=float, default=20.0, show_default=True, help="Most time to spend.")
 @click.option("--trust-engine", is_flag=True, help="Run engines that others built: they are native code.")

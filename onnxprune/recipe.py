@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from onnxprune import plugin, quality, select
+from onnxprune import plugin, quality, runtime, select
 from onnxprune.errors import InputError
+from onnxprune.limits import MOST_SEED, MOST_THREADS
 from onnxprune.nm import NM
 from onnxprune.types import Shape
-from onnxprune.worker import MOST_THREADS
 
 KINDS: Mapping[str, str] = {
     "channels": "Channels of convolutions, FFN neurons, recurrent units, any exact width.",
@@ -120,7 +120,7 @@ def check(options: Options) -> None:
     for name, number, least, most in (
         ("min-keep", options.min_keep, 1, 2**31),
         ("threads", options.threads, 1, MOST_THREADS),
-        ("seed", options.seed, 0, 2**63),
+        ("seed", options.seed, 0, MOST_SEED),
     ):
         if not least <= number <= most:
             raise InputError(f"at least {least} and at most {most}", object=f"--{name} {number}")
@@ -131,6 +131,7 @@ def check(options: Options) -> None:
     if options.precision not in WRITTEN:
         what = f"a pruned model is {' or '.join(WRITTEN)}; 'build' and 'export' take it to others"
         raise InputError(what, object=f"--precision {options.precision}")
+    runtime.known(options.backend)
     select.parse_size(options.memory)
     methods = Methods.of(options)
     criterion = plugin.build("criteria", methods.criterion)

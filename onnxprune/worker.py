@@ -26,7 +26,6 @@ from onnxprune.types import Progress, quietly
 # Not `-m onnxprune.worker`, which would look for modules in the current folder first, beside a stranger's model.
 BOOT = "import sys; sys.path[:] = sys.argv[2:]; from onnxprune.worker import serve; serve(int(sys.argv[1]))"
 CHATTER = 1 << 16  # bytes of what native code printed that are kept: what a pipe holds
-MOST_THREADS = 1024  # that a model may be told to run in
 NUMBER = struct.Struct(">Q")
 
 Frames = Sequence[bytes | bytearray | memoryview]

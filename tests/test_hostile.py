@@ -498,6 +498,40 @@ except SystemExit:
     assert most != resource.RLIM_INFINITY or sys.platform != "linux"
 
 
+OUT_OF_RANGE = {
+    "compare {m} {m}": (
+        "--seed -1", "--max-relative-error nan", "--input-shape x:0x5", "--timeout 0", "--timeout nan",
+    ),
+    "verify {m} {m} --plan {m}": ("--seed 99999999999999999999", "--timeout -1"),
+    "measure {m}": (
+        "--threads 99999", "--threads 0", "--rounds 0", "--seconds nan", "--seconds inf", "--timeout 0",
+        "--input-shape x:1x99999999999",
+    ),
+    "sparsify {m} -o {o}": (
+        "--pattern 0:4", "--pattern 4:2", "--memory nan", "--seed -1", "--cache c --no-cache", "--timeout nan",
+    ),
+    "realize {m} -o {o}": ("--tolerance nan", "--tolerance -1", "--backend abacus"),
+    "sensitivity {m}": ("--levels nan", "--levels 1", "--levels ,", "--min-keep 0", "--threads 0"),
+    "prune {m} -o {o} --ratio 0.5": ("--no-measure --backend abacus", "--timeout nan", "--memory 0", "--ratio nan"),
+    "batch {d} -o {d}/new --ratio 0.5": ("--threads 0", "--min-keep -1"),
+    "export {m} -o {o} --to onnx": ("--timeout 0", "--threads 0", "--seed -1"),
+    "build {m} -o {o}.engine": (
+        "--timeout nan", "--threads 99999", "--input-shape x:3x5..2x5..4x5", "--input-shape x:1x5..2x5",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", [f"{verb} {extra}" for verb, extras in OUT_OF_RANGE.items() for extra in extras])
+def test_numbers_out_of_range_are_one_line_and_exit_2(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(mlp().SerializeToString())
+    result = run(*line.format(m=path, o=tmp_path / "o.onnx", d=tmp_path).split(" "))
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("onnxprune: error: ")
+    assert result.stderr.count("\n") == 1
+    assert sorted(files(tmp_path)) == ["m.onnx"]
+
+
 # Messages ------------------------------------------------------------------------------------------------------------
 
 NASTY = "\x1b[31m[red]\\[/red] [/] :bug: \u202e\r\n"

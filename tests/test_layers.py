@@ -20,7 +20,7 @@ PACKAGE = "onnxprune"
 
 # Lowest first. A module imports only from its own row and the rows above it.
 LAYERS = (
-    ("errors", "types", "ahead", "interrupt"),
+    ("errors", "types", "ahead", "interrupt", "limits"),
     ("ops", "ops.*", "plugin", "lsq", "codes", "budget", "greedy", "passes", "passes.*"),
     ("indexing", "outcome", "cache", "interface", "layouts"),
     ("relate",),

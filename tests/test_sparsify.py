@@ -318,6 +318,17 @@ def test_without_repair_only_weights_that_go_change(net: Path, data: Path, tmp_p
         np.testing.assert_array_equal(after[name][kept], before[name][kept])
 
 
+def test_latencies_are_kept_where_asked_and_change_nothing(net: Path, data: Path, tmp_path: Path) -> None:
+    kept, made = tmp_path / "cache", []
+    for k, extra in enumerate((("--cache", kept), ("--no-cache",))):
+        out = tmp_path / f"{k}.onnx"
+        command = ["sparsify", net, "-o", out, "--calibration", data, *extra]
+        assert CliRunner().invoke(main, [str(a) for a in command]).exit_code == 0
+        made.append((out.read_bytes(), sorted(path for path in kept.rglob("*") if path.is_file())))
+    assert made[0][1]
+    assert made[0] == made[1]
+
+
 def test_the_surgeon_is_better_than_magnitude(net: Path, data: Path, tmp_path: Path) -> None:
     errors = {}
     for criterion in ("nm-mag", "nm-sparsegpt"):
