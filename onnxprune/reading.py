@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple
+from types import SimpleNamespace
+from typing import IO, NamedTuple, cast
 
 import onnx
 import onnx_ir as ir
@@ -139,6 +140,7 @@ def read_model(path: str | Path) -> tuple[ir.Model, Source]:
     try:
         _check_opsets(proto)
         _check_functions(proto)
+        _check_inputs(proto.graph)
         _check_graph(proto.graph, {o.domain: o.version for o in proto.opset_import})
         mapped, states = _map_external(proto, path)
         model = deserialized(proto)
@@ -296,6 +298,26 @@ def _check_functions(proto: onnx.ModelProto) -> None:
             del calls[key]
     if calls:
         raise InputError("calls itself", object=f"function '{shown(next(iter(calls))[1])}'")
+    for function in proto.functions:
+        try:
+            _check_graph(_as_graph(function), {o.domain: o.version for o in function.opset_import})
+        except InputError as error:
+            culprit = f": {error.object}" if error.object else ""
+            text = f"function '{shown(function.name)}'{culprit}"
+            raise InputError(error.message, object=text) from None
+
+
+def _check_inputs(graph: onnx.GraphProto) -> None:
+    for value in graph.input:
+        if value.type.WhichOneof("value") in (None, "tensor_type") and not value.type.tensor_type.elem_type:
+            raise InputError("has no type", object=f"graph input '{shown(value.name)}'")
+
+
+def _as_graph(function: onnx.FunctionProto) -> onnx.GraphProto:
+    """What a function says, under the names that a graph has for it."""
+    ends = ([onnx.ValueInfoProto(name=name) for name in names] for names in (function.input, function.output))
+    fields = dict(zip(("input", "output"), ends, strict=True))
+    return cast(onnx.GraphProto, SimpleNamespace(node=function.node, initializer=(), sparse_initializer=(), **fields))
 
 
 def _check_graph(graph: onnx.GraphProto, opsets: Mapping[str, int]) -> None:
@@ -303,9 +325,6 @@ def _check_graph(graph: onnx.GraphProto, opsets: Mapping[str, int]) -> None:
 
     Nodes read and make as many values as their operators, if these are known, and attributes have their types.
     """
-    for value in graph.input:
-        if value.type.WhichOneof("value") in (None, "tensor_type") and not value.type.tensor_type.elem_type:
-            raise InputError("has no type", object=f"graph input '{shown(value.name)}'")
     pending: list[tuple[onnx.GraphProto, tuple[frozenset[str], ...]]] = [(graph, ())]
     while pending:
         current, outer = pending.pop()

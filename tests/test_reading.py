@@ -166,6 +166,14 @@ BAD |= {
         changed(lambda m: (function(m, "Relu"), m.graph.node[1].input.append("h")), ir=9),
         "'act': calls 'Bend' with more values",
     ),
+    "a function that reads what nothing defines": (
+        changed(lambda m: (function(m, "Relu"), m.functions[0].node[0].input.__setitem__(0, "ghost")), ir=9),
+        "function 'Bend': node 'b': reads 'ghost'",
+    ),
+    "a function that makes nothing": (
+        changed(lambda m: (function(m, "Relu"), m.functions[0].output.__setitem__(0, "ghost")), ir=9),
+        "function 'Bend': ghost: graph output that nothing defines",
+    ),
     "input without a type": (changed(lambda m: m.graph.input[0].ClearField("type")), "'x': has no type"),
     "input without an element type": (changed(lambda m: typed(m, 0)), "'x': has no type"),
     "their attribute of another type": (changed(lambda m: attention(m, num_heads=[0.5])), "attribute type"),
