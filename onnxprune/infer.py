@@ -336,7 +336,8 @@ def _infer(facts: Facts, seen: Seen, asked: Question) -> None:
             facts.problems.append(f"{seen.title}: nothing is left of its input")
     if seen.op_type == "Gather" and present[0] in facts.shapes:
         axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-        size, picked = facts.shapes[present[0]][axis], facts.value(present[1])
+        shape, picked = facts.shapes[present[0]], facts.value(present[1])
+        size = shape[axis] if -len(shape) <= axis < len(shape) else 0
         if picked is not None and picked.size and not -size <= picked.min() <= picked.max() < size:
             facts.problems.append(f"{seen.title}: picks position {picked.max()} of {size}")
     if node.op_type == "Reshape" and present[0] in facts.shapes:

@@ -47,6 +47,7 @@ AttributeType = onnx.AttributeProto.AttributeType
 FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 PACKED = frozenset((TensorType.INT4, TensorType.UINT4, TensorType.FLOAT4E2M1))  # two elements in a byte
 MAPS = "maps"  # where a graph keeps the types that are not in memory
+UNDEFINED = "graph output that nothing defines"
 COMPLEX = (TensorType.COMPLEX64, TensorType.COMPLEX128)
 
 
@@ -143,6 +144,7 @@ def read_model(path: str | Path) -> tuple[ir.Model, Source]:
         _check_inputs(proto.graph)
         _check_graph(proto.graph, {o.domain: o.version for o in proto.opset_import})
         mapped, states = _map_external(proto, path)
+        _check_sparse(proto)
         model = deserialized(proto)
     except InputError as error:
         raise InputError(error.message, file=path, object=error.object) from None
@@ -151,6 +153,8 @@ def read_model(path: str | Path) -> tuple[ir.Model, Source]:
         raise InputError(f"inconsistent model: {(text.splitlines() or ['?'])[0][:200]}", file=path) from None
     attach(model, weights | mapped)
     model.graph.sort()
+    for function in model.functions.values():
+        function.sort()
     states = {path: state} | states
     size = sum(state[2] for state in states.values())
     return model, Source(path, size, len(states) > 1, tuple(states), tuple(states.values()))
@@ -311,6 +315,14 @@ def _check_inputs(graph: onnx.GraphProto) -> None:
     for value in graph.input:
         if value.type.WhichOneof("value") in (None, "tensor_type") and not value.type.tensor_type.elem_type:
             raise InputError("has no type", object=f"graph input '{shown(value.name)}'")
+        if (rank := len(value.type.tensor_type.shape.dim)) > RANK:
+            raise InputError(f"{rank} axes, where {RANK} are the most", object=f"graph input '{shown(value.name)}'")
+
+
+def _check_sparse(proto: onnx.ModelProto) -> None:
+    for node in (n for nodes in (proto.graph.node, *(f.node for f in proto.functions)) for n in _nodes(nodes)):
+        if any(attribute.HasField("sparse_tensor") or attribute.sparse_tensors for attribute in node.attribute):
+            raise InputError("sparse tensors are not supported; store it dense", object=_title(node))
 
 
 def _as_graph(function: onnx.FunctionProto) -> onnx.GraphProto:
@@ -345,8 +357,10 @@ def _check_graph(graph: onnx.GraphProto, opsets: Mapping[str, int]) -> None:
                     check_tensor(tensor, f"attribute '{shown(attribute.name)}' of {_title(node)}")
             pending += [(subgraph, scope) for subgraph in _subgraphs(node)]
         for output in current.output:
-            if not any(output.name in names for names in scope):
-                raise InputError("graph output that nothing defines", object=output.name)
+            if output.name not in scope[0]:
+                around = any(output.name in names for names in scope)
+                what = "lies around the graph that gives it out; put an Identity between" if around else UNDEFINED
+                raise InputError(what, object=output.name)
         _check_acyclic(current)
 
 
@@ -358,6 +372,8 @@ def _check_node(node: onnx.NodeProto, opsets: Mapping[str, int]) -> None:
         if not least <= len(names) <= most:
             wanted = str(least) if least == most else f"{least} to {most}" if most < MANY else f"{least} and more"
             raise InputError(f"{what} {len(names)} values, {wanted} for {shown(node.op_type)}", object=_title(node))
+    if (domain, node.op_type) == ("", "Constant") and len(node.attribute) != 1:
+        raise InputError(f"has {len(node.attribute)} values instead of one", object=_title(node))
     for attribute in node.attribute:
         if attribute.ref_attr_name:
             continue

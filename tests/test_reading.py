@@ -101,6 +101,17 @@ def denoted(model: Model) -> None:
     model.graph.input[0].type.denotation = "batch"
 
 
+def around(model: Model) -> None:
+    branch = helper.make_graph([], "branch", [], [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
+    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "go"))
+    add(model, "If", ["go"], "z", TensorProto.FLOAT, then_branch=branch, else_branch=branch)
+
+
+def sparse_constant(model: Model) -> None:
+    values, index = numpy_helper.from_array(np.ones(1, np.float32)), numpy_helper.from_array(np.array([1]))
+    add(model, "Constant", [], "c", TensorProto.FLOAT, sparse_value=helper.make_sparse_tensor(values, index, [3]))
+
+
 def wide(model: Model, size: int) -> None:
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = size
 
@@ -141,6 +152,12 @@ BAD: dict[str, tuple[bytes, str]] = {
     "no UTF-8": (mlp().SerializeToString().replace(b"first", b"fi\xff\xfet"), "not UTF-8"),
     "shapes contradict": (changed(lambda m: m.graph.node[2].input.__setitem__(1, "w1")), "ONNX Runtime cannot"),
     "unknown operator": (changed(lambda m: node(m, op_type="Foo")), "Foo"),
+    "a domain of 60 kB": (changed(lambda m: node(m, domain="a" * 60_000)), "ONNX Runtime cannot"),
+    "two values in a Constant": (
+        changed(lambda m: add(m, "Constant", [], "c", value_int=1, value_float=2.0)),
+        "'c': has 2 values instead of one",
+    ),
+    "no value in a Constant": (changed(lambda m: add(m, "Constant", [], "c")), "'c': has 0 values"),
     "custom operator": (changed(lambda m: node(m, op_type="Foo", domain="their")), "--unproven"),
     "too few inputs": (changed(lambda m: m.graph.node[0].input.__delitem__(slice(1, 9))), "'first': reads 1 values, 2"),
     "too many outputs": (changed(lambda m: m.graph.node[0].output.append("o")), "'first': makes 2 values, 1 for"),
@@ -174,6 +191,21 @@ BAD |= {
         changed(lambda m: (function(m, "Relu"), m.functions[0].output.__setitem__(0, "ghost")), ir=9),
         "function 'Bend': ghost: graph output that nothing defines",
     ),
+    "an input of 70 axes": (
+        changed(lambda m: [m.graph.input[0].type.tensor_type.shape.dim.add(dim_value=1) for _ in range(68)]),
+        "'x': 70 axes",
+    ),
+    "a branch that gives out what lies around it": (changed(around), "y: lies around the graph"),
+    "Gather along no axis": (
+        changed(
+            lambda m: (
+                m.graph.initializer.append(numpy_helper.from_array(np.array([1]), "at")),
+                add(m, "Gather", ["y", "at"], "z", TensorProto.FLOAT, axis=4),
+            )
+        ),
+        "ONNX Runtime cannot",
+    ),
+    "sparse Constant": (changed(sparse_constant), "'c': sparse tensors are not supported"),
     "input without a type": (changed(lambda m: m.graph.input[0].ClearField("type")), "'x': has no type"),
     "input without an element type": (changed(lambda m: typed(m, 0)), "'x': has no type"),
     "their attribute of another type": (changed(lambda m: attention(m, num_heads=[0.5])), "attribute type"),
@@ -287,12 +319,20 @@ def texts(model: Model) -> None:
     model.metadata_props.add(key="Caf", value="Caf")
 
 
+def called_unsorted(model: Model) -> None:
+    function(model, "Relu")
+    inside = [helper.make_node("Relu", ["c"], ["b"]), helper.make_node("Relu", ["a"], ["c"])]
+    model.functions[0].ClearField("node")
+    model.functions[0].node.extend(inside)
+
+
 def nothing(model: Model) -> None:
     pass
 
 
 ODD: dict[str, bytes] = {
     "unsorted": changed(unsorted),
+    "unsorted inside a function": changed(called_unsorted, ir=9),
     "no node names": changed(lambda m: [n.ClearField("name") for n in m.graph.node]),
     "Constant nodes": changed(constants),
     "IR 3": changed(inputs_too, opset=9, ir=3),

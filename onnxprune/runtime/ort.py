@@ -26,7 +26,7 @@ UNREAD = ("float8", "float4", "int4", "int2", "complex")  # element types that N
 NOISE = (
     r"^\[ONNXRuntimeError\] : \d+ : \w+ : ",
     r"(Exception during (loading|initialization): |Load model from .*? failed: ?)",
-    r"\S+\.(cc|cpp|cu|h):\d+ ([^()]*\([^()]*\)( const)?|\w+) ",  # where in its sources
+    r"(?<!\S)\S{1,300}\.(cc|cpp|cu|h):\d+ ([^()]*\([^()]*\)( const)?|\w+) ",  # where in its sources
 )
 NODE = re.compile(r"Non-zero status code returned while running \S+ node\. Name:'(.*?)' Status Message: ")
 SHORT = re.compile(r"bad_alloc|bad allocation|Failed to allocate memory|out of memory|CUDA failure 2\b")
