@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from onnx import TensorProto, helper, numpy_helper
-from test_reading import Model, add, external, mlp, weight
+from test_reading import BAD, Model, add, external, mlp, weight
 from test_writing import files
 
 from onnxprune import prove, reading, storage
@@ -77,6 +77,40 @@ def test_no_output_is_an_input_however_it_is_spelled(verb: str, spelling: str, t
     assert result.exit_code == 2, result.output
     assert result.stderr.count("\n") == 1
     assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("linked", ["m.onnx", "c.npz"])
+@pytest.mark.parametrize("how", ["hardlink_to", "symlink_to"])
+@pytest.mark.parametrize(
+    ("verb", "suffix", "beside"),
+    [
+        ("build", ".engine", ".engine"),
+        ("build", ".engine", ".engine.json"),
+        ("export --to ort", ".ort", ".ort"),
+        ("export --to openvino", ".xml", ".xml"),
+        ("export --to openvino", ".xml", ".bin"),
+    ],
+)
+def test_no_output_with_a_suffix_of_its_own_is_an_input(
+    verb: str, suffix: str, beside: str, how: str, linked: str, tmp_path: Path
+) -> None:
+    folder = victim(tmp_path)
+    getattr(folder / f"o{beside}", how)(folder / linked)
+    before = files(tmp_path)
+    given = ("--force", "--input-shape", "x:2x5", "--calibration", folder / "c.npz")
+    result = run(*verb.split(), folder / "m.onnx", "-o", folder / f"o{suffix}", *given)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.count("\n") == 1
+    assert files(tmp_path) == before
+
+
+def test_a_timing_cache_is_no_input(tmp_path: Path) -> None:
+    folder = victim(tmp_path)
+    before = files(tmp_path)
+    for name in ("m.onnx", "soft.onnx", "c.npz"):
+        given = ("--input-shape", "x:2x5", "--calibration", folder / "c.npz", "--timing-cache", folder / name)
+        assert run("build", folder / "m.onnx", "-o", folder / "o.engine", *given).exit_code == 2
+        assert files(tmp_path) == before
 
 
 @pytest.mark.parametrize("spelling", ["o.json", "./o.json", "../link/o.json"])
@@ -496,6 +530,39 @@ except SystemExit:
     most = int(done.stdout.split()[-1])
     assert sys.platform != "linux" or 0 < most < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert most != resource.RLIM_INFINITY or sys.platform != "linux"
+
+
+VERBS = (
+    "inspect {m}", "measure {m} --rounds 1", "compare {m} {m}", "sensitivity {m} --csv {d}/s.csv",
+    "sparsify {m} -o {d}/o.onnx", "realize {m} -o {d}/o.onnx", "export {m} -o {d}/o.onnx --to onnx",
+    "export {m} -o {d}/o.ort --to ort", "export {m} -o {d}/o.xml --to openvino", "build {m} -o {d}/o.engine",
+    "batch {m}.txt -o {d}/new --ratio 0.5",
+)  # fmt: skip
+KINDS = (
+    "empty", "text", "half", "cycle", "huge dim", "short data", "endless function", "shapes contradict",
+    "custom operator", "a node that makes nothing", "input without a type", "their attribute of another type",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_refuses_bad_models_in_one_line(verb: str, tmp_path: Path) -> None:
+    if "openvino" in verb:
+        pytest.importorskip("openvino", reason="pip install 'onnxprune[openvino]'")
+    if verb.startswith("build"):
+        pytest.importorskip("tensorrt_rtx", reason="pip install 'onnxprune[tensorrt-rtx]'")
+    path = tmp_path / "m.onnx"
+    path.with_name("m.onnx.txt").write_text("m.onnx\n")
+    for kind in KINDS:
+        path.write_bytes(BAD[kind][0])
+        before = files(tmp_path)
+        result = run(*verb.format(m=path, d=tmp_path).split())
+        if verb.startswith("inspect") and result.exit_code == 0:  # nothing ran it
+            continue
+        assert result.exit_code == 2, (kind, result.output)
+        assert result.stderr.startswith("onnxprune: error: "), kind
+        assert result.stderr.count("\n") == 1, kind
+        assert files(tmp_path) == before, kind
 
 
 OUT_OF_RANGE = {
