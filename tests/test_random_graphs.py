@@ -173,8 +173,124 @@ class Draw:
         (y,) = self.op("Transpose", [d], perm=[0, 3, 1, 2])
         self.keep(y, out)
 
+    def slopes(self) -> None:
+        name, c = self.pick()
+        (y,) = self.op("PRelu", [name, self.weight(c, 1, 1)])
+        self.keep(y, c)
+
+    def instance_norm(self) -> None:
+        name, c = self.pick()
+        (y,) = self.op("InstanceNormalization", [name, self.weight(c), self.weight(c)])
+        self.keep(y, c)
+
+    def resize(self) -> None:
+        name, c = self.pick()
+        scales = f"w{len(self.stored)}"
+        self.stored.append(numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), scales))
+        (large,) = self.op("Resize", [name, "", scales], mode="nearest")
+        (y,) = self.op("MaxPool", [large], kernel_shape=[2, 2], strides=[2, 2])
+        self.keep(y, c)
+
+    def reduced(self) -> None:
+        """What is left of every channel is added to it again."""
+        name, c = self.pick()
+        keeps = self.number(0, 1)
+        (top,) = self.op("ReduceMax", [name], axes=[2, 3], keepdims=keeps)
+        if not keeps:
+            (top,) = self.op("Unsqueeze", [top, self.ints(2, 3)])
+        (y,) = self.op("Add", [name, top])
+        self.keep(y, c)
+
+    def weights_again(self) -> None:
+        """A weight that another convolution has as well."""
+        convs = [
+            node for node in self.nodes if node.op_type == "Conv" and all(a.name != "group" for a in node.attribute)
+        ]
+        shapes = {tensor.name: tuple(tensor.dims) for tensor in self.stored}
+        known = [(node, shapes[node.input[1]]) for node in convs if node.input[1] in shapes]
+        if not known:
+            return
+        node, (out, c, kernel, _) = known[self.number(0, len(known) - 1)]
+        fitting = [name for name, channels in self.maps if channels == c]
+        if not fitting:
+            return
+        name = fitting[self.number(0, len(fitting) - 1)]
+        (y,) = self.op("Conv", [name, node.input[1]], pads=[kernel // 2] * 4)
+        self.keep(y, out)
+
+    def branch(self) -> None:
+        """Each branch has a convolution of its own over what it captures."""
+        name, c = self.pick()
+        out = self.number(1, 5)
+        (total,) = self.op("ReduceSum", ["x"], keepdims=0)
+        (flag,) = self.op("Greater", [total, self.scalar(0.0)])
+        bodies = {}
+        for key in ("then_branch", "else_branch"):
+            inner, made = f"{key}{len(self.nodes)}", self.weight(out, c, 1, 1)
+            ends = [helper.make_tensor_value_info(inner, TensorProto.FLOAT, None)]
+            bodies[key] = helper.make_graph([helper.make_node("Conv", [name, made], [inner])], key, [], ends)
+        (y,) = self.op("If", [flag], **bodies)
+        self.keep(y, out)
+
+    def called(self) -> None:
+        """A function of the model's own."""
+        name, c = self.pick()
+        (y,) = self.op("Twice", [name], domain="own")
+        self.keep(y, c)
+
+    def tokens(self, name: str, c: int) -> str:
+        """[n, positions, c]."""
+        (a,) = self.op("Reshape", [name, self.ints(0, c, self.side**2)])
+        return self.op("Transpose", [a], perm=[0, 2, 1])[0]
+
+    def back(self, name: str, c: int) -> None:
+        """A map again of [n, positions, c]."""
+        (a,) = self.op("Transpose", [name], perm=[0, 2, 1])
+        (y,) = self.op("Reshape", [a, self.ints(0, -1, self.side, self.side)])
+        self.keep(y, c)
+
+    def attention(self) -> None:
+        name, c = self.pick()
+        heads, size, out = self.number(1, 3), self.number(1, 3), self.number(1, 5)
+        tokens = self.tokens(name, c)
+        parts = []
+        for _ in range(3):
+            (a,) = self.op("MatMul", [tokens, self.weight(c, heads * size)])
+            (b,) = self.op("Reshape", [a, self.ints(0, self.side**2, heads, size)])
+            parts += self.op("Transpose", [b], perm=[0, 2, 1, 3])
+        (keys,) = self.op("Transpose", [parts[1]], perm=[0, 1, 3, 2])
+        (scores,) = self.op("MatMul", [parts[0], keys])
+        (shares,) = self.op("Softmax", [scores], axis=-1)
+        (mixed,) = self.op("MatMul", [shares, parts[2]])
+        (a,) = self.op("Transpose", [mixed], perm=[0, 2, 1, 3])
+        (b,) = self.op("Reshape", [a, self.ints(0, self.side**2, heads * size)])
+        self.back(*self.op("MatMul", [b, self.weight(heads * size, out)]), out)
+
+    def recurrent(self) -> None:
+        name, c = self.pick()
+        kind, hidden = ("RNN", "GRU", "LSTM")[self.number(0, 2)], self.number(1, 4)
+        gates = {"RNN": 1, "GRU": 3, "LSTM": 4}[kind]
+        (steps,) = self.op("Transpose", [self.tokens(name, c)], perm=[1, 0, 2])
+        weights = [self.weight(1, gates * hidden, c), self.weight(1, gates * hidden, hidden)]
+        y, _ = self.op(kind, [steps, *weights, self.weight(1, 2 * gates * hidden)], 2, hidden_size=hidden)
+        (a,) = self.op("Squeeze", [y, self.ints(1)])
+        self.back(*self.op("Transpose", [a], perm=[1, 0, 2]), hidden)
+
+    def embedding(self) -> None:
+        """Rows of a table by which channel is the largest."""
+        name, c = self.pick()
+        out = self.number(1, 5)
+        (index,) = self.op("ArgMax", [self.tokens(name, c)], axis=2, keepdims=0)
+        self.back(*self.op("Gather", [self.weight(c, out), index]), out)
+
+    def scalar(self, value: float) -> str:
+        name = f"w{len(self.stored)}"
+        self.stored.append(numpy_helper.from_array(np.float32(value), name))
+        return name
+
     STEPS = (conv, grouped, transposed, norm, act, affine, combine, concat, split, cut, permute, pad, shuffle, gate,
-             linear_last)  # fmt: skip
+             linear_last, slopes, instance_norm, resize, reduced, weights_again, branch, called, attention, recurrent,
+             embedding)  # fmt: skip
 
     def head(self) -> None:
         """Flatten the last map and, now and then, an earlier one to a few numbers."""
@@ -193,7 +309,9 @@ class Draw:
             [helper.make_tensor_value_info(f"y{k}", TensorProto.FLOAT, ["n", 2]) for k in (0, 1)],
             self.stored,
         )
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+        twice = helper.make_function("own", "Twice", ["a"], ["b"], [helper.make_node("Add", ["a", "a"], ["b"])], opsets)
+        return helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=[twice])
 
 
 def outputs(model: ir.Model, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
