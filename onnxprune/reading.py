@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import IO, NamedTuple, cast
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError, Message
@@ -144,7 +145,7 @@ def read_model(path: str | Path) -> tuple[ir.Model, Source]:
         _check_inputs(proto.graph)
         _check_graph(proto.graph, {o.domain: o.version for o in proto.opset_import})
         mapped, states = _map_external(proto, path)
-        _check_sparse(proto)
+        _densify(proto)
         model = deserialized(proto)
     except InputError as error:
         raise InputError(error.message, file=path, object=error.object) from None
@@ -319,10 +320,48 @@ def _check_inputs(graph: onnx.GraphProto) -> None:
             raise InputError(f"{rank} axes, where {RANK} are the most", object=f"graph input '{shown(value.name)}'")
 
 
-def _check_sparse(proto: onnx.ModelProto) -> None:
+def _densify(proto: onnx.ModelProto) -> None:
+    """Write sparse tensors out, as ONNX Runtime does when it loads them. Raises InputError."""
+    room = LIMIT
+
+    def dense(sparse: onnx.SparseTensorProto, title: str) -> onnx.TensorProto:
+        nonlocal room
+        found = onnx.TensorProto(name=sparse.values.name, data_type=sparse.values.data_type, dims=sparse.dims)
+        try:
+            room -= needed_bytes(found)
+            check_tensor(sparse.values, "its values")
+            check_tensor(sparse.indices, "its indices")
+        except InputError as error:
+            raise InputError(error.message, object=title) from None
+        if room < 0:
+            raise InputError("written out, sparse tensors take more than 2 GB", object=title)
+        if found.data_type in (*PACKED, TensorType.STRING) or sparse.indices.data_type != TensorType.INT64:
+            raise InputError("a sparse tensor of this type is not supported; store it dense", object=title)
+        values, at = (onnx.numpy_helper.to_array(part) for part in (sparse.values, sparse.indices))
+        shape = tuple(sparse.dims)
+        most = np.array(shape if at.ndim == 2 else (prod(shape),), np.int64)
+        if at.reshape(len(at) if at.ndim else 0, -1).shape != (len(values), len(most)) or values.ndim != 1:
+            raise InputError("indices that do not suit the values of a sparse tensor", object=title)
+        places = at.reshape(len(values), len(most))
+        flat = np.ravel_multi_index(tuple(places.T), tuple(most)) if ((places >= 0) & (places < most)).all() else None
+        if flat is None or len(np.unique(flat)) < len(flat):
+            raise InputError("indices of a sparse tensor that lie outside of it, or twice", object=title)
+        whole = np.zeros(prod(shape), values.dtype)
+        whole[flat] = values
+        found.raw_data = whole.tobytes()
+        return found
+
+    for graph in _graphs(proto):
+        graph.initializer.extend(dense(sparse, f"initializer '{shown(sparse.values.name)}'")
+                                 for sparse in graph.sparse_initializer)  # fmt: skip
+        graph.ClearField("sparse_initializer")
     for node in (n for nodes in (proto.graph.node, *(f.node for f in proto.functions)) for n in _nodes(nodes)):
-        if any(attribute.HasField("sparse_tensor") or attribute.sparse_tensors for attribute in node.attribute):
-            raise InputError("sparse tensors are not supported; store it dense", object=_title(node))
+        for attribute in node.attribute:
+            if attribute.sparse_tensors or (attribute.HasField("sparse_tensor") and node.op_type != "Constant"):
+                raise InputError("sparse tensors are not supported here; store it dense", object=_title(node))
+            if attribute.HasField("sparse_tensor"):
+                tensor = dense(attribute.sparse_tensor, _title(node))
+                attribute.CopyFrom(onnx.AttributeProto(name="value", type=AttributeType.TENSOR, t=tensor))
 
 
 def _as_graph(function: onnx.FunctionProto) -> onnx.GraphProto:
@@ -413,8 +452,6 @@ def _defined(graph: onnx.GraphProto) -> frozenset[str]:
     """Every name that a graph defines. Raises InputError where one is defined twice."""
     inputs = [value.name for value in graph.input]
     stored = [t.name for t in graph.initializer] + [t.values.name for t in graph.sparse_initializer]
-    if graph.sparse_initializer:
-        raise InputError("sparse initializers are not supported; store it dense", object=stored[-1])
     produced = [name for node in graph.node for name in node.output if name]
     for name in (*inputs, *stored, *produced):
         if not isinstance(name, str):  # protobuf hands out what it cannot decode as bytes

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -58,11 +59,13 @@ def add(model: Model, op: str, inputs: list[str], output: str, kind: int | None 
         model.graph.output.append(helper.make_tensor_value_info(output, kind, None))
 
 
-def sparse(model: Model) -> None:
+def sparse(model: Model, places: Any = (1, 7), shape: tuple[int, ...] | list[int] = (5, 16), kind: int = 1) -> None:
+    """Two weights, the others zero."""
     values = numpy_helper.from_array(np.ones(2, np.float32), "w1")
-    index = numpy_helper.from_array(np.array([1, 7], np.int64), "at")
+    values.data_type = kind
+    index = numpy_helper.from_array(np.array(places, np.int64), "at")
     model.graph.initializer.remove(weight(model))
-    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, index, [5, 16]))
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, index, list(shape)))
 
 
 def function(model: Model, body: str) -> None:
@@ -107,8 +110,8 @@ def around(model: Model) -> None:
     add(model, "If", ["go"], "z", TensorProto.FLOAT, then_branch=branch, else_branch=branch)
 
 
-def sparse_constant(model: Model) -> None:
-    values, index = numpy_helper.from_array(np.ones(1, np.float32)), numpy_helper.from_array(np.array([1]))
+def sparse_constant(model: Model, place: int) -> None:
+    values, index = numpy_helper.from_array(np.ones(1, np.float32)), numpy_helper.from_array(np.array([place]))
     add(model, "Constant", [], "c", TensorProto.FLOAT, sparse_value=helper.make_sparse_tensor(values, index, [3]))
 
 
@@ -144,7 +147,12 @@ BAD: dict[str, tuple[bytes, str]] = {
         changed(lambda m: m.graph.initializer.append(TensorProto(name="s", data_type=8, dims=[10**12]))),
         "'s': 0 strings",
     ),
-    "sparse": (changed(sparse), "w1: sparse"),
+    "sparse, outside": (changed(lambda m: sparse(m, [1, 80])), "'w1': indices of a sparse tensor that lie outside"),
+    "sparse, negative": (changed(lambda m: sparse(m, [-1, 7])), "'w1': indices of a sparse tensor that lie outside"),
+    "sparse, twice": (changed(lambda m: sparse(m, [7, 7])), "'w1': indices of a sparse tensor that lie outside"),
+    "sparse, more indices": (changed(lambda m: sparse(m, [1, 2, 3])), "'w1': indices that do not suit"),
+    "sparse, gigabytes": (changed(lambda m: sparse(m, [1, 7], [1 << 20, 1 << 20])), "'w1': written out"),
+    "sparse, of strings": (changed(lambda m: sparse(m, [1, 7], kind=TensorProto.STRING)), "'w1': "),
     "opset 999": (mlp(opset=999).SerializeToString(), "opset 999"),
     "opset 0": (mlp(opset=0).SerializeToString(), "opset 0"),
     "no opset": (changed(lambda m: m.ClearField("opset_import")), "no operator set"),
@@ -205,7 +213,7 @@ BAD |= {
         ),
         "ONNX Runtime cannot",
     ),
-    "sparse Constant": (changed(sparse_constant), "'c': sparse tensors are not supported"),
+    "sparse Constant": (changed(lambda m: sparse_constant(m, 3)), "'c': indices of a sparse tensor that lie outside"),
     "input without a type": (changed(lambda m: m.graph.input[0].ClearField("type")), "'x': has no type"),
     "input without an element type": (changed(lambda m: typed(m, 0)), "'x': has no type"),
     "their attribute of another type": (changed(lambda m: attention(m, num_heads=[0.5])), "attribute type"),
@@ -332,6 +340,9 @@ def nothing(model: Model) -> None:
 
 ODD: dict[str, bytes] = {
     "unsorted": changed(unsorted),
+    "sparse": changed(sparse),
+    "sparse, by row and column": changed(lambda m: sparse(m, [[0, 1], [4, 15]])),
+    "sparse Constant": changed(lambda m: sparse_constant(m, 2)),
     "unsorted inside a function": changed(called_unsorted, ir=9),
     "no node names": changed(lambda m: [n.ClearField("name") for n in m.graph.node]),
     "Constant nodes": changed(constants),
@@ -374,7 +385,11 @@ def test_odd_models_are_pruned_all_the_same(name: str, tmp_path: Path) -> None:
     kinds = [[(v.name, v.type.WhichOneof("value")) for v in m.graph.output] for m in (dense, small)]
     assert kinds[1] == kinds[0] or name == "no static types"
     assert small.ir_version == dense.ir_version
-    held = [sum(np.prod(t.dims) for t in m.graph.initializer if t.data_type in (1, 10, 11)) for m in (dense, small)]
+    stored = [
+        [*(t for t in m.graph.initializer if t.data_type in (1, 10, 11)), *m.graph.sparse_initializer]
+        for m in (dense, small)
+    ]
+    held = [sum(np.prod(t.dims) for t in tensors) for tensors in stored]
     assert name == "Constant nodes" or held[1] < held[0]
 
 
