@@ -338,12 +338,12 @@ def _densify(proto: onnx.ModelProto) -> None:
         if found.data_type in (*PACKED, TensorType.STRING) or sparse.indices.data_type != TensorType.INT64:
             raise InputError("a sparse tensor of this type is not supported; store it dense", object=title)
         values, at = (onnx.numpy_helper.to_array(part) for part in (sparse.values, sparse.indices))
-        shape = tuple(sparse.dims)
-        most = np.array(shape if at.ndim == 2 else (prod(shape),), np.int64)
-        if at.reshape(len(at) if at.ndim else 0, -1).shape != (len(values), len(most)) or values.ndim != 1:
+        shape, flat = tuple(sparse.dims), None
+        if values.ndim != 1 or at.shape not in ((len(values),), (len(values), len(shape))):
             raise InputError("indices that do not suit the values of a sparse tensor", object=title)
-        places = at.reshape(len(values), len(most))
-        flat = np.ravel_multi_index(tuple(places.T), tuple(most)) if ((places >= 0) & (places < most)).all() else None
+        places, most = at if at.ndim == 2 else at[:, None], shape if at.ndim == 2 else (prod(shape),)
+        if ((places >= 0) & (places < np.array(most, np.int64))).all():
+            flat = np.ravel_multi_index(tuple(places.T), most)
         if flat is None or len(np.unique(flat)) < len(flat):
             raise InputError("indices of a sparse tensor that lie outside of it, or twice", object=title)
         whole = np.zeros(prod(shape), values.dtype)

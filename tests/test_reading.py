@@ -60,8 +60,8 @@ def add(model: Model, op: str, inputs: list[str], output: str, kind: int | None 
 
 
 def sparse(model: Model, places: Any = (1, 7), shape: tuple[int, ...] | list[int] = (5, 16), kind: int = 1) -> None:
-    """Two weights, the others zero."""
-    values = numpy_helper.from_array(np.ones(2, np.float32), "w1")
+    """Two weights or none, the others zero."""
+    values = numpy_helper.from_array(np.ones(2 if len(places) else 0, np.float32), "w1")
     values.data_type = kind
     index = numpy_helper.from_array(np.array(places, np.int64), "at")
     model.graph.initializer.remove(weight(model))
@@ -342,6 +342,7 @@ ODD: dict[str, bytes] = {
     "unsorted": changed(unsorted),
     "sparse": changed(sparse),
     "sparse, by row and column": changed(lambda m: sparse(m, [[0, 1], [4, 15]])),
+    "sparse, of nothing": changed(lambda m: sparse(m, [])),
     "sparse Constant": changed(lambda m: sparse_constant(m, 2)),
     "unsorted inside a function": changed(called_unsorted, ir=9),
     "no node names": changed(lambda m: [n.ClearField("name") for n in m.graph.node]),
