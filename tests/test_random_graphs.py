@@ -178,9 +178,14 @@ class Draw:
         (y,) = self.op("PRelu", [name, self.weight(c, 1, 1)])
         self.keep(y, c)
 
-    def instance_norm(self) -> None:
+    def small(self) -> tuple[str, int]:
+        """A map of small values, for what makes more of rounding errors the larger they are."""
         name, c = self.pick()
-        (y,) = self.op("InstanceNormalization", [name, self.weight(c), self.weight(c)])
+        return self.op("Clip", [name, self.scalar(-4.0), self.scalar(4.0)])[0], c
+
+    def instance_norm(self) -> None:
+        name, c = self.small()
+        (y,) = self.op("InstanceNormalization", [name, self.weight(c), self.weight(c)], epsilon=1.0)
         self.keep(y, c)
 
     def resize(self) -> None:
@@ -250,12 +255,13 @@ class Draw:
         self.keep(y, c)
 
     def attention(self) -> None:
-        name, c = self.pick()
+        name, c = self.small()
         heads, size, out = self.number(1, 3), self.number(1, 3), self.number(1, 5)
         tokens = self.tokens(name, c)
         parts = []
         for _ in range(3):
             (a,) = self.op("MatMul", [tokens, self.weight(c, heads * size)])
+            (a,) = self.op("Clip", [a, self.scalar(-4.0), self.scalar(4.0)])
             (b,) = self.op("Reshape", [a, self.ints(0, self.side**2, heads, size)])
             parts += self.op("Transpose", [b], perm=[0, 2, 1, 3])
         (keys,) = self.op("Transpose", [parts[1]], perm=[0, 1, 3, 2])
@@ -267,7 +273,7 @@ class Draw:
         self.back(*self.op("MatMul", [b, self.weight(heads * size, out)]), out)
 
     def recurrent(self) -> None:
-        name, c = self.pick()
+        name, c = self.small()
         kind, hidden = ("RNN", "GRU", "LSTM")[self.number(0, 2)], self.number(1, 4)
         gates = {"RNN": 1, "GRU": 3, "LSTM": 4}[kind]
         (steps,) = self.op("Transpose", [self.tokens(name, c)], perm=[1, 0, 2])
@@ -277,9 +283,8 @@ class Draw:
         self.back(*self.op("Transpose", [a], perm=[1, 0, 2]), hidden)
 
     def embedding(self) -> None:
-        """Rows of a table by which channel is the largest."""
-        name, c = self.pick()
-        out = self.number(1, 5)
+        """Rows of a table by which channel of the input is the largest: elsewhere rounding might decide."""
+        (name, c), out = self.maps[0], self.number(1, 5)
         (index,) = self.op("ArgMax", [self.tokens(name, c)], axis=2, keepdims=0)
         self.back(*self.op("Gather", [self.weight(c, out), index]), out)
 
