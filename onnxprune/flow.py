@@ -111,6 +111,10 @@ class Flow:
         """Let one input of one node, not yet run, read this from now on."""
         self._changed[slot] = array
 
+    def due(self, names: Sequence[str]) -> int:
+        """How many nodes must run for these values."""
+        return len(self._ancestors(name for name in names if name not in self.stored))
+
     def values(self, names: Sequence[str]) -> list[list[Array]]:
         """For each name its arrays, one for each feed."""
         wanted = [name for name in names if name not in self.live and name not in self.stored]

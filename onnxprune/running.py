@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx
@@ -114,22 +115,26 @@ def in_pieces(sent: Sequence[Packed], feeds: Feeds, threads: int, memory: int) -
     Models share cores and memory. Two of them keep two cores busier than one does, of which single operators wait.
     """
     models = [unpacked(one) for one in sent]
-    share = memory // 4 // len(models)
-    reached: dict[int, tuple[int, int]] = {}
+    names = [[str(value.name) for value in model.graph.outputs] for model in models]
+    each, share = max(1, threads // len(models)), _limits(memory // 4 // len(models))
+    done = [0] * len(models)
 
-    def run(k: int) -> list[dict[str, Array]]:
-        def told(done: int, total: int) -> None:
-            reached[k] = done, total
-            tell("run it in pieces", *map(sum, zip(*reached.values(), strict=True)))
+    def told(k: int, reached: int, total: int) -> None:
+        done[k] = reached
+        tell("run it in pieces", sum(done), due)
 
-        graph = models[k].graph
-        names = [str(value.name) for value in graph.outputs]
-        inputs = [str(value.name) for value in graph.inputs if value.name not in graph.initializers]
+    for model in models:
+        inputs = [str(value.name) for value in model.graph.inputs if value.name not in model.graph.initializers]
         if missing := [name for feed in feeds for name in inputs if name not in feed]:
             raise InputError("there is no value for this input", object=missing[0])
-        sessions = Sessions(max(1, threads // len(models)), 1, shared=True)
-        flow = Flow(models[k], feeds, sessions, names, **_limits(share), told=told)
-        return [dict(zip(names, row, strict=True)) for row in zip(*flow.values(names), strict=True)]
+    flows = [
+        Flow(model, feeds, Sessions(each, 1, shared=True), outputs, **share, told=partial(told, k))
+        for k, (model, outputs) in enumerate(zip(models, names, strict=True))
+    ]
+    due = sum(flow.due(outputs) for flow, outputs in zip(flows, names, strict=True))
+
+    def run(k: int) -> list[dict[str, Array]]:
+        return [dict(zip(names[k], row, strict=True)) for row in zip(*flows[k].values(names[k]), strict=True)]
 
     with ThreadPoolExecutor(len(models)) as pool:
         return list(pool.map(run, range(len(models))))
