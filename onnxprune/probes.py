@@ -24,6 +24,7 @@ SCALES: tuple[dict[str, tuple[tuple[int, ...], tuple[int, ...]]], ...] = (
     {"image": ((224, 320), (256, 416)), "length": ((1024, 1536), (2560, 3072))},
     {"image": ((224, 224), (256, 256)), "length": ((16384,), (24576,))},
 )
+SHORT = (5, 7)  # lengths that will do where every token costs
 WRITTEN = 24  # sizes in a graph that are tried as lengths
 SUMMANDS = 4  # lengths up to which sums are tried
 STEPS = ((1, 17), (19, 0))  # new and past tokens: some exports take one token after others, or the first ones
@@ -190,12 +191,19 @@ def single_lengths(model: ir.Model, given: Mapping[str, int]) -> list[Sizes]:
     return [ones | {name: row[0]} | dict(given) for name in long for scale in SCALES for row in scale["length"]]
 
 
-def short_batches(model: ir.Model, sizes: Sequence[Mapping[str, int]], given: Mapping[str, int]) -> list[Sizes]:
-    """The same sizes with batches of one, two and so on, for what takes long to run."""
-    named = [name for name, (kind, _) in _dimensions(Inference(model), {})[1].items() if kind == "batch"]
-    return [
-        {**one, **{name: k for name in named if name in one and name not in given}} for k, one in enumerate(sizes, 1)
-    ]
+def small_sizes(model: ir.Model, sizes: Sequence[Mapping[str, int]], given: Mapping[str, int]) -> list[Sizes]:
+    """The same sizes with batches of one, two and so on, for what takes long to run.
+
+    Where there is one length, and a short one at that, it is shorter still in the first of them.
+    """
+    kinds = {name: kind for name, (kind, _) in _dimensions(Inference(model), {})[1].items() if name not in given}
+    batches, lengths = ([name for name, kind in kinds.items() if kind == wanted] for wanted in ("batch", "length"))
+    found = [{**one, **{name: k for name in batches if name in one}} for k, one in enumerate(sizes, 1)]
+    if len(lengths) != 1 or any(
+        one.get(lengths[0]) != row[0] for one, row in zip(sizes, SCALES[0]["length"], strict=True)
+    ):
+        return found
+    return [{**one, lengths[0]: short} for one, short in zip(found, SHORT, strict=True)] + found
 
 
 def _dimensions(inference: Inference, given: Mapping[str, int]) -> tuple[Sizes, dict[str, Kind]]:

@@ -15,7 +15,7 @@ from onnxprune.errors import ImpossibleError, InputError, LateError, MachineErro
 from onnxprune.infer import control, true_inputs, walk
 from onnxprune.infer import seed as seed_facts
 from onnxprune.model import Model, normalise
-from onnxprune.probes import alternatives, short_batches, single_lengths
+from onnxprune.probes import alternatives, single_lengths, small_sizes
 from onnxprune.running import MEMORY, Runner, memory_of
 from onnxprune.types import Array, Mask, Shape
 from onnxprune.worker import Worker
@@ -66,7 +66,7 @@ class Prover:
             if any(control(node) == "If" for node in walk(graph)):
                 sizes += [seed_facts(graph, s).shapes for s in single_lengths(analysis.dense, analysis.given)]
             if memory_of(analysis.dense) > memory:
-                few = short_batches(analysis.dense, (prepared.sizes, prepared.other_sizes), analysis.given)
+                few = small_sizes(analysis.dense, (prepared.sizes, prepared.other_sizes), analysis.given)
                 sizes = [*(seed_facts(graph, one).shapes for one in few), *sizes]
             self.sizes = sizes
         except ImpossibleError as error:
