@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,15 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune import bfloat, cache, feeds, interface, pace, plugin, quality, runtime, storage, verify
+from onnxprune import account, bfloat, cache, choose, feeds, interface, pace, plugin, quality, runtime, storage, verify
 from onnxprune import measure as latency
 from onnxprune import report as reports
 from onnxprune import select as selection
+from onnxprune.account import Proven
 from onnxprune.ahead import ahead
-from onnxprune.allocate import Trials
-from onnxprune.analysis import Analysis, cost_of, cost_shapes, data_files, named, samples_of
+from onnxprune.analysis import Analysis, cost_shapes, data_files, named, samples_of
 from onnxprune.bases import Bases
-from onnxprune.cost import Cost
 from onnxprune.errors import ImpossibleError, InputError, InternalError
 from onnxprune.model import Model
 from onnxprune.nm import NM, broken
@@ -37,7 +35,7 @@ from onnxprune.recovery import Recovery, Repaired
 from onnxprune.running import Runner, memory_of
 from onnxprune.runtime import ort
 from onnxprune.sparse import Sparse, sparsified, timed
-from onnxprune.types import Array, Axis, Frozen, Group, Mask, Plan, Progress, quietly
+from onnxprune.types import Array, Group, Plan, Progress, quietly
 from onnxprune.worker import Worker
 
 
@@ -49,199 +47,6 @@ class Result:
     model: Model
     plan: Plan
     report: reports.Report
-
-
-def choose_groups(analysis: Analysis, options: Options) -> tuple[Group, ...]:
-    """The groups that the options allow to shrink. Raises ImpossibleError if there are none."""
-    wanted = set(KINDS) if "all" in options.remove else set(options.remove)
-    chosen = []
-    for group in analysis.groups:
-        if group.kind == "layers" and options.ignore:
-            group = _unignored(analysis, group, options.ignore)
-        touched = {*group.nodes, *(m.initializer for m in group.members)}
-        ignored = group.kind != "layers" and any(fnmatch.filter(touched, pattern) for pattern in options.ignore)
-        agreed = group.exact or options.approximate
-        if agreed and group.kind in wanted and len(group.units) > 1 and not ignored:
-            chosen.append(group)
-    if not chosen and options.ratio != 0:
-        mixing = [g for g in analysis.groups if not g.exact and not (options.approximate and g.kind in wanted)]
-        kinds = ",".join(sorted({g.kind for g in mixing}))
-        why = f"; {len(mixing)} groups mix their positions: --remove {kinds} --approximate" if mixing else ""
-        unknown_ops = sorted(set(analysis.dims.relations.unknown.values()))
-        why += f"; {'; '.join(unknown_ops[:3])}" if unknown_ops else ""
-        if "layers" in wanted and (stays := analysis.branches.refused):
-            why += f"; {len(stays)} branches stay: {stays[0].reason}"
-        raise ImpossibleError(f"nothing can be removed{why}; see 'onnxprune inspect'", file=analysis.source.path.name)
-    return tuple(chosen)
-
-
-def _unignored(analysis: Analysis, group: Group, patterns: Sequence[str]) -> Group:
-    """A group of branches without those that hold a node or initializer that is to stay."""
-    first, nodes = len(analysis.dims.frozen), analysis.view.nodes
-    names = [{nodes[i].name or nodes[i].outputs[0] for i in analysis.branches.found[u - first].nodes}
-             for u in group.units.tolist()]  # fmt: skip
-    for member in group.members:
-        names[int(member.units[0])].add(member.initializer)
-    left = [k for k, touched in enumerate(names) if not any(fnmatch.filter(touched, p) for p in patterns)]
-    place = {k: new for new, k in enumerate(left)}
-    members = tuple(
-        replace(m, units=np.full(len(m.units), place[int(m.units[0])]))
-        for m in group.members
-        if int(m.units[0]) in place
-    )
-    return replace(group, units=group.units[left], members=members)
-
-
-def score(
-    analysis: Analysis, groups: Sequence[Group], options: Options, evidence: plugin.Evidence
-) -> tuple[tuple[Group, ...], list[Array]]:
-    """Groups that the criterion can score, and their importance.
-
-    What is not of its kinds, the default one scores; what the default one cannot score, magnitude does.
-    """
-    name = Methods.of(options).criterion
-    criterion = plugin.build("criteria", name)
-    usual = plugin.build("criteria", Methods.of(replace(options, criterion=None)).criterion)
-    magnitude = plugin.build("criteria", "mag")
-    scored, importance = [], []
-    for group in groups:
-        kinds = plugin.trait(criterion, "kinds")
-        other = options.criterion is None or (kinds and group.kind not in kinds)
-        for one in (usual, magnitude) if other else (criterion,):
-            found = one.importance(group, evidence)
-            if found is not None:
-                break
-        if found is not None:
-            scored.append(group)
-            importance.append(np.nan_to_num(np.asarray(found, np.float64)))
-    if groups and not scored:
-        raise ImpossibleError(f"{name} scores no group: {criterion.missing}; use --criterion mag")
-    return tuple(scored), importance
-
-
-def _rounding(options: Options, liked: int | None = None) -> selection.Rounding:
-    """What widths are rounded to: `liked` is the multiple that was found by measuring; a pattern needs whole runs."""
-    runs = 1 if options.pattern is None else NM.parse(options.pattern).m
-    multiple = None if options.round_to == "auto" else int(options.round_to)
-    if options.ratio is not None:
-        return selection.Rounding(multiple, options.min_keep, runs)
-    return selection.Rounding(multiple, options.min_keep, runs, liked or selection.LIKED, undo=True)
-
-
-def select(
-    analysis: Analysis,
-    groups: Sequence[Group],
-    importance: Sequence[Array],
-    options: Options,
-    limits: Mapping[str, float],
-    overhead: float = 0.0,
-    trials: Callable[..., Trials] | None = None,
-    liked: int | None = None,
-    along: Plan | None = None,
-) -> Plan:
-    """Keep masks for the ratio, or for targets in absolute numbers; `overhead` is a file's bytes beyond its weights.
-
-    `trials` makes what an allocator that measures needs; `liked` is the multiple of positions that was found to be
-    worth having. A plan `along` which to go takes the allocator's place: all groups go as far towards it, or beyond.
-    """
-    rounding = _rounding(options, liked)
-    if options.ratio is not None:
-        return selection.by_ratio(groups, importance, options.ratio, rounding)
-    allocator = plugin.build("allocators", Methods.of(options).allocate)
-    main = next(iter(limits))
-    cost = analysis.costs.of_units(tuple(groups), main)
-    searches = isinstance(allocator, plugin.Searcher) and along is None
-    measures = searches and plugin.trait(allocator, "measures")
-    if measures and trials is None:
-        raise InputError(f"{options.allocate} measures: it needs --calibration and a repair", object="--allocate")
-    priority: Sequence[Array]
-    if along is not None:
-        priority = _towards(analysis.alive(along), groups, importance)
-    else:
-        priority = importance if searches else allocator.priority(importance, cost)
-
-    def of(alive: Mask) -> Mapping[str, float]:
-        found = analysis.costs.of(alive)
-        return {**found, "size": found["size"] + overhead}
-
-    def chosen(rounding: selection.Rounding) -> Plan:
-        return selection.by_target(groups, priority, allocator.floor, rounding, limits, of, analysis.labels)
-
-    rounding = rounding.firm(groups, cost)
-    try:  # also where this is not what is searched: says what is out of reach
-        plan = chosen(rounding)
-    except selection.OutOfReachError:
-        rounding = rounding.deepest()
-        plan = named(analysis.source.path, lambda: chosen(rounding))
-    if searches:
-
-        def share(alive: Mask) -> float:
-            found = of(alive)
-            return max(found[metric] / most for metric, most in limits.items()) / (1 + 1e-9)
-
-        if trials is None or not measures:
-            given = Trials(analysis, groups, importance, rounding, share, None, None, allocator.floor)
-        else:
-            given = trials(groups, importance, rounding, share, floor=allocator.floor)
-        found = given.search(allocator)
-        if share(selection.alive_labels(groups, found, analysis.labels)) <= 1:
-            plan = found
-    return plan
-
-
-def _towards(alive: Mask, groups: Sequence[Group], importance: Sequence[Array]) -> list[Array]:
-    """float64[units] for each group: up to one for units that a plan removes, above for the rest."""
-    found = []
-    for group, scores in zip(groups, importance, strict=True):
-        stays = alive[group.units]
-        order = np.lexsort((scores, stays))
-        goes = int((~stays).sum())
-        priority = np.zeros(len(order))
-        priority[order[:goes]] = np.arange(1, goes + 1) / max(goes, 1)
-        priority[order[goes:]] = 1 + np.arange(1, len(order) - goes + 1) / max(len(order) - goes, 1)
-        found.append(priority)
-    return found
-
-
-def _limits(analysis: Analysis, options: Options, factor: float = 1.0) -> dict[str, float]:
-    """Targets in absolute numbers; latency takes `factor` times what the table says."""
-    dense = analysis.costs.of(np.ones(analysis.labels, np.bool_))
-    limits = {}
-    for metric, value in options.target.items():
-        number, share = selection.parse_target(metric, value)
-        whole = float(analysis.source.bytes) if metric == "size" else dense[metric] if share else 0.0
-        limits[metric] = number * whole if share else number
-        if metric == "latency":
-            limits[metric] /= factor
-    return limits
-
-
-def _met(analysis: Analysis, options: Options) -> bool:
-    """Whether the dense model already is what is asked for."""
-    dense = analysis.costs.of(np.ones(analysis.labels, np.bool_)) | {"size": float(analysis.source.bytes)}
-    limits = _limits(analysis, options)
-    return options.ratio == 0 or (bool(limits) and all(dense[metric] <= most for metric, most in limits.items()))
-
-
-def _nothing(
-    analysis: Analysis, groups: Sequence[Group], importance: Sequence[Array], options: Options
-) -> ImpossibleError:
-    """Nothing goes although groups are free: why, and how far the options let it go."""
-    rounding = _rounding(options)
-    dense = analysis.costs.of(np.ones(analysis.labels, np.bool_))
-    least = analysis.costs.of(
-        analysis.alive(over_all_units(analysis, groups, selection.by_ratio(groups, importance, 1 - 1e-9, rounding)))
-    )
-    told = f"--round-to {options.round_to} and --min-keep {options.min_keep}"
-    if least["params"] < dense["params"]:
-        reach = ", ".join(
-            f"{metric}={least[metric] / dense[metric]:.3f}" for metric in ("params", "macs") if dense[metric]
-        )
-        why = f"too little is asked for one unit to go at {told}; as far as {reach} can be reached"
-    else:
-        most = max(len(group.units) for group in groups)
-        why = f"{told} leave nothing to remove from groups of at most {most} units; lower them"
-    return ImpossibleError(why, file=analysis.source.path)
 
 
 @dataclass
@@ -314,7 +119,9 @@ def family(
             early = None
             if not this.calibration and not prover.runner(worker).fits(analysis.dense):
                 early = ahead(
-                    partial(_scored, analysis, first, lambda groups: plugin.Evidence(analysis.weights, first.seed))
+                    partial(
+                        choose.scored, analysis, first, lambda groups: plugin.Evidence(analysis.weights, first.seed)
+                    )
                 )
             with clock.stage("run the dense model"):
                 check_dense(prover, worker, first)
@@ -355,7 +162,7 @@ def stopwatch(
         raise ImpossibleError(unmeasured, file=analysis.source.path, object="--target latency")
     feed = prover.typical(worker, _usual_feed(analysis, evaluation[0], prover, options))
     kept = cache.opened(options.cache, options.no_cache)
-    return pace.Stopwatch(analysis, choose_groups(analysis, options), feed, options, kept, progress)
+    return pace.Stopwatch(analysis, choose.groups_of(analysis, options), feed, options, kept, progress)
 
 
 Samples = tuple[list[dict[str, Array]], Array | None]
@@ -429,18 +236,6 @@ def check_dense(prover: Prover, worker: Worker, options: Options) -> None:
             raise type(error)(message, file=prover.analysis.source.path, object=error.object) from None
 
 
-@dataclass(frozen=True)
-class Proven:
-    """A plan with its model, what went, and the proof; `differences` is None where nothing could be run."""
-
-    plan: Plan
-    model: Model
-    gone: list[verify.Removal]
-    differences: list[verify.Difference] | None
-    unproven: list[int]
-    precision: reports.PrecisionRow | None = None
-
-
 def _one(
     analysis: Analysis,
     options: Options,
@@ -453,13 +248,15 @@ def _one(
     command: Sequence[str],
     drafts: storage.Drafts,
     watch: pace.Stopwatch | None = None,
-    early: Future[Scored] | None = None,
+    early: Future[choose.Scored] | None = None,
 ) -> Result:
     """Score, select, rewrite, prove, repair, measure one target; `early` has the scores if they were begun before."""
     watch = watch if "latency" in options.target else None
     recovery = Recovery(analysis, samples, options, worker, clock.progress)
     with clock.stage("score"):
-        groups, importance = early.result() if early is not None else _scored(analysis, options, recovery.evidence)
+        groups, importance = (
+            early.result() if early is not None else choose.scored(analysis, options, recovery.evidence)
+        )
     if prover.feeds and any(group.kind == "width" for group in groups):
         recovery.leave_means(lambda model: all(r.holds for r in prover.compare(worker, analysis.dense, model)))
     large = not prover.runner(worker).fits(analysis.dense)
@@ -488,16 +285,6 @@ def _one(
     raise watch.unsettled(analysis.source.path)
 
 
-Scored = tuple[tuple[Group, ...], list[Array]]
-
-
-def _scored(analysis: Analysis, options: Options, evidence: Callable[[Sequence[Group]], plugin.Evidence]) -> Scored:
-    """The groups that may shrink, with their scores."""
-    groups = choose_groups(analysis, options)
-    return score(analysis, groups, options, evidence(groups))
-
-
-ROUGH = 3  # plans of an equal share that are measured before a search
 AGAIN = 3  # times that a latency target may be missed in the end
 
 
@@ -574,7 +361,7 @@ def measured(
                     rows = _measured(analysis, proven.model, prover, worker, evaluation[0], options, clock.progress)
                 else:
                     told = [unmeasured]
-    dense, pruned = _models(analysis, path, proven, size, rows)
+    dense, pruned = account.models(analysis, path, proven, size, rows)
     touched = [g for g in analysis.groups if not proven.plan.keep.get(g.id, np.ones(1, np.bool_)).all()]
     return Result(
         path,
@@ -588,7 +375,7 @@ def measured(
             timing={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
             dense=dense,
             pruned=pruned,
-            **changes(analysis, options, groups, proven, repaired.rewrites),
+            **account.changes(analysis, options, groups, proven, repaired.rewrites),
             verification=reports.Verification(
                 method="masked" if any(not g.exact for g in touched) else "zero-all",
                 proven=proven.differences is not None,
@@ -598,7 +385,12 @@ def measured(
             ),
             repaired=repaired.names,
             norms=list(repaired.norms),
-            warnings=[*_warnings(analysis, proven, options, rows), *told, *repaired.warnings, *prover.warnings()],
+            warnings=[
+                *account.warnings(analysis, proven, options, rows),
+                *told,
+                *repaired.warnings,
+                *prover.warnings(),
+            ],
         ),
     )
 
@@ -645,83 +437,6 @@ def _usual_feed(
         return prover.feeds[0]
 
 
-def _models(
-    analysis: Analysis, path: Path | None, proven: Proven, size: int, rows: Sequence[latency.Latency]
-) -> tuple[reports.ModelRow, reports.ModelRow]:
-    """Dense and pruned in the report, with what they cost."""
-    whole = analysis.costs.of(np.ones(analysis.labels, np.bool_))
-    dense = Cost(round(whole["params"]), analysis.source.bytes, round(whole["macs"]))
-    pruned = cost_of(proven.model, analysis.given, size)
-    times: list[dict[str, Any] | None] = [*map(asdict, rows)] or [None, None]
-    faster = latency.faster(*rows) if rows else None
-    source = analysis.source
-    return (
-        reports.ModelRow(path=str(source.path), sha256=source.sha256, latency=times[0], **asdict(dense)),
-        reports.ModelRow(path=str(path or ""), sha256="", latency=times[1], faster=faster, **asdict(pruned)),
-    )
-
-
-def changes(
-    analysis: Analysis, options: Options, groups: Sequence[Group], proven: Proven, rewrites: Sequence[str] = ()
-) -> dict[str, Any]:
-    """What went, what stayed and why, as the report lists it."""
-    dropped = analysis.dropped(analysis.alive(proven.plan))
-    return {
-        "groups": [_group_row(group, proven.plan, analysis.inside(group, dropped.dead)) for group in analysis.groups],
-        "frozen": [
-            reports.FrozenRow(axis=str(f.axis), reason=f.reason, parameters=f.parameters)
-            for f in (*analysis.frozen(groups), *_unproven(analysis, proven))
-        ],
-        "removed": [reports.RemovedRow.model_validate(removal.entry()) for removal in proven.gone],
-        "rewrites": [
-            *(f"folded {name}" for name in analysis.prepared.folded if proven.gone),
-            *rewrites,
-            *([f"cast to {options.precision}"] if proven.precision else []),
-        ],
-        "precision": proven.precision,
-        "kept": _kept(analysis, proven.gone),
-        "bypass": list(dropped.bypass),
-        "interface": reports.InterfaceRow(
-            inputs=list(dropped.inputs),
-            outputs=list(dropped.outputs),
-            narrowed={
-                name: {axis: at.tolist() for axis, at in axes.items()}
-                for name, axes in interface.noted(proven.model.metadata_props).items()
-            },
-        ),
-    }
-
-
-def _unproven(analysis: Analysis, proven: Proven) -> list[Frozen]:
-    """What stays because its proof failed."""
-    members = {
-        (Axis(m.initializer, m.axis), int(np.prod(analysis.prepared.facts.shapes[m.initializer], dtype=np.int64)))
-        for group in analysis.groups
-        if group.id in proven.unproven
-        for m in group.members
-    }
-    return [Frozen(axis, "unproven: its proof failed, which is our bug", size) for axis, size in sorted(members)]
-
-
-def _warnings(analysis: Analysis, proven: Proven, options: Options, rows: Sequence[latency.Latency]) -> list[str]:
-    found = [f"group {k} failed its proof and was left alone; this is our bug, please report it"
-             for k in proven.unproven]  # fmt: skip
-    if all(keep.all() for keep in proven.plan.keep.values()) and options.ratio != 0:
-        found.append("the dense model meets the target already; nothing was removed")
-    if rows and latency.faster(*rows) is False:
-        found.append("the pruned model is slower than the dense one")
-    dropped = analysis.dropped(analysis.alive(proven.plan))
-    if dropped.zeroed and analysis.generates():
-        found.append("layers were cut from a model that generates; judge it by what it generates, not by one step")
-    if lost := (*dropped.inputs, *dropped.outputs):
-        found.append(f"the interface changed: {', '.join(lost)} went with the layers that they serve")
-    if narrower := interface.noted(proven.model.metadata_props):
-        found.append(
-            f"the interface changed: {', '.join(narrower)} lost positions; the model's metadata say which stay"
-        )
-    return found
-
-
 def _proven(
     analysis: Analysis,
     groups: Sequence[Group],
@@ -740,7 +455,7 @@ def _proven(
         if groups and not left:
             raise InternalError("no group could be proven", file=analysis.source.path.name)
         try:
-            plan = _selected(analysis, [g for g, _ in left], [s for _, s in left], options, recovery, watch)
+            plan = choose.selected(analysis, [g for g, _ in left], [s for _, s in left], options, recovery, watch)
         except ImpossibleError as error:
             if not unproven:
                 raise
@@ -750,7 +465,7 @@ def _proven(
         if unproven and not touched:
             raise InternalError("nothing that could be proven can be removed", file=analysis.source.path.name)
         if not prover.feeds:
-            return Proven(plan, _rewritten(analysis, plan), analysis.removals(plan), None, unproven)
+            return Proven(plan, choose.rewritten(analysis, plan), analysis.removals(plan), None, unproven)
 
         whole = frozenset(touched)
 
@@ -760,7 +475,7 @@ def _proven(
             part = Plan({k: keep for k, keep in plan.keep.items() if k in ids})
             gone = analysis.removals(part)
             try:
-                smaller = _rewritten(analysis, part)
+                smaller = choose.rewritten(analysis, part)
                 if ids == whole:
                     begin(smaller)
                 found = prover.prove(worker, smaller, gone, analysis.alive(part))
@@ -771,105 +486,6 @@ def _proven(
         if (proven := attempt(whole)) is not None:
             return proven
         unproven = unproven + sorted(verify.blame(touched, lambda ids: attempt(ids) is not None))
-
-
-def _rewritten(analysis: Analysis, plan: Plan) -> Model:
-    """The model of a plan; what loses nothing is copied as it was read."""
-    return analysis.dense.clone() if all(keep.all() for keep in plan.keep.values()) else analysis.rewrite(plan)
-
-
-def _selected(
-    analysis: Analysis,
-    groups: Sequence[Group],
-    importance: Sequence[Array],
-    options: Options,
-    recovery: Recovery | None = None,
-    watch: pace.Stopwatch | None = None,
-) -> Plan:
-    """Select; where latency is a target, until what is measured meets it."""
-    if watch is None:
-        plan = _fitted(analysis, groups, importance, options, recovery)
-    else:
-        plan = _paced(analysis, groups, importance, options, recovery, watch)
-    if all(keep.all() for keep in plan.keep.values()) and not _met(analysis, options):
-        raise _nothing(analysis, groups, importance, options)
-    return plan
-
-
-def _paced(
-    analysis: Analysis,
-    groups: Sequence[Group],
-    importance: Sequence[Array],
-    options: Options,
-    recovery: Recovery | None,
-    watch: pace.Stopwatch,
-) -> Plan:
-    """The plan that meets a latency target as measured; where choosing measures, that is done once."""
-
-    def judge(plan: Plan) -> pace.Verdict:
-        predicted = analysis.costs.of(analysis.alive(plan))["latency"]
-        return watch.judge(options, _rewritten(analysis, plan), predicted)
-
-    def choose(factor: float, options: Options, along: Plan | None = None) -> Plan:
-        try:
-            return _fitted(analysis, groups, importance, options, recovery, factor, watch.multiple, along)
-        except selection.OutOfReachError as error:
-            least = analysis.settled(over_all_units(analysis, groups, error.plan))
-            if error.missed - {"latency"}:
-                raise
-            if judge(least).over > 1:
-                raise watch.out_of_reach(analysis.source.path) from None
-            return least
-
-    along, allocator = None, plugin.build("allocators", Methods.of(options).allocate)
-    if isinstance(allocator, plugin.Searcher) and plugin.trait(allocator, "measures"):
-        even = replace(options, allocate="uniform")
-        watch.converge(lambda factor: choose(factor, even), judge, ROUGH)
-        along = choose(watch.factor, options)
-    plan = watch.converge(lambda factor: choose(factor, options, along), judge)
-    if plan is None:
-        raise watch.unsettled(analysis.source.path)
-    return plan
-
-
-def _fitted(
-    analysis: Analysis,
-    groups: Sequence[Group],
-    importance: Sequence[Array],
-    options: Options,
-    recovery: Recovery | None = None,
-    factor: float = 1.0,
-    liked: int | None = None,
-    along: Plan | None = None,
-) -> Plan:
-    """Select; where `size` is a target, once more with the smaller file's real overhead."""
-    overhead = analysis.source.bytes - analysis.costs.of(np.ones(analysis.labels, np.bool_))["size"]
-    for _ in range(4):
-        trials = recovery.trials if recovery is not None and recovery.reconstructor is not None else None
-        limits = _limits(analysis, options, factor)
-        chosen = select(analysis, groups, importance, options, limits, overhead, trials, liked, along)
-        plan = analysis.settled(over_all_units(analysis, groups, chosen))
-        if "size" not in options.target:
-            break
-        try:
-            real = _size(analysis, plan) - analysis.costs.of(analysis.alive(plan))["size"]
-        except InternalError:  # the proof will say which group is to blame
-            break
-        if real <= overhead:
-            break
-        overhead = real
-    return plan
-
-
-def _size(analysis: Analysis, plan: Plan) -> int:
-    """Bytes of the files of a plan's model."""
-    return storage.size_of(_rewritten(analysis, plan), "pruned.onnx", external=analysis.source.external)
-
-
-def over_all_units(analysis: Analysis, groups: Sequence[Group], plan: Plan) -> Plan:
-    """The plan over all units of its groups, where some of them were left out for `--ignore`."""
-    units = {group.id: group.units for group in analysis.groups}
-    return Plan({g.id: ~np.isin(units[g.id], g.units[~plan.keep[g.id]]) for g in groups})
 
 
 def _quality(
@@ -901,32 +517,6 @@ def _quality(
         compute = quality.metric(name)
         found[name] = {"dense": compute(dense, dense, labels), "pruned": compute(pruned, dense, labels)}
     return found
-
-
-def _group_row(group: Group, plan: Plan, gone: bool) -> reports.GroupRow:
-    """A group before and after; nothing is left of one inside branches that are `gone`."""
-    keep: Mask | None = plan.keep.get(group.id)
-    members = {(m.initializer, m.axis, m.role) for m in group.members}
-    return reports.GroupRow(
-        id=group.id,
-        kind=group.kind,
-        exact=group.exact,
-        before=len(group.units),
-        after=0 if gone else len(group.units) if keep is None else int(keep.sum()),
-        members=[reports.MemberRow(initializer=i, axis=a, role=r) for i, a, r in sorted(members)],
-        mixing=list(group.mixing),
-    )
-
-
-def _kept(analysis: Analysis, gone: Sequence[verify.Removal]) -> dict[str, dict[str, list[int]]]:
-    """Old positions that survive, for each initializer axis that every reader lost alike."""
-    found: dict[str, dict[str, set[int]]] = {}
-    for removal in gone:
-        if removal.uses is None and removal.removed != "all":
-            size = analysis.prepared.facts.shapes[removal.initializer][removal.axis]
-            axes = found.setdefault(removal.initializer, {})
-            axes.setdefault(str(removal.axis), set(range(size))).difference_update(removal.removed)
-    return {name: {axis: sorted(kept) for axis, kept in axes.items()} for name, axes in sorted(found.items())}
 
 
 def write(

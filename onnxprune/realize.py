@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune import fold, ops, pipeline, verify
+from onnxprune import account, fold, ops, pipeline, verify
+from onnxprune.account import Proven
 from onnxprune.analysis import Analysis
 from onnxprune.bounds import Bounds, pads
 from onnxprune.errors import ImpossibleError, InputError, InternalError
@@ -480,13 +481,13 @@ def realize(
             run = _Run(analysis, chosen, tolerance, prover, worker)
             found = run.result()
         gone = [*_lost(analysis, run.simple), *run.analysis.removals(found.plan)]
-        nothing = pipeline.Proven(Plan({}), found.model, [], found.differences, run.unproven)
+        nothing = Proven(Plan({}), found.model, [], found.differences, run.unproven)
         repaired = Repaired(found.model, found.repaired, run.warnings(found))
         shown = pipeline.measured(
             analysis, chosen, opened.paths[0], nothing, prover, worker, opened.evaluation, clock, command, (), repaired
         )
-    proven = pipeline.Proven(found.plan, found.model, gone, found.differences, run.unproven)
-    changes = pipeline.changes(run.analysis, chosen, run.groups, proven)
+    proven = Proven(found.plan, found.model, gone, found.differences, run.unproven)
+    changes = account.changes(run.analysis, chosen, run.groups, proven)
     changes["rewrites"] = [f"folded {name}" for name in analysis.prepared.folded] + found.rewrites
     proof = shown.report.verification.model_copy(update={"method": run.method})
     told = {key: value for key, value in recorded(chosen).items() if key in RECORDED}

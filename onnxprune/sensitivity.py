@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune import interface, pipeline, quality, reconstruct, runtime, storage
+from onnxprune import choose, interface, pipeline, quality, reconstruct, runtime, storage
 from onnxprune import select as selection
 from onnxprune.allocate import TRIAL_ROWS, started
 from onnxprune.analysis import Analysis, data_files
@@ -173,8 +173,8 @@ def _found(
         pipeline.stopwatch(analysis, prover, worker, opened.evaluation, options, progress)
     recovery = Recovery(analysis, opened.calibration, options, worker, progress)
     progress("score")
-    groups = pipeline.choose_groups(analysis, options)
-    groups, importance = pipeline.score(analysis, groups, options, recovery.evidence(groups))
+    groups = choose.groups_of(analysis, options)
+    groups, importance = choose.score(analysis, groups, options, recovery.evidence(groups))
     bench = _Bench(analysis, prover, worker, recovery)
     rounding = selection.Rounding(1, options.min_keep)
     rows: list[Row] = []
@@ -185,7 +185,7 @@ def _found(
             progress("remove part of one group after the other", k, len(groups))
             plan = selection.by_ratio([group], [scores], level, rounding)
             removed = int((~plan.keep[group.id]).sum())
-            plan = pipeline.over_all_units(analysis, [group], plan)
+            plan = choose.over_all_units(analysis, [group], plan)
             if removed not in known:
                 try:
                     known[removed] = bench.errors(plan)

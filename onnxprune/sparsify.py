@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxprune import pipeline, plugin
+from onnxprune.account import Proven
 from onnxprune.errors import InputError, InternalError
 from onnxprune.prove import Prover
 from onnxprune.recipe import Options, check, recorded
@@ -66,7 +67,7 @@ def sparsify(
         recovery = Recovery(analysis, opened.calibration, chosen, worker, progress)
         start = Repaired(normal, [], [])
         repaired, sparse = pipeline.thinned(analysis, whole, start, chosen, recovery, prover, worker, clock)
-        proven = pipeline.Proven(whole, repaired.model, [], rows, [])
+        proven = Proven(whole, repaired.model, [], rows, [])
         found = pipeline.measured(
             analysis, chosen, opened.paths[0], proven, prover, worker, opened.evaluation, clock, command, (), repaired
         )

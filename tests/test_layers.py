@@ -34,6 +34,8 @@ LAYERS = (
     ("evidence", "bases", "reconstruct", "timing"),
     ("allocate", "pace"),
     ("recovery",),
+    ("choose",),
+    ("account",),
     ("sparse",),
     ("pipeline", "batch", "export", "engines", "realize", "sparsify", "sensitivity", "verbs", "audit"),
     ("cli", "__init__", "__main__"),

@@ -82,7 +82,7 @@ def test_the_error_is_that_of_a_model_with_zeros(tmp_path: Path) -> None:
 
 def keep_of(path: Path, samples: Path, group: int) -> np.ndarray:
     """bool[units]: what the library call chooses at half of a group, found again from its importance."""
-    from onnxprune import pipeline, select
+    from onnxprune import choose, pipeline, select
     from onnxprune.recipe import Options
     from onnxprune.recovery import Recovery
     from onnxprune.worker import Worker
@@ -91,8 +91,8 @@ def keep_of(path: Path, samples: Path, group: int) -> np.ndarray:
     opened = pipeline.opened(path, [None], [], options)
     with Worker() as worker:
         recovery = Recovery(opened.analysis, opened.calibration, options, worker)
-        groups = pipeline.choose_groups(opened.analysis, options)
-        groups, importance = pipeline.score(opened.analysis, groups, options, recovery.evidence(groups))
+        groups = choose.groups_of(opened.analysis, options)
+        groups, importance = choose.score(opened.analysis, groups, options, recovery.evidence(groups))
     return select.by_ratio(groups, importance, 0.5, select.Rounding(1)).keep[group]
 
 
