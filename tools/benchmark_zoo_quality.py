@@ -183,7 +183,14 @@ def row(model: Path, share: float, calibration: Path, folder: Path, options: Map
     started = time.perf_counter()
     try:
         report = onnxprune.prune(
-            model, out, target={"macs": share}, calibration=str(calibration), measure=False, force=True, **options
+            model,
+            out,
+            target={"macs": share},
+            calibration=str(calibration),
+            measure=False,
+            force=True,
+            no_cache=True,
+            **options,
         ).report
     except onnxprune.PruneError as error:
         return {"refused": f"exit {error.code}: {error.message}"}
