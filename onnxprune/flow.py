@@ -107,9 +107,12 @@ class Flow:
         changed = self._changed.get(slot)
         return self._stored(self._slots[slot]) if changed is None else changed
 
-    def change(self, slot: Slot, array: Array) -> None:
-        """Let one input of one node, not yet run, read this from now on."""
-        self._changed[slot] = array
+    def change(self, slot: Slot, array: Array) -> Array:
+        """Let one input of one node, not yet run, read this from now on; the array as it is kept."""
+        key = f"{slot[0]}\0{slot[1]}"
+        self.held.pop(key, None)
+        self._changed[slot] = self._kept(key, array)
+        return self._changed[slot]
 
     def due(self, names: Sequence[str]) -> int:
         """How many nodes must run for these values."""

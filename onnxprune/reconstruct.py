@@ -160,8 +160,9 @@ def repair(
 ) -> Repair:
     """Fit every site of a pruned model in turn; see `begin`, which comes first.
 
-    With `judge` its divergence from the dense model is measured; with `keep` the dense side remembers its rows for the
-    next plan. `start` are arrays that take the place of stored ones first, `ridges` dampings that were found before.
+    With `judge` its divergence from the dense model is measured instead of handing back what changed; with `keep` the
+    dense side remembers its rows for the next plan. `start` are arrays that take the place of stored ones first,
+    `ridges` dampings that were found before.
 
     Raises what Worker.call raises.
     """
@@ -417,8 +418,7 @@ def _load(sent: str | Packed, sites: Sequence[Site], start: Mapping[Slot, Array]
     flow = _dense.run(_received(sent), _dense.feeds)
     _task = _Task(flow, sites, visits(flow.model.graph, sites), keep)
     for slot, array in start.items():
-        _task.changes[slot] = np.ascontiguousarray(array, flow.array(slot).dtype)
-        flow.change(slot, _task.changes[slot])
+        _task.changes[slot] = flow.change(slot, np.ascontiguousarray(array, flow.array(slot).dtype))
     return len(_task.visits)
 
 
@@ -426,8 +426,9 @@ def _finish(judge: bool) -> Repair:
     global _task
     assert _task is not None and _dense is not None
     task, _task = _task, None
-    left = _dense.divergence(task.flow) if judge else float("nan")
-    return Repair(task.changes, task.ridges, left, task.rows, task.large)
+    if judge:
+        return Repair({}, task.ridges, _dense.divergence(task.flow), task.rows, task.large)
+    return Repair(task.changes, task.ridges, rows=task.rows, large=task.large)
 
 
 @dataclass
@@ -481,8 +482,7 @@ def _put(changes: Mapping[Slot, Array]) -> None:
     """Let the pruned model have these arrays from now on."""
     assert _task is not None
     for slot, array in changes.items():
-        _task.flow.change(slot, array)
-        _task.changes[slot] = array
+        _task.changes[slot] = _task.flow.change(slot, array)
 
 
 def _missed(places: Sequence[_Place]) -> float:

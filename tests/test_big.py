@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -177,6 +178,22 @@ def test_values_beyond_the_room_lie_on_disk(tmp_path: Path) -> None:
         assert flow.held["a"] == (2 * flow.live["a"][0].nbytes if room else 0)
         results.append(flow.values(["y"]))
     assert all(np.array_equal(a, b) for a, b in zip(*(rows[0] for rows in results), strict=True))
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, ml_dtypes.bfloat16])
+def test_weights_that_changed_lie_on_disk_beyond_the_room(kind: type, tmp_path: Path) -> None:
+    model = reading.read_model(wide(tmp_path))[0]
+    node = next(node for node in model.graph if node.op_type == "MatMul")
+    slot = (str(node.outputs[0].name), 1)
+    for room in (0, 1 << 20):
+        flow = Flow(model, [], Sessions(), room=room)
+        for scale in (1, 2):
+            array = (scale * np.arange(12, dtype=np.float32).reshape(3, 4)).astype(kind)
+            kept = flow.change(slot, array)
+            assert (kept is array) == bool(room)
+            assert flow.array(slot) is kept
+            np.testing.assert_array_equal(kept, array)
+            assert flow.held.total() == (array.nbytes if room else 0)
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32])
