@@ -21,12 +21,15 @@ TYPED = ("to", "dtype", "output_dtype", "stash_type")  # attributes that name a 
 
 def computes(model: ir.Model) -> bool:
     """Whether anything but a Cast to another type gets bfloat16."""
+    typed = _typed(model)
     for node in _nodes(model):
         given = [value for value in node.inputs if value is not None]
         if node.op_type != "Cast" and any(value.dtype == BFLOAT16 for value in given):
             return True
-        if any(_type(node, name) == BFLOAT16 for name in TYPED):
+        if any(_type(node.attributes.get(name)) == BFLOAT16 for name in typed):
             return True
+    if any(_type(function.attributes.get(name)) == BFLOAT16 for function in model.functions.values() for name in typed):
+        return True
     return any(value.dtype == BFLOAT16 for graph in graphs(model.graph) for value in (*graph.inputs, *graph.outputs))
 
 
@@ -34,14 +37,14 @@ def single(model: ir.Model) -> ir.Model:
     """A copy in single precision; the model itself where nothing computes in bfloat16."""
     if not computes(model):
         return model
-    copy = model.clone()
-    for node in _nodes(copy):
-        for name in TYPED:
-            if _type(node, name) == BFLOAT16:
-                node.attributes[name] = ir.AttrInt64(name, int(FLOAT))
-        for name, attribute in list(node.attributes.items()):
-            if attribute.type == ir.AttributeType.TENSOR:
-                node.attributes[name] = ir.AttrTensor(name, wide(attribute.value))
+    copy, typed = model.clone(), _typed(model)
+    places: list[ir.Node | ir.Function] = [*_nodes(copy), *copy.functions.values()]
+    for place in places:  # a function has defaults, for what calls leave out
+        for name, attribute in list(place.attributes.items()):
+            if name in typed and _type(attribute) == BFLOAT16:
+                place.attributes[name] = ir.AttrInt64(name, int(FLOAT))
+            elif attribute.type == ir.AttributeType.TENSOR and attribute.value is not None:
+                place.attributes[name] = ir.AttrTensor(name, wide(attribute.value))
     for graph in [graph for whole in _wholes(copy) for graph in graphs(whole)]:
         values = [*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs)]
         for value in values:
@@ -82,6 +85,19 @@ def _nodes(model: ir.Model) -> list[ir.Node]:
     return [node for whole in _wholes(model) for node in walk(whole)]
 
 
-def _type(node: ir.Node, name: str) -> ir.DataType | None:
-    attribute = node.attributes.get(name)
-    return ir.DataType(attribute.value) if attribute is not None and attribute.type == ir.AttributeType.INT else None
+def _typed(model: ir.Model) -> set[str]:
+    """Names of attributes that name a type, those among them that functions hand on."""
+    handed = {
+        str(attribute.ref_attr_name)
+        for function in model.functions.values()
+        for node in walk(function.graph)
+        for name in TYPED
+        if (attribute := node.attributes.get(name)) is not None and attribute.is_ref()
+    }
+    return handed | {*TYPED}
+
+
+def _type(attribute: ir.Attr | None) -> ir.DataType | None:
+    """The type that an attribute names; None for one that is handed on."""
+    known = attribute is not None and attribute.type == ir.AttributeType.INT and attribute.value in set(ir.DataType)
+    return ir.DataType(attribute.value) if attribute is not None and known else None

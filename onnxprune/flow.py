@@ -114,6 +114,10 @@ class Flow:
         self._changed[slot] = self._kept(key, array)
         return self._changed[slot]
 
+    def changed(self, changes: Mapping[Slot, Array]) -> None:
+        """Let inputs of nodes, not yet run, read what another flow keeps."""
+        self._changed |= changes
+
     def due(self, names: Sequence[str]) -> int:
         """How many nodes must run for these values."""
         return len(self._ancestors(name for name in names if name not in self.stored))
@@ -300,8 +304,10 @@ class Flow:
         for name, value in constants.items():
             assert value.const_value is not None
             whole = bfloat.wide(value.const_value) if self.single else value.const_value
-            small = ir.tensor(whole.numpy(), dtype=whole.dtype, name=name)
+            texts = whole.dtype == ir.DataType.STRING
+            small = whole if texts else ir.tensor(whole.numpy(), dtype=whole.dtype)
             graph.initializer.append(ir.serde.serialize_tensor(small))
+            graph.initializer[-1].name = name
         opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in self.model.opset_imports.items()]
         version = min(self.model.ir_version or 8, 10)
         model = onnx.ModelProto(ir_version=version, opset_import=opsets, graph=graph, functions=self.functions)

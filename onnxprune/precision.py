@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxprune import quality
+from onnxprune import bfloat, quality
 from onnxprune.errors import ImpossibleError, InputError, InternalError, PruneError, shown
 from onnxprune.infer import bodies, graphs, home, walk
 from onnxprune.model import Model, add_initializer, free_name, normalise
@@ -412,6 +412,8 @@ def converted(
     """A model in another precision, judged and calibrated on feeds: half by casts, int8 by Q and DQ, fp32 as it is."""
     if precision == "fp32":
         return Cast(model)
+    if bfloat.computes(model):
+        raise ImpossibleError(f"it cannot be judged in {precision}: {bfloat.MISSING}")
     if precision == "int8":
         return _quantised(model, feeds, worker)
     run = running(worker, threads)

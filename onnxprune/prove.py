@@ -226,6 +226,8 @@ def _takes(sample: Mapping[str, Array], row: Mapping[str, int]) -> bool:
 
 
 def _says_something(outputs: Mapping[str, Array]) -> bool:
-    """Whether any number among the outputs is finite; a model of NaN equals every other."""
+    """Whether any number among the outputs is finite; a model of NaN equals every other, and so does one of nothing."""
+    if outputs and not any(array.size for array in outputs.values()):
+        return False
     floats = [a for a in outputs.values() if a.size and (a.dtype.kind == "f" or a.dtype.name == "bfloat16")]
     return not floats or any(np.isfinite(array.astype(np.float64)).any() for array in floats)

@@ -548,8 +548,7 @@ def _ahead(task: _Task) -> Flow:
     """The pruned model, repaired so far, from the start: what it computes behind weights that are yet to change."""
     assert _dense is not None
     flow = _dense.run(task.flow.model, _dense.feeds[: _dense.fitted])
-    for slot, array in task.changes.items():
-        flow.change(slot, array)
+    flow.changed(task.changes)
     return flow
 
 

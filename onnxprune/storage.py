@@ -93,7 +93,9 @@ class Drafts:
         """(file, sha256) of a model's data if it was begun for this place; the file is the caller's. Raises OSError."""
         if path not in self._begun or self._begun[path][0] is not model:
             return None
-        return self._begun.pop(path)[2].result()
+        found = self._begun[path][2].result()  # an interrupt while this waits leaves it to `__exit__`
+        del self._begun[path]
+        return found
 
     def _drop(self, path: Path) -> None:
         if path in self._begun:
@@ -341,10 +343,14 @@ def _with_data(
         with _temporary(path, durable) as (temporary, file):
             digest = _stream(tensors, starts, file, told=told)
     final = path.with_name(f"{path.name}.{digest.hex()[:DIGITS]}.data")
-    made = None if os.path.lexists(final) else temporary.stat().st_ino
-    if made is None and not _holds(final, digest):
-        temporary.unlink()
-        raise InputError("exists and holds something else; choose another output", file=final)
+    try:
+        made = None if os.path.lexists(final) else temporary.stat().st_ino
+        if made is None and not _holds(final, digest):
+            raise InputError("exists and holds something else; choose another output", file=final)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
     _commit(temporary, final, True, durable)
     for name, tensor in tensors.items():
         skeleton.graph.initializers[name].const_value = standing(tensor, name, final.name, starts[name])

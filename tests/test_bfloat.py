@@ -148,3 +148,40 @@ def test_what_is_only_stored_in_it_computes_as_it_is() -> None:
     model = made("g (float[n,2] x) => (float[n,2] y) <bfloat16[2] w = {1, 2}> { f = Cast<to = 1>(w) y = Mul(x, f) }")
     assert not bfloat.computes(model)
     assert bfloat.single(model) is model
+
+
+@pytest.mark.parametrize(
+    ("head", "cast", "call"),
+    [
+        ("f <to> (x) => (y)", "Cast <to = @to> (x)", "own.f <to = 16> (h)"),
+        ("f <kind: int = 16> (x) => (y)", "Cast <to: int = @kind> (x)", "own.f (h)"),
+        ("f <to> (x) => (y)", "Cast <to = @to> (x)", "own.f <to = 1> (h)"),
+    ],
+)
+def test_types_that_functions_hand_on(head: str, cast: str, call: str, tmp_path: Path) -> None:
+    given = "bfloat16" if "= 1>" not in call else "float"
+    text = f"""<ir_version: 10, opset_import: ["": 22, "own": 1]>
+    g (float[n,4] x) => (float[n,3] y) {{
+        h = MatMul(x, w) c = {call} d = Relu(c) e = Cast <to = 1> (d) y = MatMul(e, v)
+    }}
+    <domain: "own", opset_import: ["": 22]> {head} {{ y = {cast} }}"""
+    model, rng = parser.parse_model(text), np.random.default_rng(0)
+    for name, shape in {"w": (4, 8), "v": (8, 3)}.items():
+        model.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
+    onnx.save(model, tmp_path / "m.onnx")
+    read = deserialized(model)
+    assert bfloat.computes(read) == (given == "bfloat16")
+    assert not bfloat.computes(bfloat.single(read))
+    feed = {"x": rng.standard_normal((2, 4)).astype(np.float32)}
+    whole = ir.serde.serialize_model(bfloat.single(read)).SerializeToString()
+    (y,) = ort.InferenceSession(whole, providers=["CPUExecutionProvider"]).run(None, feed)
+    weights = {one.name: numpy_helper.to_array(one) for one in model.graph.initializer}
+    np.testing.assert_allclose(y, np.maximum(feed["x"] @ weights["w"], 0) @ weights["v"], rtol=1e-4, atol=1e-5)
+
+
+def test_no_other_precision_is_judged(tmp_path: Path) -> None:
+    onnx.save(halved(cnn(), "inside"), tmp_path / "m.onnx")
+    found = run("prune", tmp_path / "m.onnx", "-o", tmp_path / "o.onnx", "--ratio", 0.5, "--precision", "fp16",
+                "--no-measure")  # fmt: skip
+    assert found.exit_code == 3, found.output
+    assert bfloat.MISSING in found.output

@@ -9,6 +9,7 @@ import math
 import pickle
 import subprocess
 import sys
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import numpy_helper
+from onnx import numpy_helper, parser
 from test_reading import mlp
 from zoo import ZOO
 
-from onnxprune import feeds, plugin, prune, reading, reconstruct, running, storage, verify, weights, wire
+from onnxprune import feeds, plugin, prove, prune, reading, reconstruct, running, storage, verify, weights, wire
 from onnxprune.ahead import ahead
 from onnxprune.analysis import Analysis
 from onnxprune.calibrate import Columns, MomentsOf, ProfileOf, Reads, RowsOf, collect
@@ -474,3 +475,45 @@ def test_three_gigabytes_in_less_than_that_of_memory(tmp_path: Path) -> None:
     row = json.loads(done.stdout)
     assert row["proven"]
     assert row["anonymous bytes"] < 3e9
+
+
+def test_texts_go_piece_by_piece() -> None:
+    graph = """<ir_version: 9, opset_import: ["": 18]> g (float[n,2] x) => (float[n,2] y, string[k] t)
+    <string[3] names = {"a", "b", "c"}> { y = Relu(x) t = Identity(names) }"""
+    model = reading.deserialized(parser.parse_model(graph))
+    with Worker() as worker:
+        (found,) = Runner(worker, 1, 1 << 30, pieces=True)(model, [{"x": np.ones((1, 2), np.float32)}])
+    assert found["t"].tolist() == ["a", "b", "c"]
+
+
+def test_outputs_of_nothing_prove_nothing() -> None:
+    empty, some = np.zeros((0, 2), np.float32), np.ones(2, np.int64)
+    assert not prove._says_something({"y": empty})
+    assert prove._says_something({"y": empty, "k": some})
+    assert prove._says_something({})
+
+
+def test_an_interrupt_while_a_draft_is_waited_for_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = reading.read_model(wide(tmp_path))[0], tmp_path / "out" / "o.onnx"
+    out.parent.mkdir()
+
+    def interrupted(self: Any) -> None:
+        real(self)  # written by now, and nobody's yet
+        raise KeyboardInterrupt
+
+    def waited() -> None:
+        with storage.Drafts() as drafts:
+            drafts.begin(model, out, external=True)
+            monkeypatch.setattr(kind, "result", interrupted)
+            try:
+                drafts.take(model, out)
+            finally:
+                monkeypatch.undo()
+
+    kind = futures.Future
+    real = kind.result
+    with pytest.raises(KeyboardInterrupt):
+        waited()
+    assert list(out.parent.iterdir()) == []
