@@ -185,9 +185,11 @@ class Prover:
     def _accepted(self, run: Run, choice: int, most: int) -> list[Ran]:
         """Up to `most` random feeds that the dense model runs with, and what it makes of them.
 
-        As many as are wanted are run at once, unless they are large: loading takes longer than running.
+        As many as are wanted are run at once, unless they are large: loading takes longer than running. Where an output
+        is empty, which proves nothing about it, other sizes come first.
         """
         found: list[Ran] = []
+        empty: list[Ran] = []
         sizes = list(enumerate(self.sizes))
         while sizes and len(found) < most:
             bulky = feeds.bytes_of(self.analysis.dense.graph, sizes[0][1]) > BULK
@@ -203,12 +205,13 @@ class Prover:
                     self.problem = error
                     continue
                 said = [_says_something(outputs) for outputs in ran]
-                found += [row for row, says in zip(zip(part, ran, strict=True), said, strict=True) if says]
+                for row in (pair for pair, says in zip(zip(part, ran, strict=True), said, strict=True) if says):
+                    (found if all(array.size for array in row[1].values()) else empty).append(row)
                 if not all(said):
                     self.problem = InputError("no output is finite on random inputs; pass --calibration")
                 if part is made:
                     break
-        return found
+        return (found + empty)[:most]
 
     def _drawn(self, shapes: Mapping[str, Shape], k: int, choice: int) -> Mapping[str, Array] | None:
         try:
@@ -226,8 +229,6 @@ def _takes(sample: Mapping[str, Array], row: Mapping[str, int]) -> bool:
 
 
 def _says_something(outputs: Mapping[str, Array]) -> bool:
-    """Whether any number among the outputs is finite; a model of NaN equals every other, and so does one of nothing."""
-    if outputs and not any(array.size for array in outputs.values()):
-        return False
+    """Whether any number among the outputs is finite; a model of NaN equals every other."""
     floats = [a for a in outputs.values() if a.size and (a.dtype.kind == "f" or a.dtype.name == "bfloat16")]
     return not floats or any(np.isfinite(array.astype(np.float64)).any() for array in floats)

@@ -25,7 +25,7 @@ from onnx import numpy_helper, parser
 from test_reading import mlp
 from zoo import ZOO
 
-from onnxprune import feeds, plugin, prove, prune, reading, reconstruct, running, storage, verify, weights, wire
+from onnxprune import feeds, plugin, prune, reading, reconstruct, running, storage, verify, weights, wire
 from onnxprune.ahead import ahead
 from onnxprune.analysis import Analysis
 from onnxprune.calibrate import Columns, MomentsOf, ProfileOf, Reads, RowsOf, collect
@@ -486,11 +486,22 @@ def test_texts_go_piece_by_piece() -> None:
     assert found["t"].tolist() == ["a", "b", "c"]
 
 
-def test_outputs_of_nothing_prove_nothing() -> None:
-    empty, some = np.zeros((0, 2), np.float32), np.ones(2, np.int64)
-    assert not prove._says_something({"y": empty})
-    assert prove._says_something({"y": empty, "k": some})
-    assert prove._says_something({})
+def test_sizes_at_which_an_output_is_empty_come_last(tmp_path: Path) -> None:
+    """A slice from the eighth position on has nothing in the shortest sequences; another is empty at every length."""
+    graph = """<ir_version: 9, opset_import: ["": 18]>
+    g (float[n,t,4] x) => (float[n,u,2] y, float[n,m,4] none, float[n,t,6] z)
+    <int64[1] eight = {8}, int64[1] last = {9223372036854775807}, int64[1] one = {1}> {
+        h = MatMul(x, w) z = Relu(h) late = Slice(z, eight, last, one) y = MatMul(late, v) none = NOTHING
+    }"""
+    for nothing, lengths in (("Slice(x, one, eight, one)", [11, 19]), ("Slice(x, last, last, one)", [5, 7])):
+        model, rng = parser.parse_model(graph.replace("NOTHING", nothing)), np.random.default_rng(0)
+        for name, shape in {"w": (4, 6), "v": (6, 2)}.items():
+            model.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
+        onnx.save(model, tmp_path / "m.onnx")
+        prover = Prover(Analysis(tmp_path / "m.onnx"), [], memory=100)
+        with Worker() as worker:
+            prover.check_dense(worker)
+        assert [feed["x"].shape[1] for feed in prover.feeds] == lengths
 
 
 def test_an_interrupt_while_a_draft_is_waited_for_leaves_nothing(
