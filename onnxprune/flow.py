@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 import mmap
 import tempfile
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -27,7 +29,39 @@ FED = frozenset(("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"))  # types of initiali
 
 
 ALIGN = 64  # bytes
-ROOM = 1 << 30  # bytes of values that a flow keeps in memory; the rest goes to unnamed files
+
+
+SLAB = 1 << 26  # bytes of an unnamed file, which many arrays share: a process may map some 65,000 of them
+
+
+class Room:
+    """So many bytes of memory for arrays that are kept; what goes beyond that lies in unnamed files."""
+
+    def __init__(self, size: int = 1 << 30) -> None:
+        self.size, self.taken = size, 0
+        self._slab: Any = b""
+        self._end = 0
+
+    def keep(self, array: Array) -> Array:
+        """The array, or one like it on disk. It takes memory until nobody has it any more."""
+        if not array.nbytes or array.dtype.hasobject:
+            return array
+        if self.taken + array.nbytes <= self.size:
+            self.taken += array.nbytes
+            weakref.finalize(array, self._leave, array.nbytes).atexit = False
+            return array
+        if self._end + array.nbytes > len(self._slab):
+            size = max(array.nbytes, SLAB)
+            with tempfile.TemporaryFile() as file:
+                file.truncate(size)
+                self._slab, self._end = mmap.mmap(file.fileno(), size), 0
+        kept = np.frombuffer(self._slab, array.dtype, array.size, self._end).reshape(array.shape)
+        self._end += array.nbytes + -array.nbytes % ALIGN
+        kept[...] = array
+        return kept
+
+    def _leave(self, size: int) -> None:
+        self.taken -= size
 
 
 class Sessions:
@@ -53,9 +87,9 @@ class Sessions:
 class Flow:
     """What a model computes from a list of feeds, as far as it was asked for.
 
-    No piece reads more than `most` bytes of weights, but for those of a single node; values take up to `room` bytes of
-    memory. One run of a piece is for up to `most_feeds`, since half floats are cast in each. `told` counts nodes that
-    ran, of those that were asked for.
+    No piece reads more than `most` bytes of weights, but for those of a single node; values are kept in `room`. One run
+    of a piece is for up to `most_feeds`, since half floats are cast in each. `told` counts nodes that ran, of those
+    that were asked for.
     """
 
     def __init__(
@@ -66,12 +100,12 @@ class Flow:
         pinned: Collection[str] = (),
         *,
         most: float = math.inf,
-        room: int = ROOM,
+        room: Room | None = None,
         most_feeds: int = 1,
         told: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.model, self.sessions, self.told = model, sessions, told
-        self.most, self.room, self.most_feeds = most, room, most_feeds
+        self.most, self.room, self.most_feeds = most, room or Room(), most_feeds
         runs = bfloat.single(model)
         self.single = runs is not model
         self.nodes = list(runs.graph)
@@ -87,7 +121,6 @@ class Flow:
         feeds = [interface.narrow(bfloat.fed(feed) if self.single else feed, narrowed) for feed in feeds]
         self.live: dict[str, list[Array]] = {name: [np.asarray(feed[name]) for feed in feeds] for name in given}
         self.count = len(feeds)
-        self.held: Counter[str] = Counter()  # bytes in memory
         self._changed: dict[Slot, Array] = {}
         self._arrays: dict[str, Array] = {}
         self._space = np.empty(0, np.uint8)
@@ -109,9 +142,8 @@ class Flow:
 
     def change(self, slot: Slot, array: Array) -> Array:
         """Let one input of one node, not yet run, read this from now on; the array as it is kept."""
-        key = f"{slot[0]}\0{slot[1]}"
-        self.held.pop(key, None)
-        self._changed[slot] = self._kept(key, array)
+        self._changed.pop(slot, None)
+        self._changed[slot] = self.room.keep(array)
         return self._changed[slot]
 
     def changed(self, changes: Mapping[Slot, Array]) -> None:
@@ -174,18 +206,6 @@ class Flow:
         if part:
             yield part
 
-    def _kept(self, name: str, array: Array) -> Array:
-        """The array, on disk where memory is to be spared."""
-        if self.held.total() + array.nbytes <= self.room or not array.nbytes or array.dtype.hasobject:
-            self.held[name] += array.nbytes
-            return array
-        with tempfile.TemporaryFile() as file:
-            file.truncate(array.nbytes)
-            data = mmap.mmap(file.fileno(), array.nbytes)
-        kept = np.frombuffer(data, array.dtype).reshape(array.shape)
-        kept[...] = array
-        return kept
-
     def _ancestors(self, names: Iterable[str]) -> list[int]:
         """Nodes that must still run for these values, in order."""
         found: set[int] = set()
@@ -221,14 +241,13 @@ class Flow:
             found = session.run(weights | given)
             for k in range(feeds):
                 for name in later:
-                    results[name].append(self._kept(name, found[_own(name, k)]))
+                    results[name].append(self.room.keep(found[_own(name, k)]))
         self.live |= results
         self.waiting -= inside
         for k in todo:
             self.done[k] = True
         for name in [n for n in self.live if not self.waiting[n] and n not in wanted and n not in self.outputs]:
             del self.live[name]
-            self.held.pop(name, None)
 
     def knows(self, name: str) -> bool:
         """Whether a value exists here."""

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import math
 import tempfile
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ import onnx_ir as ir
 from onnxprune import interface, quality
 from onnxprune.codes import Grid, on_grid
 from onnxprune.feeds import samples_in
-from onnxprune.flow import Flow, Sessions
+from onnxprune.flow import Flow, Room, Sessions
 from onnxprune.infer import attributes
 from onnxprune.layouts import Layout
 from onnxprune.lsq import Regression, missed
@@ -33,11 +35,13 @@ from onnxprune.sites import Operator, Site, Slot, State, Visit, scaled, stored, 
 from onnxprune.storage import dump, read_model
 from onnxprune.types import Array, Mask, Positions, Shape
 from onnxprune.verify import spread
+from onnxprune.weights import Mapped, Shelf, shelved
 from onnxprune.worker import Worker
 
 Feeds = Sequence[Mapping[str, Array]]
 ROWS = 20_000  # rows of one site that are enough
 LEAST = 1 << 28  # bytes that fitting one site may take in any case
+FEW = 256  # rows that a site is worth fitting to
 NUMBERS = 1 << 27  # of one site that are fitted to at most, which takes rows off an operator over a vocabulary
 NOTHING = 1e-9  # share of a site's variance below which it is not off
 AGAIN = 8  # times at most that weights are fitted of which some readers lie behind others
@@ -66,14 +70,16 @@ class Sampling:
 class Repair:
     """What a repair changed, {slot: array}, the damping that each site took, and the divergence that is left.
 
-    `rows` has (rows, columns) that each site was fitted with, `large` the bytes that others would have taken.
+    `rows` has (rows, columns) that each site was fitted with, fewer than there are for those in `short` of memory;
+    `large` the bytes that others would have taken.
     """
 
-    changes: Mapping[Slot, Array]
+    changes: Mapping[Slot, Array | Mapped]
     ridges: Mapping[str, float]
     divergence: float = float("nan")
     rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     large: Mapping[str, int] = field(default_factory=dict)
+    short: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,8 @@ def begin(
     """Hand the dense model to the child, with the samples to fit to, and those to judge by.
 
     Outputs in `aside` do not count where there are others. What takes more than `memory` bytes is run a few
-    operators at a time, with values on disk. A site that takes more to fit is left alone.
+    operators at a time, with values on disk. A site that takes more than half of it is fitted to fewer rows, or left
+    alone.
     """
     with _sent(dense) as what:
         worker.call(_begin, what, list(feeds), list(judged), frozenset(aside), sampling, threads, memory)
@@ -171,7 +178,11 @@ def repair(
     for k in range(count):
         worker.call(_fit, k, reconstructor, dict(ridges or {}))
         progress(k + 1, count)
-    found: Repair = worker.call(_finish, judge)
+    shelf = Shelf()
+    found: Repair = worker.call(_finish, judge, shelf.path)
+    for change in found.changes.values():
+        if isinstance(change, Mapped):
+            change.shelf = shelf
     return found
 
 
@@ -190,7 +201,7 @@ def _received(sent: str | Packed) -> Model:
     return read_model(sent)[0] if isinstance(sent, str) else unpacked(sent)
 
 
-def apply(model: Model, changes: Mapping[Slot, Array]) -> list[str]:
+def apply(model: Model, changes: Mapping[Slot, Array | Mapped]) -> list[str]:
     """Write a repair into the pruned model; the names of the initializers that changed.
 
     One that other nodes read as well stays for them, and a copy takes its place; readers of one initializer that are to
@@ -198,17 +209,18 @@ def apply(model: Model, changes: Mapping[Slot, Array]) -> list[str]:
     """
     graph = model.graph
     nodes = {str(node.outputs[0].name): node for node in graph}
-    wanted: dict[str, list[tuple[Array, list[tuple[ir.Node, int]]]]] = {}
-    for (reader, k), array in changes.items():
+    wanted: dict[str, list[tuple[ir.Tensor[Any], list[tuple[ir.Node, int]]]]] = {}
+    for (reader, k), change in changes.items():
         value = stored(nodes[reader].inputs[k])
         assert value is not None and value.const_value is not None
-        array = np.ascontiguousarray(array, value.const_value.dtype.numpy())
-        if value.const_value.shape.numpy() == array.shape and value.const_value.tobytes() == array.tobytes():
+        old, kind = value.const_value, value.const_value.dtype
+        fresh = change if isinstance(change, Mapped) else ir.Tensor(np.ascontiguousarray(change, kind.numpy()), kind)
+        if old.shape.numpy() == fresh.shape.numpy() and old.tobytes() == fresh.tobytes():
             continue
         rows = wanted.setdefault(str(value.name), [])
-        same = next((uses for other, uses in rows if np.array_equal(other, array)), None)
+        same = next((uses for other, uses in rows if np.array_equal(other.numpy(), fresh.numpy())), None)
         if same is None:
-            rows.append((array, [(nodes[reader], k)]))
+            rows.append((fresh, [(nodes[reader], k)]))
         else:
             same.append((nodes[reader], k))
     names = []
@@ -217,14 +229,13 @@ def apply(model: Model, changes: Mapping[Slot, Array]) -> list[str]:
         free = not value.is_graph_output() and {(use.node, use.idx) for use in value.uses()} == {
             use for _, uses in rows for use in uses
         }
-        for array, uses in rows:
-            assert value.const_value is not None
-            own = name if free else free_name(graph, name)
-            tensor = ir.Tensor(array, dtype=value.const_value.dtype, name=own)
+        for tensor, uses in rows:
+            tensor.name = own = name if free else free_name(graph, name)
+            shape = ir.Shape(tensor.shape.numpy())
             if free:
-                value.const_value, value.shape, free = tensor, ir.Shape(array.shape), False
+                value.const_value, value.shape, free = tensor, shape, False
             else:
-                copy = ir.Value(name=own, shape=ir.Shape(array.shape), type=value.type, const_value=tensor)
+                copy = ir.Value(name=own, shape=shape, type=value.type, const_value=tensor)
                 add_initializer(graph, copy)
                 for node, k in uses:
                     node.replace_input_with(k, copy)
@@ -252,7 +263,9 @@ class _Dense:
         outputs = {str(value.name) for value in self.model.graph.outputs if value.type is not None}  # not maps
         self.counted = outputs - aside or outputs
         self.fitted, self.memory = len(fitted), memory
-        self.limits: Mapping[str, Any] = limits(self.model, memory)
+        self.room = Room(memory // 4)  # of all flows, and of the rows that are kept
+        self.large = memory_of(self.model) > memory
+        self.limits: Mapping[str, Any] = limits(memory // 8) if self.large else {}
         self.sessions = Sessions(threads)
         self.counts = [samples_in(feed, self.model.graph) for feed in fitted]
         self._outputs: list[dict[str, Array]] = []
@@ -262,7 +275,7 @@ class _Dense:
 
     def run(self, model: Model, feeds: Feeds, pinned: Collection[str] = ()) -> Flow:
         """A model that is run on these feeds, within the limits."""
-        return Flow(model, feeds, self.sessions, pinned, **self.limits)
+        return Flow(model, feeds, self.sessions, pinned, room=self.room, **self.limits)
 
     def values(
         self, wanted: Sequence[str | State], pinned: Collection[str], keep: bool = False
@@ -292,7 +305,7 @@ class _Dense:
             found = self._target(site, rows, keep, pinned)
             if not keep:
                 return found
-            self.rows[key] = found
+            self.rows[key] = self.room.keep(found)
         return self.rows[key]
 
     def _target(self, site: Site, rows: Rows, keep: bool, pinned: Collection[str]) -> Array:
@@ -391,6 +404,7 @@ class _Task:
     ridges: dict[str, float] = field(default_factory=dict)
     rows: dict[str, tuple[int, int]] = field(default_factory=dict)
     large: dict[str, int] = field(default_factory=dict)
+    short: set[str] = field(default_factory=set)
 
 
 _dense: _Dense | None = None
@@ -422,13 +436,15 @@ def _load(sent: str | Packed, sites: Sequence[Site], start: Mapping[Slot, Array]
     return len(_task.visits)
 
 
-def _finish(judge: bool) -> Repair:
+def _finish(judge: bool, folder: str) -> Repair:
     global _task
     assert _task is not None and _dense is not None
     task, _task = _task, None
-    if judge:
-        return Repair({}, task.ridges, _dense.divergence(task.flow), task.rows, task.large)
-    return Repair(task.changes, task.ridges, rows=task.rows, large=task.large)
+    divergence = _dense.divergence(task.flow) if judge else math.nan
+    changes: Mapping[Slot, Array | Mapped] = {} if judge else task.changes
+    if changes and _dense.large:
+        changes = shelved(task.changes, folder)
+    return Repair(changes, task.ridges, divergence, task.rows, task.large, task.short)
 
 
 @dataclass
@@ -498,7 +514,7 @@ def _changes(places: Sequence[_Place], reconstructor: Reconstructor, ridges: Map
     keys = list(dict.fromkeys(part.key for part in parts))
     for batch in [keys] if len({part.groups for part in parts}) == 1 else [[key] for key in keys]:
         _solve(_Batch(places, batch), reconstructor, ridges)
-    return {slot: array for part in parts for slot, array in part.changes.items()}
+    return {slot: array for part in parts for slot, array in part.changes().items()}
 
 
 def _places(k: int, local: bool) -> list[_Place]:
@@ -512,7 +528,7 @@ def _places(k: int, local: bool) -> list[_Place]:
         return []
     ahead = _ahead(task) if visit.behind and not local else flow
     found: list[tuple[Site, list[list[Array]], Rows]] = []
-    takes = 0
+    most = max(dense.memory // 2, LEAST) // len(sites)
     for n, site in zip(visit.sites, sites, strict=True):
         arrays = _read(None if local else ahead if n in visit.behind else flow, dense, site, pinned, task.keep)
         if arrays is None:
@@ -520,12 +536,17 @@ def _places(k: int, local: bool) -> list[_Place]:
         first = site.operators[0]
         shapes = [first.layout.shape(array.shape, flow.array(first.weight).shape) for array in arrays[0]]
         sampling = dense.sampling.within(math.prod(shapes[0][k] for k in site.axes)).shared(len(sites))
+        there = sum(math.prod(shape) // math.prod(shape[k] for k in site.axes) for shape in shapes)
+        count = min(sampling.rows, there)
+        fitting = bisect_right(range(1, count + 1), most, key=partial(_takes, site, flow))
+        if fitting < min(count, FEW):
+            task.large[site.value] = _takes(site, flow, FEW) * len(sites)
+            return []
+        if fitting < count:
+            task.short.add(site.value)
+        sampling = replace(sampling, rows=fitting)
         rows = Rows(shapes, site.axes, dense.counts, _masks(dense, site, shapes, pinned), sampling)
-        takes += _takes(site, flow, len(rows.held_out))
         found.append((site, arrays, rows))
-    if takes > max(dense.memory, LEAST):
-        task.large |= {site.value: takes for site in sites}
-        return []
     places = []
     for site, arrays, rows in found:
         wanted = dense.take(site, rows, task.keep, pinned)
@@ -787,7 +808,7 @@ def _takes(site: Site, flow: Flow, rows: int) -> int:
         weights += groups * reads * outputs
         columns += reads
         wide += groups * reads
-    return 8 * (5 * weights + 3 * min(columns, rows) ** 2) + 32 * rows * (wide + width)
+    return 8 * (3 * weights + 3 * min(columns, rows) ** 2) + 32 * rows * (wide + width)
 
 
 def _key(operator: Operator) -> Key:
@@ -802,9 +823,9 @@ class _Part:
         self.operator, self.layout, self.key = operator, operator.layout, _key(operator)
         self.stored = flow.array(operator.weight)
         self.levels = _levels(flow, operator.weight)
-        self.meant = _meant(self.stored, self.levels)
-        self.changes: dict[Slot, Array] = {}
-        self.matrix = self.layout.matrix(self.meant)
+        self.moved: dict[Slot, Array] = {}
+        self.changed = False
+        self.matrix = self.layout.matrix(_meant(self.stored, self.levels))
         self.groups, _, outputs = self.matrix.shape
         self.outputs = self.groups * outputs
         self.patch = self.layout.patch
@@ -856,8 +877,8 @@ class _Part:
         return self._vector(slot, np.arange(array.size).reshape(array.shape))
 
     def effective(self) -> Array:
-        """float64[groups, columns, outputs]: the weight with the gain of the steps."""
-        return self.matrix * self.gain.reshape(self.groups, 1, -1)
+        """float64[groups, columns, outputs]: the weight with the gain of the steps; not to be written to."""
+        return self.matrix if (self.gain == 1).all() else self.matrix * self.gain.reshape(self.groups, 1, -1)
 
     def output(self) -> Array:
         """float32[rows, outputs]: what the operator adds to the site."""
@@ -889,8 +910,14 @@ class _Part:
         )
         if keep is not None:
             self.matrix = np.where(keep, self.matrix, 0)
-        w = self.layout.stored(self.matrix, self.meant)
-        self.changes[self.operator.weight] = _written(w, self.stored, self.levels)
+        self.changed = True
+
+    def changes(self) -> dict[Slot, Array]:
+        """What is stored differently from now on."""
+        if not self.changed:
+            return self.moved
+        weight = self.layout.stored(self.matrix, _meant(self.stored, self.levels))
+        return self.moved | {self.operator.weight: _written(weight, self.stored, self.levels)}
 
     def shift(self, change: Array) -> None:
         """Add float64[outputs] to what the operator adds to the site."""
@@ -900,4 +927,4 @@ class _Part:
         usable = np.abs(gain) > 1e-6 * np.abs(gain).max()
         found = _meant(stored, self.shades).reshape(-1)
         found[self._places(stored, slot)] += np.divide(change, gain, out=np.zeros_like(change), where=usable)
-        self.changes[slot] = _written(found.reshape(stored.shape), stored, self.shades)
+        self.moved[slot] = _written(found.reshape(stored.shape), stored, self.shades)

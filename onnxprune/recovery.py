@@ -247,8 +247,9 @@ class Recovery:
             return []
         site, (rows, columns) = min(damped.items(), key=lambda item: item[1][0] / max(item[1][1], 1))
         if rows < ENOUGH * columns:
-            text = f"calibration gives {rows} rows for the {columns} input columns of '{site}'"
-            return [f"{text}, so weights were changed less; more samples make a better repair"]
+            what, more = ("--memory", "more") if site in found.short else ("calibration", "more samples")
+            text = f"{what} leaves {rows} rows for the {columns} input columns of '{site}'"
+            return [f"{text}, so weights were changed less; {more} make a better repair"]
         count = sum(samples_in(feed, self.analysis.dense.graph) for feed in self.given)
         if not 0 < count < MANY:
             return []

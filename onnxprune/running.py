@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ import onnx_ir as ir
 
 from onnxprune import bfloat
 from onnxprune.errors import InputError
-from onnxprune.flow import Flow, Sessions
+from onnxprune.flow import Flow, Room, Sessions
 from onnxprune.reading import deserialized, serialized
 from onnxprune.runtime import ort
 from onnxprune.storage import dump
@@ -100,13 +101,9 @@ def unpacked(sent: Packed) -> ir.Model:
     return model
 
 
-def limits(model: ir.Model, memory: int) -> dict[str, int]:
-    """What a Flow may take of a model's weights and values at a time; no limits where all of the model fits."""
-    return {} if memory_of(model) <= memory else _limits(memory // 4)
-
-
-def _limits(share: int) -> dict[str, int]:
-    return {"most": min(PIECE, share), "room": share, "most_feeds": FEW}
+def limits(share: int) -> dict[str, int]:
+    """What a Flow takes of a model's weights at a time, where it has so many bytes for them."""
+    return {"most": min(PIECE, share), "most_feeds": FEW}
 
 
 def in_pieces(sent: Sequence[Packed], feeds: Feeds, threads: int, memory: int) -> list[list[dict[str, Array]]]:
@@ -116,10 +113,12 @@ def in_pieces(sent: Sequence[Packed], feeds: Feeds, threads: int, memory: int) -
     """
     models = [unpacked(one) for one in sent]
     names = [[str(value.name) for value in model.graph.outputs] for model in models]
-    each, share = max(1, threads // len(models)), _limits(memory // 4 // len(models))
-    done = [0] * len(models)
+    each, share = max(1, threads // len(models)), memory // 4 // len(models)
+    done, failed = [0] * len(models), threading.Event()
 
     def told(k: int, reached: int, total: int) -> None:
+        if failed.is_set():
+            raise CancelledError
         done[k] = reached
         tell("run it in pieces", sum(done), due)
 
@@ -128,7 +127,15 @@ def in_pieces(sent: Sequence[Packed], feeds: Feeds, threads: int, memory: int) -
         if missing := [name for feed in feeds for name in inputs if name not in feed]:
             raise InputError("there is no value for this input", object=missing[0])
     flows = [
-        Flow(model, feeds, Sessions(each, 1, shared=True), outputs, **share, told=partial(told, k))
+        Flow(
+            model,
+            feeds,
+            Sessions(each, 1, shared=True),
+            outputs,
+            room=Room(share),
+            told=partial(told, k),
+            **limits(share),
+        )
         for k, (model, outputs) in enumerate(zip(models, names, strict=True))
     ]
     due = sum(flow.due(outputs) for flow, outputs in zip(flows, names, strict=True))
@@ -137,7 +144,12 @@ def in_pieces(sent: Sequence[Packed], feeds: Feeds, threads: int, memory: int) -
         return [dict(zip(names[k], row, strict=True)) for row in zip(*flows[k].values(names[k]), strict=True)]
 
     with ThreadPoolExecutor(len(models)) as pool:
-        return list(pool.map(run, range(len(models))))
+        runs = [pool.submit(run, k) for k in range(len(models))]
+        first = min(wait(runs, return_when=FIRST_EXCEPTION).done, key=lambda one: one.exception() is None)
+        if first.exception() is not None:
+            failed.set()  # the others need not go on
+            first.result()
+        return [one.result() for one in runs]
 
 
 def give_back() -> None:

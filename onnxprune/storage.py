@@ -11,8 +11,9 @@ import threading
 import tokenize
 import zipfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import IO
@@ -48,6 +49,7 @@ ALIGN = 4096
 MEGABYTE = 1_000_000
 ENGINES = (".engine", ".plan")
 AT_ONCE = 1 << 26  # bytes after which the disk is told to write
+SAYS = 0.2  # seconds after which it is said again how far what is waited for is
 DIGITS = 12  # of the content's hash in the name of a data file
 DATA_LIMIT = 16 * 2**30  # bytes of arrays that a data file may hold
 HEADER_LIMIT = 1 << 16  # bytes of what says how one of them is laid out
@@ -59,6 +61,28 @@ class Written(tuple[Path, ...]):
     sha256 = ""
 
 
+Told = Callable[[int, int], None]
+
+
+def _nobody(done: int, total: int) -> None:
+    """Nobody is told."""
+
+
+@dataclass
+class _Draft:
+    """A model of which the data is being written; `reached` so many megabytes of how many."""
+
+    model: ir.Model
+    stop: threading.Event = field(default_factory=threading.Event)
+    reached: tuple[int, int] = (0, 0)
+
+    def told(self, done: int, total: int) -> None:
+        """Note how far it is. Raises CancelledError when it is to stop."""
+        self.reached = done, total
+        if self.stop.is_set():
+            raise CancelledError
+
+
 class Drafts:
     """Data files that are written, in threads, before it is known whether they are wanted; by where they belong.
 
@@ -66,7 +90,7 @@ class Drafts:
     """
 
     def __init__(self) -> None:
-        self._begun: dict[Path, tuple[ir.Model, threading.Event, Future[tuple[Path, bytes]]]] = {}
+        self._begun: dict[Path, tuple[_Draft, Future[tuple[Path, bytes]]]] = {}
 
     def __enter__(self) -> Drafts:
         return self
@@ -80,27 +104,30 @@ class Drafts:
         self._drop(path)
         if not _beside(model, external):
             return
-        stop = threading.Event()
+        draft = _Draft(model)
 
         def written() -> tuple[Path, bytes]:
             _, tensors, starts = _apart(model)
             with _temporary(path) as (temporary, file):
-                return temporary, _stream(tensors, starts, file, stop)
+                return temporary, _stream(tensors, starts, file, draft.told)
 
-        self._begun[path] = model, stop, ahead(written)
+        self._begun[path] = draft, ahead(written)
 
-    def take(self, model: ir.Model, path: Path) -> tuple[Path, bytes] | None:
+    def take(self, model: ir.Model, path: Path, told: Told = _nobody) -> tuple[Path, bytes] | None:
         """(file, sha256) of a model's data if it was begun for this place; the file is the caller's. Raises OSError."""
-        if path not in self._begun or self._begun[path][0] is not model:
+        if path not in self._begun or self._begun[path][0].model is not model:
             return None
-        found = self._begun[path][2].result()  # an interrupt while this waits leaves it to `__exit__`
+        draft, begun = self._begun[path]
+        while wait([begun], SAYS).not_done:  # an interrupt here leaves it to `__exit__`
+            told(*draft.reached)
+        found = begun.result()
         del self._begun[path]
         return found
 
     def _drop(self, path: Path) -> None:
         if path in self._begun:
-            _, stop, begun = self._begun.pop(path)
-            stop.set()
+            draft, begun = self._begun.pop(path)
+            draft.stop.set()
             with suppress(Exception):  # nobody wants it
                 begun.result()[0].unlink()
 
@@ -264,7 +291,7 @@ def write_model(
     prove: Callable[[Path], None] | None = None,
     durable: bool = True,
     drafts: Drafts | None = None,
-    told: Callable[[int, int], None] = lambda done, total: None,
+    told: Told = _nobody,
 ) -> Written:
     """Write a model, whole or not at all; `prove` sees the finished file before it gets its name.
 
@@ -329,7 +356,7 @@ def _apart(model: ir.Model) -> tuple[ir.Model, dict[str, ir.TensorProtocol], dic
 
 
 def _with_data(
-    model: ir.Model, path: Path, durable: bool, drafts: Drafts | None, told: Callable[[int, int], None]
+    model: ir.Model, path: Path, durable: bool, drafts: Drafts | None, told: Told
 ) -> tuple[onnx.ModelProto, Path, bytes, int | None]:
     """Stream large initializers to a data file named by its content.
 
@@ -337,11 +364,11 @@ def _with_data(
     before.
     """
     skeleton, tensors, starts = _apart(model)
-    if drafts is not None and (taken := drafts.take(model, path)) is not None:
+    if drafts is not None and (taken := drafts.take(model, path, told)) is not None:
         temporary, digest = taken
     else:
         with _temporary(path, durable) as (temporary, file):
-            digest = _stream(tensors, starts, file, told=told)
+            digest = _stream(tensors, starts, file, told)
     final = path.with_name(f"{path.name}.{digest.hex()[:DIGITS]}.data")
     try:
         made = None if os.path.lexists(final) else temporary.stat().st_ino
@@ -361,15 +388,12 @@ def _stream(
     tensors: Mapping[str, ir.TensorProtocol],
     starts: Mapping[str, int],
     file: IO[bytes],
-    stop: threading.Event | None = None,
-    told: Callable[[int, int], None] = lambda done, total: None,
+    told: Told,
 ) -> bytes:
-    """Write tensors to where they start in a file; its sha256. Raises CancelledError when it is to stop."""
+    """Write tensors to where they start in a file; its sha256."""
     content, sent = hashlib.sha256(), 0
     for name, tensor in tensors.items():
         for part in chain([b"\0" * (starts[name] - file.tell())], contents(tensor)):
-            if stop is not None and stop.is_set():
-                raise CancelledError
             file.write(part)
             content.update(part)
             told(file.tell() // MEGABYTE, starts[""] // MEGABYTE)

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+import tempfile
+import weakref
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -20,6 +23,9 @@ from onnxprune.types import Array
 
 BLOCK = 1 << 22  # bytes that are copied at a time: they stay in the cache of a core
 LEAST = 1 << 16  # bytes below which a slice is made at once
+ALIGN = 64  # bytes
+
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,21 @@ class Place:
 _maps: WeakValueDictionary[tuple[int, int, int], mmap.mmap] = WeakValueDictionary()  # each holds a descriptor
 
 
+class Shelf:
+    """A folder of arrays that take no memory; it goes with the last tensor that lies on it."""
+
+    def __init__(self) -> None:
+        self.path = tempfile.mkdtemp(prefix="onnxprune-")
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
 class Mapped(ir.Tensor[Any]):
-    """A tensor in a file; `place` says where."""
+    """A tensor in a file; `place` says where, and `shelf` is there if the file is ours to keep."""
 
     def __init__(self, array: Array, dtype: ir.DataType, name: str, place: Place) -> None:
         super().__init__(array, dtype=dtype, name=name)
         self.place = place
+        self.shelf: Shelf | None = None
 
     @classmethod
     def of(cls, data: Any, offset: int, place: Place, dtype: ir.DataType, shape: tuple[int, ...], name: str) -> Mapped:
@@ -74,6 +89,28 @@ def _again(place: Place, dtype: int, shape: tuple[int, ...], name: str) -> Mappe
         return Mapped.at(file, place, ir.DataType(dtype), shape, name)
     finally:
         os.close(file)
+
+
+def shelved(arrays: Mapping[K, Array], folder: str) -> dict[K, Mapped]:
+    """Arrays in a new file of a folder."""
+    starts = []
+    descriptor, path = tempfile.mkstemp(dir=folder)
+    with os.fdopen(descriptor, "w+b") as file:
+        for array in arrays.values():
+            starts.append(file.seek(-file.tell() % ALIGN, os.SEEK_CUR))
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        file.flush()
+        info = os.fstat(descriptor)
+        return {
+            key: Mapped.at(
+                descriptor,
+                Place(path, info.st_dev, info.st_ino, start, array.nbytes),
+                ir.DataType.from_numpy(array.dtype),
+                array.shape,
+                "",
+            )
+            for (key, array), start in zip(arrays.items(), starts, strict=True)
+        }
 
 
 class Part(ir.LazyTensor):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import math
 import pickle
 import subprocess
 import sys
+import threading
+import time
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -25,14 +28,16 @@ from onnx import numpy_helper, parser
 from test_reading import mlp
 from zoo import ZOO
 
-from onnxprune import feeds, plugin, prune, reading, reconstruct, running, storage, verify, weights, wire
+from onnxprune import feeds, flow, plugin, prune, reading, reconstruct, running, storage, verify, weights, wire
 from onnxprune.ahead import ahead
 from onnxprune.analysis import Analysis
 from onnxprune.calibrate import Columns, MomentsOf, ProfileOf, Reads, RowsOf, collect
-from onnxprune.errors import ImpossibleError, MachineError
-from onnxprune.flow import Flow, Sessions
+from onnxprune.errors import ImpossibleError, MachineError, PruneError
+from onnxprune.flow import Flow, Room, Sessions
 from onnxprune.model import normalise, prepare
 from onnxprune.prove import Prover
+from onnxprune.recipe import Options
+from onnxprune.recovery import Recovery
 from onnxprune.running import Runner, in_pieces, memory_of, packed
 from onnxprune.sparsify import sparsify
 from onnxprune.types import Member, Plan
@@ -173,11 +178,13 @@ def test_values_beyond_the_room_lie_on_disk(tmp_path: Path) -> None:
     model = reading.read_model(wide(tmp_path, np.float32))[0]
     feed = {"x": np.random.default_rng(2).standard_normal((5, 67)).astype(np.float32)}
     results = []
-    for room in (0, 1 << 20):
+    for size in (0, 1 << 20):
+        room = Room(size)
         flow = Flow(model, [feed, feed], Sessions(), room=room)
         flow.values(["a"])
-        assert flow.held["a"] == (2 * flow.live["a"][0].nbytes if room else 0)
+        assert room.taken == (2 * flow.live["a"][0].nbytes if size else 0)
         results.append(flow.values(["y"]))
+        assert room.taken == (2 * flow.live["y"][0].nbytes if size else 0)
     assert all(np.array_equal(a, b) for a, b in zip(*(rows[0] for rows in results), strict=True))
 
 
@@ -186,15 +193,35 @@ def test_weights_that_changed_lie_on_disk_beyond_the_room(kind: type, tmp_path: 
     model = reading.read_model(wide(tmp_path))[0]
     node = next(node for node in model.graph if node.op_type == "MatMul")
     slot = (str(node.outputs[0].name), 1)
-    for room in (0, 1 << 20):
+    for size in (0, 1 << 20):
+        room = Room(size)
         flow = Flow(model, [], Sessions(), room=room)
         for scale in (1, 2):
             array = (scale * np.arange(12, dtype=np.float32).reshape(3, 4)).astype(kind)
             kept = flow.change(slot, array)
-            assert (kept is array) == bool(room)
+            assert (kept is array) == bool(size)
             assert flow.array(slot) is kept
             np.testing.assert_array_equal(kept, array)
-            assert flow.held.total() == (array.nbytes if room else 0)
+        del array, kept
+        assert room.taken == flow.array(slot).nbytes * bool(size)
+
+
+def test_many_arrays_share_a_file() -> None:
+    room = Room(0)
+    arrays = [np.full(k, k, np.float16) for k in range(1, 2000)]
+    kept = [room.keep(array) for array in arrays]
+    assert all(map(np.array_equal, arrays, kept))
+    assert len({id(memory_behind(array)) for array in kept}) == 1
+    large = room.keep(np.ones(flow.SLAB + 1, np.uint8))
+    assert memory_behind(large) is not memory_behind(kept[0])
+
+
+def memory_behind(array: np.ndarray) -> Any:
+    """What an array is a view of."""
+    found: Any = array
+    while getattr(found, "base", None) is not None:
+        found = found.base
+    return found.obj if isinstance(found, memoryview) else found
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32])
@@ -265,14 +292,47 @@ def test_little_memory_is_enough_for_repair(kind: type[np.generic], tmp_path: Pa
     assert errors[0] < 1.1 * errors[1]  # dampings are chosen for some outputs at a time
 
 
-def test_what_takes_too_much_memory_to_fit_is_left_alone_and_named(tmp_path: Path) -> None:
-    path, data = wide(tmp_path, np.float32, 4093), tmp_path / "c.npz"
-    np.savez(data, x=np.random.default_rng(3).standard_normal((4096, 67)).astype(np.float32))
-    given = {"ratio": 0.25, "criterion": "mag", "memory": "1MB", "calibration": str(data), "no_cache": True}
-    report = prune(path, tmp_path / "o.onnx", **given).report
-    assert report.verification.proven
-    assert report.repaired == []  # what w reads is what it read before
-    assert any("1 value was not repaired" in text and "'y'" in text for text in report.warnings)
+class Here:
+    """Answers calls in this process."""
+
+    def call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("least", "repaired", "told"), [(1 << 20, [], "2 values were not repaired"),
+                                                        (12 << 20, ["v"], "--memory leaves"),
+                                                        (1 << 28, ["v"], "")])  # fmt: skip
+def test_where_memory_is_short_values_are_fitted_to_fewer_rows_or_left_alone(
+    least: int, repaired: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconstruct, "LEAST", least)
+    analysis, plan = Analysis(wide(tmp_path, np.float32)), Plan({0: np.arange(1023) % 2 == 0})
+    given = [{"x": np.random.default_rng(3).standard_normal((2048, 67)).astype(np.float32)}]
+    recovery = Recovery(analysis, given, Options(ratio=0.5, calibration="given", memory="1MB"), Here())
+    found = recovery.repair(plan, analysis.rewrite(plan))
+    assert found.names == repaired  # what w reads is what it read before
+    assert any(told and told in text and "'y'" in text for text in found.warnings) == bool(told)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_what_changed_in_a_large_model_lies_in_a_file(kind: type[np.generic], tmp_path: Path) -> None:
+    analysis = Analysis(wide(tmp_path, kind))
+    given = [{"x": np.random.default_rng(3).standard_normal((64, 67)).astype(kind)}]
+    options, plan = Options(ratio=0.5, calibration="given", memory="1MB"), Plan({0: np.arange(1023) % 2 == 0})
+    with Worker() as worker:
+        repaired = Recovery(analysis, given, options, worker).repair(plan, analysis.rewrite(plan))
+        ready = Runner(worker, 1, 1000)(repaired.model, given)
+    assert repaired.names == ["v"]
+    tensor = repaired.model.graph.initializers["v"].const_value
+    assert isinstance(tensor, weights.Mapped)
+    file = Path(tensor.place.path)
+    assert file.stat().st_size >= tensor.nbytes
+    assert len(pickle.dumps(tensor)) < 1000
+    whole = onnxruntime.InferenceSession(storage.dump(repaired.model, tmp_path, "whole"))
+    np.testing.assert_allclose(ready[0]["y"], whole.run(["y"], given[0])[0], rtol=1e-2, atol=1e-2)
+    del repaired, tensor
+    gc.collect()
+    assert not file.parent.exists()
 
 
 @pytest.mark.parametrize("bounds", [(-np.inf, np.inf), (0.0, np.inf)])
@@ -375,6 +435,28 @@ def test_two_models_run_side_by_side(tmp_path: Path) -> None:
     np.testing.assert_allclose(whole_ones[1][0]["y"], found[0]["y"], atol=2e-2)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_where_one_of_two_models_fails_the_other_stops(
+    first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = reading.read_model(wide(tmp_path))[0]
+    bad, real = model.clone(), Flow._run
+    bad.graph.node(1).domain = "nobody"
+
+    def run(self: Flow, todo: Any, wanted: Any) -> None:
+        if self.model.graph.node(1).domain == "nobody":
+            return real(self, todo, wanted)
+        for _ in range(3000):  # it is told to stop when it says how far it is
+            self.told(0, 1)
+            time.sleep(0.01)
+        return pytest.fail("it went on")
+
+    monkeypatch.setattr(Flow, "_run", run)
+    pair = [packed(bad), packed(model)] if first else [packed(model), packed(bad)]
+    with pytest.raises(PruneError, match="nobody"):
+        in_pieces(pair, [{"x": np.ones((1, 67), np.float16)}], 2, 1000)
+
+
 def anonymous() -> int:
     """Bytes of anonymous memory of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -418,6 +500,28 @@ def test_a_draft_is_what_would_be_written(tmp_path: Path, monkeypatch: pytest.Mo
     assert [path.read_bytes() for path in found] == [path.read_bytes() for path in wanted]
     assert found.sha256 == wanted.sha256 == reading.read_model(found[0])[1].sha256
     assert sorted(early.iterdir()) == sorted(found)
+
+
+def test_a_draft_that_is_waited_for_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, heard = storage._stream, threading.Event()
+
+    def halted(tensors: Any, starts: Any, file: Any, told: storage.Told) -> bytes:
+        told(1, 7)
+        assert heard.wait(30)
+        return stream(tensors, starts, file, told)
+
+    def hear(done: int, total: int) -> None:
+        said.append((done, total))
+        if (done, total) == (1, 7):
+            heard.set()
+
+    monkeypatch.setattr(storage, "_stream", halted)
+    monkeypatch.setattr(storage, "SAYS", 0.01)
+    model, said = Analysis(wide(tmp_path)).dense, []
+    with storage.Drafts() as drafts:
+        drafts.begin(model, tmp_path / "o.onnx", True)
+        storage.write_model(model, tmp_path / "o.onnx", force=True, external=True, drafts=drafts, told=hear)
+    assert (1, 7) in said
 
 
 def test_what_is_begun_and_not_wanted_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,8 @@ from onnx import TensorProto, helper
 
 WIDTH, INNER, HEADS, WORDS = 4096, 11008, 32, 32000
 ALIGN = 4096
+ROWS = 512  # of a weight that are made at a time
+NEAR = 0.3  # how far columns of which there are two lie apart, for repair to find something
 
 
 class Writer:
@@ -38,17 +40,24 @@ class Writer:
         self.random = np.random.default_rng(0)
         self.block = self.random.standard_normal(1 << 25, np.float32).astype(np.float16)
 
-    def weight(self, *shape: int) -> str:
-        """A random initializer: a stretch of one block of noise, from another place each time."""
+    def noise(self, *shape: int) -> np.ndarray:
+        """A stretch of one block of noise, from another place each time."""
+        start = int(self.random.integers(len(self.block) - np.prod(shape)))
+        return self.block[start : start + np.prod(shape)].reshape(shape)
+
+    def weight(self, *shape: int, twice: bool = False) -> str:
+        """A random initializer; with `twice` the second half of its columns is much like the first."""
         name, count = f"w{len(self.stored)}", int(np.prod(shape))
         start = self.data.seek(-self.data.tell() % ALIGN, os.SEEK_CUR)
         scale = np.float16(shape[0] ** -0.5)
-        written = 0
-        while written < count:
-            at = int(self.random.integers(len(self.block)))
-            part = self.block[at : at + min(count - written, len(self.block) - at)] * scale
-            self.data.write(part.data)
-            written += len(part)
+        rows, columns = shape
+        for first in range(0, rows, ROWS):
+            some = min(ROWS, rows - first)
+            part = self.noise(some, columns)
+            if twice:
+                half = columns // 2
+                part = np.hstack([part[:, :half], part[:, :half] + part[:, half:] * np.float16(NEAR)])
+            self.data.write((part * scale).data)
         tensor = TensorProto(name=name, dims=shape, data_type=TensorProto.FLOAT16, data_location=TensorProto.EXTERNAL)
         for key, value in (("location", self.path.with_suffix(".data").name), ("offset", start), ("length", 2 * count)):
             tensor.external_data.add(key=key, value=str(value))
@@ -83,7 +92,7 @@ class Writer:
     def block_of_layers(self, x: str) -> str:
         """Attention, then a gated FFN."""
         inside = self.norm(x)
-        q, k, v = (self.add("MatMul", inside, self.weight(WIDTH, WIDTH)) for _ in range(3))
+        q, k, v = (self.add("MatMul", inside, self.weight(WIDTH, WIDTH, twice=True)) for _ in range(3))
         scores = self.add("MatMul", self.heads(q, [0, 2, 1, 3]), self.heads(k, [0, 2, 3, 1]))
         scale = self.constant((WIDTH // HEADS) ** -0.5, kind=TensorProto.FLOAT16)
         shares = self.add("Softmax", self.add("Mul", scores, scale), axis=-1)
@@ -91,7 +100,7 @@ class Writer:
         merged = self.add("Reshape", mixed, self.constant(0, 0, WIDTH))
         x = self.add("Add", x, self.add("MatMul", merged, self.weight(WIDTH, WIDTH)))
         inside = self.norm(x)
-        gate, up = (self.add("MatMul", inside, self.weight(WIDTH, INNER)) for _ in range(2))
+        gate, up = (self.add("MatMul", inside, self.weight(WIDTH, INNER, twice=True)) for _ in range(2))
         gated = self.add("Mul", self.add("Mul", gate, self.add("Sigmoid", gate)), up)
         return self.add("Add", x, self.add("MatMul", gated, self.weight(INNER, WIDTH)))
 
