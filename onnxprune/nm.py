@@ -25,6 +25,7 @@ from onnxprune.probes import cost_facts
 from onnxprune.sites import Slot
 from onnxprune.types import Array, Mask, OpNode, Shape
 from onnxprune.verify import meant, zero_of
+from onnxprune.weights import Shelf, shelved
 
 MOST = 32  # the largest M
 CODES = ("INT8", "UINT8")
@@ -286,10 +287,16 @@ def thinned(value: ir.Value, axis: int, nm: NM, sparsifier: Sparsifier) -> Array
     return np.ascontiguousarray(np.where(whole, array, zero(value, array)))
 
 
-def put(value: ir.Value, array: Array) -> None:
-    """Give an initializer other values of its shape and type."""
+def put(value: ir.Value, array: Array, shelf: Shelf | None = None) -> None:
+    """Give an initializer other values of its shape and type, which lie on a shelf if there is one."""
     assert value.const_value is not None
-    value.const_value = ir.Tensor(array, dtype=value.const_value.dtype, name=value.name)
+    if shelf is None or array.nbytes != value.const_value.nbytes:  # of types below a byte
+        value.const_value = ir.Tensor(array, dtype=value.const_value.dtype, name=value.name)
+        return
+    found = shelved({"": array}, shelf.path)[""]
+    found.name = value.name
+    shelf.take([found])
+    value.const_value = found
 
 
 def nonzero(value: ir.Value) -> Mask:

@@ -180,9 +180,7 @@ def repair(
         progress(k + 1, count)
     shelf = Shelf()
     found: Repair = worker.call(_finish, judge, shelf.path)
-    for change in found.changes.values():
-        if isinstance(change, Mapped):
-            change.shelf = shelf
+    shelf.take(change for change in found.changes.values() if isinstance(change, Mapped))
     return found
 
 

@@ -144,19 +144,16 @@ def permute(model: ir.Model, view: View, order: Callable[[Axis], Positions | Non
         alone = len(by_order) == 1 and len(value.uses()) == sum(map(len, by_order.values()))
         for key, uses in by_order.items():
             assert value.const_value is not None
-            array = old = value.const_value.numpy()
-            for axis, positions in enumerate(orders[key]):
-                if positions is not None:
-                    array = np.take(array, positions, axis)
-            if array.tobytes() == old.tobytes():
-                continue
             name = str(value.name) if alone else free_name(model.graph, str(value.name))
-            tensor = ir.Tensor(array, dtype=value.const_value.dtype, name=name)
+            moved = {axis: positions for axis, positions in enumerate(orders[key]) if positions is not None}
+            tensor = taken(value.const_value, moved, name)
+            if tensor.tobytes() == value.const_value.tobytes():
+                continue
             changed.append(name)
             if alone:
                 value.const_value = tensor
                 continue
-            fresh = ir.Value(name=name, shape=ir.Shape(array.shape), type=value.type, const_value=tensor)
+            fresh = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=value.type, const_value=tensor)
             add_initializer(model.graph, fresh)
             for node, k in uses:
                 node.replace_input_with(k, fresh)

@@ -29,9 +29,9 @@ from onnxprune.prove import Prover
 from onnxprune.recipe import Methods, Options
 from onnxprune.recovery import SHARE, Recovery
 from onnxprune.rewrite import permute
-from onnxprune.select import parse_size
 from onnxprune.sites import Site, Slot, find_sites
 from onnxprune.types import Array, Axis, Group, Mask, Plan, Positions
+from onnxprune.weights import LEAST, Shelf
 from onnxprune.worker import Worker
 
 ROUNDS = 8  # how often protection looks again
@@ -125,8 +125,9 @@ class _Run:
             requests,
             padding=self.recovery.samples.padding,
             seed=self.options.seed,
-            budget=parse_size(self.options.memory) // SHARE,
+            budget=self.recovery.memory // SHARE,
             threads=self.options.threads,
+            memory=self.recovery.memory,
         )
 
     @property
@@ -134,6 +135,11 @@ class _Run:
         """Layers whose inputs statistics can be gathered of."""
         nodes = {str(node.outputs[0].name): node for node in self.model.graph}
         return [one for one in self.free if one.node in nodes and not one.batched]
+
+    @cached_property
+    def shelf(self) -> Shelf | None:
+        """Where weights of a model lie that does not fit into the memory."""
+        return None if self.prover.runner(self.worker).fits(self.analysis.dense) else Shelf()
 
     # Order
 
@@ -338,7 +344,7 @@ class _Run:
             assert value.const_value is not None
             array = nm.thinned(value, one.axis, self.nm, sparsifier)
             if array.tobytes() != value.const_value.tobytes():
-                nm.put(value, array)
+                nm.put(value, array, self.shelf if array.nbytes > LEAST else None)
                 self.names.add(one.initializer)
             self.by[one.initializer] = name
 

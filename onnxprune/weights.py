@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -48,6 +48,11 @@ class Shelf:
     def __init__(self) -> None:
         self.path = tempfile.mkdtemp(prefix="onnxprune-")
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+    def take(self, tensors: Iterable[Mapped]) -> None:
+        """Stay as long as these are there."""
+        for tensor in tensors:
+            tensor.shelf = self
 
 
 class Mapped(ir.Tensor[Any]):
@@ -177,6 +182,9 @@ def taken(tensor: ir.TensorProtocol, keep: Mapping[int, Array], name: str) -> ir
     """These positions of each axis; a view of what lies in a file where that is large."""
     if isinstance(tensor, Mapped) and tensor.nbytes > LEAST:
         return Part(tensor, name, taken=keep)
+    if isinstance(tensor, Part) and not tensor.zeroed:
+        before = tensor.taken
+        return Part(tensor.whole, name, before | {k: before[k][at] if k in before else at for k, at in keep.items()})
     array = tensor.numpy()
     for axis, positions in keep.items():
         array = np.take(array, positions, axis)

@@ -104,6 +104,16 @@ def test_a_part_is_what_is_taken_and_zeroed(data: st.DataObject, tmp_path_factor
             assert np.array_equal(sent(part).numpy(), wanted)
 
 
+def test_a_part_of_a_part_is_one_part(stored: weights.Mapped, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, columns, again = np.arange(0, 67, 2), np.arange(1022, 0, -3), np.array([5, 0, 9])
+    first = weights.taken(stored, {1: columns}, "w")
+    second = weights.taken(first, {0: rows, 1: again}, "v")
+    assert isinstance(second, weights.Part)
+    assert second.whole is stored
+    assert second.name == "v"
+    np.testing.assert_array_equal(second.numpy(), stored.numpy()[rows][:, columns[again]])
+
+
 def sent(tensor: Any) -> Any:
     """As another process gets it."""
     return pickle.loads(pickle.dumps(tensor))  # noqa: S301
@@ -249,13 +259,19 @@ def test_what_does_not_fit_has_no_latency_target(tmp_path: Path) -> None:
     assert not (tmp_path / "o.onnx").exists()
 
 
-def test_little_memory_is_enough_for_a_pattern(tmp_path: Path) -> None:
-    path = wide(tmp_path, np.float32, 4096)
-    written = []
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_little_memory_is_enough_for_a_pattern(calibrated: bool, tmp_path: Path) -> None:
+    path, data = wide(tmp_path, np.float32, 4096), tmp_path / "c.npz"
+    np.savez(data, x=np.random.default_rng(3).standard_normal((64, 67)).astype(np.float32))
+    written: list[dict[str, bytes]] = []
     for memory in ("1MB", "1GB"):
         folder = tmp_path / memory
         folder.mkdir()
-        report = sparsify(path, folder / "o.onnx", memory=memory).report
+        given = {"calibration": str(data), "criterion": "nm-wanda", "no_cache": True} if calibrated else {}
+        result = sparsify(path, folder / "o.onnx", memory=memory, permute=not calibrated, **given)
+        report = result.report
+        stored = result.model.graph.initializers["v"].const_value
+        assert isinstance(stored, weights.Mapped) == (memory == "1MB")
         assert (report.pruned.latency is None) == (memory == "1MB")
         written.append({file.name: file.read_bytes() for file in folder.iterdir()})
     assert written[0] == written[1]
