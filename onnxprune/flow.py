@@ -21,7 +21,7 @@ from onnxprune import bfloat, interface
 from onnxprune.infer import bodies, walk
 from onnxprune.runtime import ort
 from onnxprune.sites import Slot, stored
-from onnxprune.types import Array
+from onnxprune.types import Array, Shape
 from onnxprune.weights import Part
 
 LOADED = 1024  # pieces that stay loaded
@@ -139,6 +139,14 @@ class Flow:
         """What is stored for one input of one node."""
         changed = self._changed.get(slot)
         return self._stored(self._slots[slot]) if changed is None else changed
+
+    def shape(self, slot: Slot) -> Shape:
+        """Its shape, for which nothing is read."""
+        if (changed := self._changed.get(slot)) is not None:
+            return changed.shape
+        tensor = self.stored[self._slots[slot]].const_value
+        assert tensor is not None
+        return tuple(tensor.shape.numpy())
 
     def change(self, slot: Slot, array: Array) -> Array:
         """Let one input of one node, not yet run, read this from now on; the array as it is kept."""

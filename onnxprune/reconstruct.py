@@ -30,7 +30,7 @@ from onnxprune.layouts import Layout
 from onnxprune.lsq import Regression, missed
 from onnxprune.model import Model, add_initializer, free_name
 from onnxprune.plugin import Problem, Reconstructor, Runs, Solution, Sparsifier, trait
-from onnxprune.running import BESIDE, MEMORY, Packed, give_back, limits, memory_of, packed, unpacked
+from onnxprune.running import BESIDE, MEMORY, Packed, give_back, limits, memory_of, packed, trim, unpacked
 from onnxprune.sites import Operator, Site, Slot, State, Visit, scaled, stored, visits
 from onnxprune.storage import dump, read_model
 from onnxprune.types import Array, Mask, Positions, Shape
@@ -176,7 +176,7 @@ def repair(
     with _sent(pruned) as what:
         count: int = worker.call(_load, what, list(sites) if reconstructor else [], dict(start or {}), keep)
     for k in range(count):
-        worker.call(_fit, k, reconstructor, dict(ridges or {}))
+        worker.call(_visit, k, reconstructor, dict(ridges or {}))
         progress(k + 1, count)
     shelf = Shelf()
     found: Repair = worker.call(_finish, judge, shelf.path)
@@ -462,6 +462,13 @@ class _Place:
         return error > NOTHING * float(np.var(self.wanted, axis=0, dtype=np.float64).mean() + 1e-30)
 
 
+def _visit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> None:
+    """Fit what a visit is for, and leave no memory behind."""
+    _fit(k, reconstructor, ridges)
+    if _dense is not None and _dense.large:
+        trim()
+
+
 def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> None:
     """Fit the sites of a visit and change their weights; once more where what some read depends on the others."""
     assert _task is not None
@@ -480,7 +487,7 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
     for _ in range(AGAIN if visit.behind else 1):
         last = _missed(places)
         changes = _changes(places, reconstructor, ridges)
-        before = {slot: task.flow.array(slot) for slot in changes}
+        before = {slot: task.flow.array(slot) for slot in changes} if visit.behind else {}
         _put(changes)
         if not changes or not visit.behind:
             return
@@ -532,7 +539,7 @@ def _places(k: int, local: bool) -> list[_Place]:
         if arrays is None:
             return []
         first = site.operators[0]
-        shapes = [first.layout.shape(array.shape, flow.array(first.weight).shape) for array in arrays[0]]
+        shapes = [first.layout.shape(array.shape, flow.shape(first.weight)) for array in arrays[0]]
         sampling = dense.sampling.within(math.prod(shapes[0][k] for k in site.axes)).shared(len(sites))
         there = sum(math.prod(shape) // math.prod(shape[k] for k in site.axes) for shape in shapes)
         count = min(sampling.rows, there)
@@ -776,7 +783,7 @@ def _levels(flow: Flow, slot: Slot) -> Levels | None:
     def stored(k: int) -> Array:
         return flow.array((name, k)).astype(np.float64)
 
-    array, point = flow.array(slot), np.zeros(1)
+    point = np.zeros(1)
     if node.op_type == "DequantizeLinear" and k == 0:
         scale, axis = stored(1), int(attributes(node).get("axis", 1))  # type: ignore[call-overload]
         point = stored(2) if len(node.inputs) > 2 and node.inputs[2] is not None else point
@@ -786,6 +793,7 @@ def _levels(flow: Flow, slot: Slot) -> Levels | None:
         scale, axis = stored(1) * stored(4), -1
     else:
         return None
+    array = flow.array(slot)
     return spread(scale, array, axis), spread(point, array, axis)
 
 
@@ -801,7 +809,7 @@ def _takes(site: Site, flow: Flow, rows: int) -> int:
     """Bytes that fitting a site takes, roughly: weights, products and rows, each a few times over."""
     weights = columns = wide = width = 0
     for operator in site.operators:
-        groups, reads, outputs = operator.layout.sizes(flow.array(operator.weight).shape)
+        groups, reads, outputs = operator.layout.sizes(flow.shape(operator.weight))
         width = groups * outputs
         weights += groups * reads * outputs
         columns += reads

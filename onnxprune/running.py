@@ -114,13 +114,14 @@ def in_pieces(sent: Sequence[Packed], feeds: Feeds, threads: int, memory: int) -
     models = [unpacked(one) for one in sent]
     names = [[str(value.name) for value in model.graph.outputs] for model in models]
     each, share = max(1, threads // len(models)), memory // 4 // len(models)
-    done, failed = [0] * len(models), threading.Event()
+    done, telling, failed = [0] * len(models), threading.Lock(), threading.Event()
 
     def told(k: int, reached: int, total: int) -> None:
         if failed.is_set():
             raise CancelledError
-        done[k] = reached
-        tell("run it in pieces", sum(done), due)
+        with telling:  # so that it never goes back
+            done[k] = reached
+            tell("run it in pieces", sum(done), due)
 
     for model in models:
         inputs = [str(value.name) for value in model.graph.inputs if value.name not in model.graph.initializers]
@@ -159,5 +160,10 @@ def give_back() -> None:
         model = onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 13)])
         session = ort.BACKENDS["cpu"].session(model.SerializeToString(), shared=True)
         session.run({"x": np.zeros(1, np.float32)}, shrink=True)
+    trim()
+
+
+def trim() -> None:
+    """Return memory that was freed, between what is in use as well."""
     with suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
