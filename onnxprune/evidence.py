@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,9 @@ PLAIN_READERS = frozenset(
     "Add Sub Mul Div PRelu BatchNormalization InstanceNormalization Identity Sum Max Min Where Expand".split()
 )
 
+LEAST = 1 << 28  # bytes that scoring one group may take in any case
+SHARE = 3  # of the memory, one part for statistics that are gathered at once
+COPIES = 6  # of second moments while something is made of them
 ROWS = 20_000  # of an operator's input, from which its second moments are known well enough
 
 
@@ -50,19 +54,19 @@ def evidence(
     groups: Sequence[Group],
     seed: int,
     gather: Gather | None,
-    budget: int,
+    memory: int,
     runs: Runs | None = None,
     progress: Progress = quietly,
 ) -> plugin.Evidence:
-    """Evidence about these groups; second moments are gathered for as many operators at once as `budget` (bytes) holds.
+    """Evidence about these groups, in so many bytes; statistics that are as large are gathered for many at once.
 
     Losses are measured on `runs`, and unknown without them.
     """
     if gather is None:
         return plugin.Evidence(analysis.weights, seed)
-    found = _Statistics(analysis, groups, gather, budget)
+    found = _Statistics(analysis, groups, gather, memory // SHARE, max(memory // 2, LEAST))
     loss = _Losses(analysis, groups, found.operators, runs, progress).of if runs is not None else None
-    return plugin.Evidence(analysis.weights, seed, found.readers, found.junctions, found.router, loss)
+    return plugin.Evidence(analysis.weights, seed, found.readers, found.junctions, found.router, loss, found.most)
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,9 @@ class _Statistics:
     groups: Sequence[Group]
     gather: Gather
     budget: int
+    most: int  # bytes that scoring one group may take
     moments: dict[Slot, Moments] = field(default_factory=dict)
+    samples: dict[tuple[Slot, int], Array] = field(default_factory=dict)
     streams: dict[int, list[plugin.Junction]] = field(default_factory=dict)
 
     # Readers
@@ -115,15 +121,16 @@ class _Statistics:
         return {slot: found[request] for slot, request in requests.items()}
 
     def second(self, slot: Slot) -> tuple[Array, Array]:
-        """Means, and means of products, of what a weight is multiplied by; those of the next ones come with it."""
+        """Means, and means of products, of what a weight is multiplied by; those of the next ones come with it.
+
+        Raises ImpossibleError where they take more than they may.
+        """
         if slot not in self.moments:
-            wanted: list[Slot] = []
-            taken = 0
-            for name in list(self.reading)[list(self.reading).index(slot) :]:
-                taken += self.operators.bytes(self.reading[name])
-                if wanted and taken > self.budget:
-                    break
-                wanted.append(name)
+            sizes = {name: 8 * self.operators.columns(one) ** 2 for name, one in self.reading.items()}
+            if (need := COPIES * sizes[slot]) > self.most:
+                text = f"second moments of what it reads take {need / 1e9:.1f} GB; raise --memory"
+                raise ImpossibleError(f"{text}, or take --criterion fluct or obs-struct", object=slot[0])
+            wanted = self._next(slot, {name: size for name, size in sizes.items() if COPIES * size <= self.most})
             requests = {name: MomentsOf(self.operators.source(self.reading[name]), rows=ROWS) for name in wanted}
             found = self.gather(list(requests.values()))
             self.moments = {name: found[request] for name, request in requests.items()}
@@ -131,6 +138,24 @@ class _Statistics:
         second = moments.xx / max(moments.count, 1)
         add_outer(second, moments.mean, moments.mean)
         return moments.mean[0], np.asarray(second[0])
+
+    def sample(self, slot: Slot, rows: int) -> Array:
+        """So many rows of what a weight is multiplied by; those of the next ones come with them."""
+        if (slot, rows) not in self.samples:
+            sizes = {name: 4 * rows * self.operators.columns(one) for name, one in self.reading.items()}
+            requests = {
+                name: RowsOf(self.operators.source(self.reading[name]), rows) for name in self._next(slot, sizes)
+            }
+            found = self.gather(list(requests.values()))
+            self.samples = {(name, rows): found[request][0] for name, request in requests.items()}
+        return self.samples[slot, rows]
+
+    def _next(self, slot: Slot, sizes: Mapping[Slot, int]) -> list[Slot]:
+        """A weight and as many behind it as there is room for, of these."""
+        order = list(sizes)
+        behind = order[order.index(slot) :]
+        fits = np.cumsum([sizes[name] for name in behind]) <= self.budget
+        return behind[: max(1, int(fits.sum()))]
 
     def readers(self, group: Group) -> list[plugin.Reader]:
         """See Evidence.readers."""
@@ -140,11 +165,13 @@ class _Statistics:
             found.append(
                 plugin.Reader(
                     node=operator.node,
-                    weight=self.operators.matrix(operator),
+                    read=partial(self.operators.matrix, operator),
+                    shape=self.operators.shape(operator),
                     columns=columns,
                     intercept=slot in self.operators.free,
                     profile=lambda slot=slot: self.profiles[slot],  # type: ignore[misc]
-                    second=lambda slot=slot: self.second(slot),  # type: ignore[misc]
+                    second=partial(self.second, slot),
+                    sample=partial(self.sample, slot),
                 )
             )
         return found
@@ -279,10 +306,14 @@ class Operators:
         matrix = operator.layout.matrix(self.weights.array(self.names[operator.weight])).swapaxes(0, 1)
         return np.asarray(matrix.reshape(len(matrix) * self.taps(operator) // operator.layout.patch, -1))
 
-    def bytes(self, operator: Operator) -> int:
-        """What an operator's second moments take."""
-        columns = operator.layout.sizes(self.sizes[operator.weight])[1]
-        return 8 * (columns * self.taps(operator) // operator.layout.patch) ** 2
+    def shape(self, operator: Operator) -> tuple[int, int]:
+        """(columns, outputs) of `matrix`."""
+        columns, size = self.columns(operator), math.prod(operator.layout.sizes(self.sizes[operator.weight]))
+        return columns, size // columns
+
+    def columns(self, operator: Operator) -> int:
+        """Columns of `matrix`."""
+        return operator.layout.sizes(self.sizes[operator.weight])[1] * self.taps(operator) // operator.layout.patch
 
 
 def _whole(operator: Operator) -> Operator:

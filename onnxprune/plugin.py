@@ -8,6 +8,7 @@ the defaults.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -123,17 +124,25 @@ class Columns(Protocol):
 class Reader:
     """A linear operator that reads a group: it sums x W over columns, of which each unit owns as many.
 
-    weight float64[columns, outputs]; columns int64[units, of each unit]. `intercept` says that a constant costs
-    nothing. What calibration data says of x is gathered when it is first asked for: `profile` gives statistics of each
-    column, `second` the mean float64[columns] and the means of x x^T float64[columns, columns] over the same rows.
+    weight float64[columns, outputs], read anew each time, of this `shape`; columns int64[units, of each unit].
+    `intercept` says that a constant costs nothing. What calibration data says of x is gathered when it is first asked
+    for: `profile` gives statistics of each column, `second` the mean float64[columns] and the means of x x^T
+    float64[columns, columns] over the same rows, `sample` so many rows themselves, float32[rows, columns].
     """
 
     node: str
-    weight: Array
+    read: Callable[[], Array]
+    shape: tuple[int, int]
     columns: Array
     intercept: bool
     profile: Callable[[], Columns]
     second: Callable[[], tuple[Array, Array]]
+    sample: Callable[[int], Array]
+
+    @property
+    def weight(self) -> Array:
+        """float64[columns, outputs]."""
+        return self.read()
 
     @cached_property
     def _profile(self) -> Columns:
@@ -228,8 +237,10 @@ class Evidence:
         junctions: Callable[[Group], Sequence[Junction]] | None = None,
         router: Callable[[Group], Router | None] | None = None,
         loss: Callable[[Sequence[Levels], str], Array] | None = None,
+        memory: float = math.inf,
     ) -> None:
-        self.weights, self.seed = weights, seed
+        """`memory` is in bytes: what scoring one group may take."""
+        self.weights, self.seed, self.memory = weights, seed, memory
         self._readers, self._junctions, self._router, self._loss = readers, junctions, router, loss
 
     @property

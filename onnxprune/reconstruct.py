@@ -13,10 +13,11 @@ import math
 import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -39,6 +40,8 @@ from onnxprune.weights import Mapped, Shelf, shelved
 from onnxprune.worker import Worker
 
 Feeds = Sequence[Mapping[str, Array]]
+T = TypeVar("T")
+S = TypeVar("S")
 ROWS = 20_000  # rows of one site that are enough
 LEAST = 1 << 28  # bytes that fitting one site may take in any case
 FEW = 256  # rows that a site is worth fitting to
@@ -46,6 +49,7 @@ NUMBERS = 1 << 27  # of one site that are fitted to at most, which takes rows of
 NOTHING = 1e-9  # share of a site's variance below which it is not off
 AGAIN = 8  # times at most that weights are fitted of which some readers lie behind others
 WORTH = 0.03  # share of what is off that one more time must have taken away
+BOTH = 2  # parts of a large weight that are fitted at once
 FREE = 10  # a column for a constant is as many times as large as others, so that damping hardly counts
 
 
@@ -672,13 +676,19 @@ def _solve(batch: _Batch, reconstructor: Reconstructor, ridges: Mapping[str, flo
     )
     shift = np.zeros(problem.wanted.shape[1])
     own = np.zeros((len(batch.constants), len(shift)))
-    for outputs, piece in _by_outputs(problem, _dense.limits.get("most", math.inf)):
+
+    def solved(part: tuple[slice, Problem]) -> Solution | None:
+        outputs, problem = part
         try:
-            solution = reconstructor.solve(piece)
+            solution = reconstructor.solve(problem)
             if solution is not None and any(part.operator.coded for part in parts):
-                solution = on_grid(piece, solution, batch.grid(outputs))
+                solution = on_grid(problem, solution, batch.grid(outputs))
         except np.linalg.LinAlgError:  # what is beyond numbers stays as it is
-            solution = None
+            return None
+        return solution
+
+    pieces = [*_by_outputs(problem, _dense.limits.get("most", math.inf) / BOTH)]
+    for (outputs, _), solution in zip(pieces, _side_by_side(solved, pieces), strict=True):
         if solution is None:
             continue
         task.ridges[value] = solution.ridge
@@ -693,6 +703,16 @@ def _solve(batch: _Batch, reconstructor: Reconstructor, ridges: Mapping[str, flo
     for place in places:
         place.current = current[start : start + len(place.current)]
         start += len(place.current)
+
+
+def _side_by_side(function: Callable[[T], S], items: Sequence[T]) -> Iterator[S]:
+    """What becomes of each, in order; a few are worked on at once."""
+    if len(items) == 1:
+        yield function(items[0])
+        return
+    with ThreadPoolExecutor(BOTH) as pool:
+        for k in range(0, len(items), BOTH):
+            yield from pool.map(function, items[k : k + BOTH])
 
 
 def _read(

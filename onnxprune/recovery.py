@@ -18,7 +18,7 @@ from onnxprune.bases import Bases
 from onnxprune.cache import Kept, digest, key_of, opened, versions
 from onnxprune.calibrate import Answers, Request, collect
 from onnxprune.errors import InputError
-from onnxprune.evidence import Runs, evidence
+from onnxprune.evidence import SHARE, Runs, evidence
 from onnxprune.feeds import padding_of, random_feed, samples_in, trimmed
 from onnxprune.infer import true_inputs
 from onnxprune.model import Model
@@ -143,9 +143,9 @@ class Recovery:
 
     def evidence(self, groups: Sequence[Group]) -> plugin.Evidence:
         """What criteria may look at."""
-        gather, budget = self.gather if self.given else None, self.memory // SHARE
+        gather = self.gather if self.given else None
         run = Runs(self.worker, self.given, self.options.threads, self.memory)
-        return evidence(self.analysis, groups, self.options.seed, gather, budget, run, self.progress)
+        return evidence(self.analysis, groups, self.options.seed, gather, self.memory, run, self.progress)
 
     def trials(
         self,
@@ -275,7 +275,6 @@ WORK = {"default": 1e13, "thorough": 1e14}  # MACs that trials may take together
 USUAL = 3  # runs for each weight of which some readers lie behind others
 ENOUGH = 3  # rows for each column below which a fit is thin
 MANY = 64  # samples below which what they have in common by chance is fitted too
-SHARE = 3  # of the memory, one part for statistics
 RANDOM = 64  # inputs for a repair without data
 
 

@@ -21,13 +21,14 @@ from onnxprune.analysis import Analysis, cost_shapes
 from onnxprune.calibrate import Answers, Columns, ProfileOf, Reads, Request, collect
 from onnxprune.dims import keep_of
 from onnxprune.errors import ImpossibleError, InputError, InternalError
+from onnxprune.evidence import SHARE
 from onnxprune.infer import initializers
 from onnxprune.model import Model
 from onnxprune.nm import NM, Layer
 from onnxprune.plugin import Permuter, Protector, Reconstructor, Seat, Sparsifier, trait
 from onnxprune.prove import Prover
 from onnxprune.recipe import Methods, Options
-from onnxprune.recovery import SHARE, Recovery
+from onnxprune.recovery import Recovery
 from onnxprune.rewrite import permute
 from onnxprune.sites import Site, Slot, find_sites
 from onnxprune.types import Array, Axis, Group, Mask, Plan, Positions

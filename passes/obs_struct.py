@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from scipy.linalg import cho_solve, cholesky, solve_triangular
 
 from onnxprune.lsq import surgeon
 from onnxprune.plugin import Evidence, Problem, Reader, Solution
@@ -19,18 +21,19 @@ class ObsStruct:
     With C the inverse of the damped second moments of a reader's input, removing the columns B costs
     tr(W_B^T C_BB^-1 W_B); W and C are then updated and the next units chosen. Errors of several readers are added.
     Source: METHODS D3, D4 (ZipLM, Kurtic et al. 2023). Needs second moments. `damp` is a share of their mean diagonal,
-    `rounds` how often units are chosen anew.
+    `rounds` how often units are chosen anew. Where second moments are larger than the memory, `rows` of the inputs at
+    most take their place, fewer than there are columns: the same formulas by way of products of rows.
     """
 
     damp: float = 1e-3
     rounds: int = 24
+    rows: int = 1024
     calibrated: ClassVar[bool] = True
     missing: ClassVar[str] = "no linear operator reads it"
 
     def importance(self, group: Group, evidence: Evidence) -> Array | None:
         """float64[units], higher stays: rises in the order in which the units are best removed."""
-        energies = [(reader, reader.energy()) for reader in evidence.readers(group)]
-        readers = [_State(reader, self.damp, energy) for reader, energy in energies if energy > 0]
+        readers = [state for state in self._states(evidence.readers(group), evidence.memory) if state.scale > 0]
         if not readers:
             return None
         count = len(group.units)
@@ -45,6 +48,22 @@ class ObsStruct:
                 state.remove(left[goes])
             left = np.delete(left, goes)
         return found
+
+    def _states(self, readers: Sequence[Reader], memory: float) -> list[_State] | list[_Rows]:
+        """All readers by second moments, or all by as many rows as fit into memory."""
+        shapes = [reader.shape for reader in readers]
+        last = COPIES * 8 * max((columns**2 for columns, _ in shapes), default=0)
+        if sum(8 * (columns**2 + columns * outputs) for columns, outputs in shapes) + last <= memory:
+            return [_State(reader, self.damp) for reader in readers]
+        largest = 8 * max(columns * outputs for columns, outputs in shapes)
+        each = sum(4 * (columns + outputs) + 16 * self.rows for columns, outputs in shapes)
+        rows = max(LEAST, min(self.rows, int((memory - COPIES * largest) // each)))
+        return [_Rows(reader, self.damp, rows) for reader in readers]
+
+
+COPIES = 4  # of what is largest while something is made of it
+LEAST = 64  # rows
+CHUNK = 1 << 22  # elements of a weight that are looked at at a time
 
 
 @dataclass(frozen=True)
@@ -72,10 +91,13 @@ class ObsUpdate:
 class _State:
     """A reader's weight and inverse moments while units go."""
 
-    def __init__(self, reader: Reader, damp: float, energy: float) -> None:
+    def __init__(self, reader: Reader, damp: float) -> None:
+        energy = reader.energy()
+        self.scale = 1.0 / energy if energy > 0 else 0.0
+        if not self.scale:
+            return
         self.columns = reader.columns
         self.weight = reader.weight.copy()
-        self.scale = 1.0 / energy
         moments = reader.moments
         mean = float(np.trace(moments)) / len(moments)
         self.inverse = np.linalg.inv(moments + damp * mean * np.eye(len(moments)))
@@ -102,3 +124,45 @@ class _State:
         self.weight = self.weight[stays] - gain @ self.weight[goes]
         self.inverse = self.inverse[np.ix_(stays, stays)] - gain @ part[:, stays]
         self.columns = (np.cumsum(stays) - 1)[self.columns]  # of units that went, it says nothing
+
+
+class _Rows:
+    """The same of a reader with fewer rows than columns, without anything of columns x columns.
+
+    With rows X, K = X X^T and r = n times the damping, C = n/r (I - X^T (r I + K)^-1 X); what is left of W once the
+    columns B are gone is W + X^T (r I + K)^-1 X_B W_B, K without B by then.
+    """
+
+    def __init__(self, reader: Reader, damp: float, rows: int) -> None:
+        x = reader.sample(rows)
+        self.reader, self.columns = reader, reader.columns
+        self.x = np.ascontiguousarray((x - x.mean(axis=0) if reader.intercept else x).T)
+        self.gram = (self.x.T @ self.x).astype(np.float64)
+        made = self.x.T @ reader.weight.astype(np.float32)
+        energy = float(np.sum(made**2, dtype=np.float64))
+        self.scale = self.gram.shape[0] / energy if energy > 0 else 0.0
+        self.damping = damp * float(np.trace(self.gram)) / len(self.x)
+        self.gone = np.zeros_like(made)
+
+    def costs(self, units: Array) -> Array:
+        """float64[units]: relative error of removing each alone."""
+        columns, weight = self.columns[units], self.reader.weight
+        factor = cholesky(self.gram + self.damping * np.eye(len(self.gram)), lower=True)
+        moved = cho_solve((factor, True), self.gone).astype(np.float32)
+        errors = np.empty(len(units))
+        step = max(1, CHUNK // (columns.shape[1] * (len(self.gram) + weight.shape[1])))
+        for start in range(0, len(units), step):
+            some = columns[start : start + step]
+            x = self.x[some]
+            left = weight[some] + x @ moved
+            y = solve_triangular(factor, x.reshape(-1, len(factor)).T, lower=True).T.reshape(x.shape)
+            blocks = np.eye(x.shape[1]) - y @ y.swapaxes(1, 2)
+            errors[start : start + step] = (left * np.linalg.solve(blocks, left)).sum(axis=(1, 2))
+        return np.asarray(np.maximum(errors, 0) * self.damping / len(factor) * self.scale)
+
+    def remove(self, units: Array) -> None:
+        """Take units out; what is left takes over their work."""
+        goes = self.columns[units].reshape(-1)
+        x = self.x[goes]
+        self.gram -= x.T @ x
+        self.gone += x.T @ self.reader.weight[goes].astype(np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -53,7 +54,8 @@ def reader(x: list, w: list, each: int = 1, intercept: bool = True) -> plugin.Re
     inputs, weight = np.array(x, np.float64), np.array(w, np.float64).T
     return plugin.Reader(
         node="y",
-        weight=weight,
+        read=weight.copy,
+        shape=weight.shape,
         columns=np.arange(len(weight)).reshape(-1, each),
         intercept=intercept,
         profile=lambda: SimpleNamespace(
@@ -63,6 +65,7 @@ def reader(x: list, w: list, each: int = 1, intercept: bool = True) -> plugin.Re
             l1=np.abs(inputs).sum(axis=0),
         ),
         second=lambda: (inputs.mean(axis=0), inputs.T @ inputs / len(inputs)),
+        sample=lambda rows: inputs[:rows].astype(np.float32),
     )
 
 
@@ -360,3 +363,23 @@ def test_bad_names_and_options_are_named(kind: str, text: str, culprit: str) -> 
     with pytest.raises(InputError) as error:
         plugin.build(kind, text)
     assert error.value.object == culprit
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize("each", [1, 3])
+def test_obs_struct_by_rows_is_that_by_second_moments(each: int, intercept: bool) -> None:
+    rng = np.random.default_rng(0)
+    mixed = rng.standard_normal((20, 60))
+    readers = [
+        reader(rng.standard_normal((50, 20)) @ mixed + 1, rng.standard_normal((outputs, 60)), each, intercept)
+        for outputs in (7, 30)
+    ]
+    some = group(60 // each)
+    wanted, found = (
+        plugin.build("criteria", "obs-struct").importance(
+            some, plugin.Evidence(plugin.Weights(lambda name: np.zeros(0)), 0, lambda g: readers, memory=memory)
+        )
+        for memory in (math.inf, 1000)
+    )
+    assert list(np.argsort(found)) == list(np.argsort(wanted))
+    np.testing.assert_allclose(found, wanted, rtol=2e-3)
