@@ -22,7 +22,8 @@ class ObsStruct:
     tr(W_B^T C_BB^-1 W_B); W and C are then updated and the next units chosen. Errors of several readers are added.
     Source: METHODS D3, D4 (ZipLM, Kurtic et al. 2023). Needs second moments. `damp` is a share of their mean diagonal,
     `rounds` how often units are chosen anew. Where second moments are larger than the memory, `rows` of the inputs at
-    most take their place, fewer than there are columns: the same formulas by way of products of rows.
+    most take their place, fewer than there are columns: the same formulas by way of products of rows, in a third of
+    the rounds: each looks at all of the weight anew.
     """
 
     damp: float = 1e-3
@@ -37,10 +38,11 @@ class ObsStruct:
         if not readers:
             return None
         count = len(group.units)
+        rounds = self.rounds if isinstance(readers[0], _State) else max(1, self.rounds // 3)
         left, found, floor = np.arange(count), np.zeros(count), 0.0
         while len(left):
             costs = np.sum([state.costs(left) for state in readers], axis=0)
-            goes = np.argsort(costs, kind="stable")[: max(1, len(left) // self.rounds)]
+            goes = np.argsort(costs, kind="stable")[: max(1, len(left) // rounds)]
             for k in goes:  # never less than what went before: the order is what counts
                 floor = max(floor, float(costs[k]))
                 found[left[k]] = floor
@@ -146,18 +148,21 @@ class _Rows:
 
     def costs(self, units: Array) -> Array:
         """float64[units]: relative error of removing each alone."""
-        columns, weight = self.columns[units], self.reader.weight
+        columns, weight, each = self.columns[units], self.reader.weight, self.columns.shape[1]
         factor = cholesky(self.gram + self.damping * np.eye(len(self.gram)), lower=True)
         moved = cho_solve((factor, True), self.gone).astype(np.float32)
         errors = np.empty(len(units))
-        step = max(1, CHUNK // (columns.shape[1] * (len(self.gram) + weight.shape[1])))
+        step = max(1, CHUNK // (each * (len(factor) + weight.shape[1])))
         for start in range(0, len(units), step):
-            some = columns[start : start + step]
+            some = columns[start : start + step].reshape(-1)
             x = self.x[some]
-            left = weight[some] + x @ moved
-            y = solve_triangular(factor, x.reshape(-1, len(factor)).T, lower=True).T.reshape(x.shape)
-            blocks = np.eye(x.shape[1]) - y @ y.swapaxes(1, 2)
-            errors[start : start + step] = (left * np.linalg.solve(blocks, left)).sum(axis=(1, 2))
+            left = (weight[some] + x @ moved).reshape(-1, each, weight.shape[1])
+            y = solve_triangular(factor, x.T, lower=True).T.reshape(-1, each, len(factor))
+            if each == 1:
+                found = np.square(left).sum(axis=(1, 2)) / np.maximum(1 - np.square(y).sum(axis=(1, 2)), 1e-300)
+            else:
+                found = (left * np.linalg.solve(np.eye(each) - y @ y.swapaxes(1, 2), left)).sum(axis=(1, 2))
+            errors[start : start + step] = found
         return np.asarray(np.maximum(errors, 0) * self.damping / len(factor) * self.scale)
 
     def remove(self, units: Array) -> None:
