@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +11,7 @@ import pytest
 from onnxprune import plugin, quality
 from onnxprune.errors import InputError
 from onnxprune.greedy import blocks
+from onnxprune.passes import obs_struct
 from onnxprune.passes.act_attn import ActivationAttention
 from onnxprune.passes.act_mean import ActivationMean
 from onnxprune.passes.angular import Angular, angle
@@ -374,12 +374,24 @@ def test_obs_struct_by_rows_is_that_by_second_moments(each: int, intercept: bool
         reader(rng.standard_normal((50, 20)) @ mixed + 1, rng.standard_normal((outputs, 60)), each, intercept)
         for outputs in (7, 30)
     ]
-    some = group(60 // each)
-    wanted, found = (
-        plugin.build("criteria", "obs-struct").importance(
-            some, plugin.Evidence(plugin.Weights(lambda name: np.zeros(0)), 0, lambda g: readers, memory=memory)
-        )
-        for memory in (math.inf, 1000)
-    )
-    assert list(np.argsort(found)) == list(np.argsort(wanted))
-    np.testing.assert_allclose(found, wanted, rtol=2e-3)
+    wanted = [obs_struct._State(one, 1e-3) for one in readers]
+    found = obs_struct.ObsStruct(rows=50)._states(readers, 100_000)
+    assert [type(one) for one in found] == [obs_struct._Rows] * 2
+    assert [len(one.gram) for one in found] == [50, 50]
+    left = np.arange(60 // each)
+    while len(left) > 3:
+        costs = [np.sum([one.costs(left) for one in states], axis=0) for states in (wanted, found)]
+        np.testing.assert_allclose(costs[1], costs[0], rtol=2e-3)
+        goes = np.argsort(costs[0])[:2]
+        for state in (*wanted, *found):
+            state.remove(left[goes])
+        left = np.delete(left, goes)
+
+
+def test_obs_struct_takes_as_many_rows_as_fit() -> None:
+    rng = np.random.default_rng(0)
+    one = reader(rng.standard_normal((900, 500)), rng.standard_normal((10, 500)))
+    assert [type(state) for state in obs_struct.ObsStruct()._states([one], 2e7)] == [obs_struct._State]
+    for memory, rows in ((9e6, 479), (4e6, 208), (0, 64)):
+        (found,) = obs_struct.ObsStruct()._states([one], memory)
+        assert len(found.gram) == rows
