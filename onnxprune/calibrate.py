@@ -28,7 +28,7 @@ from onnxprune.errors import ImpossibleError, InputError
 from onnxprune.infer import Facts, Inference, symbols, true_inputs
 from onnxprune.model import Model, free_name, register
 from onnxprune.probes import cost_facts, probes
-from onnxprune.running import in_pieces, memory_of, packed
+from onnxprune.running import give_back, in_pieces, memory_of, packed
 from onnxprune.runtime import ort
 from onnxprune.storage import dump
 from onnxprune.types import Array, Shape
@@ -348,6 +348,7 @@ def _running(worker: Worker, model: Model, threads: int, memory: int | None) -> 
             return {name: array for name, array in found.items() if outputs is None or name in outputs}
 
         yield run_in_pieces
+        worker.call(give_back)
         return
     with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
         made = bfloat.single(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -60,7 +60,9 @@ class ObsStruct:
         largest = 8 * max(columns * outputs for columns, outputs in shapes)
         each = sum(4 * (columns + outputs) + 16 * self.rows for columns, outputs in shapes)
         rows = max(LEAST, min(self.rows, int((memory - COPIES * largest) // each)))
-        return [_Rows(reader, self.damp, rows) for reader in readers]
+        left = memory - COPIES * largest - rows * each
+        held = sum(4 * columns * outputs for columns, outputs in shapes) <= left
+        return [_Rows(reader, self.damp, rows, held) for reader in readers]
 
 
 COPIES = 4  # of what is largest while something is made of it
@@ -135,12 +137,14 @@ class _Rows:
     columns B are gone is W + X^T (r I + K)^-1 X_B W_B, K without B by then.
     """
 
-    def __init__(self, reader: Reader, damp: float, rows: int) -> None:
-        x = reader.sample(rows)
-        self.reader, self.columns = reader, reader.columns
+    def __init__(self, reader: Reader, damp: float, rows: int, held: bool) -> None:
+        """With `held` the weight stays in memory."""
+        x, weight = reader.sample(rows), reader.weight.astype(np.float32)
+        self.weight: Callable[[], Array] = (lambda: weight) if held else lambda: reader.weight.astype(np.float32)
+        self.columns = reader.columns
         self.x = np.ascontiguousarray((x - x.mean(axis=0) if reader.intercept else x).T)
         self.gram = (self.x.T @ self.x).astype(np.float64)
-        made = self.x.T @ reader.weight.astype(np.float32)
+        made = self.x.T @ weight
         energy = float(np.sum(made**2, dtype=np.float64))
         self.scale = self.gram.shape[0] / energy if energy > 0 else 0.0
         self.damping = damp * float(np.trace(self.gram)) / len(self.x)
@@ -148,7 +152,7 @@ class _Rows:
 
     def costs(self, units: Array) -> Array:
         """float64[units]: relative error of removing each alone."""
-        columns, weight, each = self.columns[units], self.reader.weight, self.columns.shape[1]
+        columns, weight, each = self.columns[units], self.weight(), self.columns.shape[1]
         factor = cholesky(self.gram + self.damping * np.eye(len(self.gram)), lower=True)
         moved = cho_solve((factor, True), self.gone).astype(np.float32)
         errors = np.empty(len(units))
@@ -170,4 +174,4 @@ class _Rows:
         goes = self.columns[units].reshape(-1)
         x = self.x[goes]
         self.gram -= x.T @ x
-        self.gone += x.T @ self.reader.weight[goes].astype(np.float32)
+        self.gone += x.T @ self.weight()[goes]
