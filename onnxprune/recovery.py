@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import filter as matching
 from functools import cached_property
 from typing import Any
@@ -208,6 +208,10 @@ class Recovery:
         Whether it does is seen on the half of the samples that a first repair was not fitted to; the final one is
         fitted to all of them.
         """
+        found = self._repaired(plan, pruned)
+        return replace(found, warnings=[*self.told, *found.warnings])
+
+    def _repaired(self, plan: Plan, pruned: Model) -> Repaired:
         if self.reconstructor is None or all(keep.all() for keep in plan.keep.values()):
             return Repaired(pruned, [], [])
         start = started(self.analysis, plan, pruned, self.bases, self.stays)
@@ -237,7 +241,7 @@ class Recovery:
         model = start.model.clone()
         names = reconstruct.apply(model, found.changes)
         told = [] if self.given else [f"there is no calibration data: repaired on {RANDOM} random inputs"]
-        told += [*self.told, *self._thin(found), *_large(found)]
+        told += [*self._thin(found), *_large(found)]
         return Repaired(model, names, told, start.rewrites, start.norms)
 
     def _thin(self, found: reconstruct.Repair) -> list[str]:

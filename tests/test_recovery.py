@@ -15,9 +15,13 @@ from click.testing import CliRunner, Result
 from onnx import numpy_helper, parser
 
 from onnxprune import pipeline, reconstruct
+from onnxprune.analysis import Analysis
 from onnxprune.cli import main
 from onnxprune.feeds import blended, noisy, padding_of, trimmed
 from onnxprune.recipe import Options
+from onnxprune.recovery import Recovery
+from onnxprune.types import Plan
+from onnxprune.worker import Worker
 
 X = np.random.default_rng(1).standard_normal((64, 7)).astype(np.float32)
 
@@ -56,6 +60,15 @@ def prune(model: Path, data: Path, *more: object) -> tuple[Result, dict[str, Any
     result = run("prune", model, "-o", model.parent / "s.onnx", "--target", "macs=0.5", "--calibration", data,
                  "--effort", "quick", "--no-measure", "--report", report, "--force", *more)  # fmt: skip
     return result, json.loads(report.read_text()) if report.exists() else {}
+
+
+def test_what_a_search_says_is_told_even_where_nothing_is_repaired(mlp: Path) -> None:
+    analysis = Analysis(mlp)
+    with Worker() as worker:
+        recovery = Recovery(analysis, [], Options(ratio=0.5), worker)
+        for _ in range(2):
+            recovery._tell("something")
+        assert recovery.repair(Plan({}), analysis.rewrite(Plan({}))).warnings == ["something"]
 
 
 @pytest.mark.parametrize(
