@@ -16,6 +16,7 @@ from onnxprune.errors import InternalError
 from onnxprune.feeds import blended, noisy
 from onnxprune.model import Model
 from onnxprune.plugin import Knob, Reconstructor, Search, Searcher
+from onnxprune.rows import ROWS, Sampling
 from onnxprune.select import Rounding
 from onnxprune.sites import Site, find_sites
 from onnxprune.types import Array, Axis, Group, Mask, Plan, Positions
@@ -110,9 +111,9 @@ class Samples:
         feeds = [feed for k in chosen for feed in self.feeds[2 * k : 2 * k + 2]]
         return self if wanted == pairs else replace(self, feeds=feeds)
 
-    def sampling(self, rows: int = reconstruct.ROWS) -> reconstruct.Sampling:
+    def sampling(self, rows: int = ROWS) -> Sampling:
         """How rows are drawn from them."""
-        return reconstruct.Sampling(rows, self.seed, self.padding)
+        return Sampling(rows, self.seed, self.padding)
 
 
 @dataclass

@@ -21,9 +21,11 @@ from onnxprune.errors import InputError
 from onnxprune.evidence import SHARE, Runs, evidence
 from onnxprune.feeds import padding_of, random_feed, samples_in, trimmed
 from onnxprune.infer import true_inputs
+from onnxprune.layerwise import Repair
 from onnxprune.model import Model
 from onnxprune.plugin import Reconstructor
 from onnxprune.recipe import Methods, Options
+from onnxprune.rows import ROWS
 from onnxprune.running import Runner
 from onnxprune.select import Rounding, parse_size
 from onnxprune.sites import fitting, visits
@@ -229,7 +231,7 @@ class Recovery:
         if not tried.divergence < naive:
             why = f"did not help on held-out samples ({naive:.3g} to {tried.divergence:.3g}), so nothing was repaired"
             return Repaired(pruned, [], [f"repair {why}; more calibration samples would help", *_large(tried)])
-        self._begin(self.samples.feeds, (), reconstruct.ROWS)
+        self._begin(self.samples.feeds, (), ROWS)
         found = reconstruct.repair(
             self.worker,
             start.model,
@@ -244,7 +246,7 @@ class Recovery:
         told += [*self._thin(found), *_large(found)]
         return Repaired(model, names, told, start.rewrites, start.norms)
 
-    def _thin(self, found: reconstruct.Repair) -> list[str]:
+    def _thin(self, found: Repair) -> list[str]:
         """A warning where there were few rows for the columns of a site, or few samples for any."""
         damped = {site: sizes for site, sizes in found.rows.items() if found.ridges.get(site)}
         if not damped:
@@ -266,7 +268,7 @@ class Recovery:
         reconstruct.begin(self.worker, model, fitted, sampling, **told)
 
 
-def _large(found: reconstruct.Repair) -> list[str]:
+def _large(found: Repair) -> list[str]:
     """A warning where sites take more memory than they may."""
     if not found.large:
         return []

@@ -23,6 +23,7 @@ from onnxprune.dims import keep_of
 from onnxprune.errors import ImpossibleError, InputError, InternalError
 from onnxprune.evidence import SHARE
 from onnxprune.infer import initializers
+from onnxprune.layerwise import Thinning
 from onnxprune.model import Model
 from onnxprune.nm import NM, Layer
 from onnxprune.plugin import Permuter, Protector, Reconstructor, Seat, Sparsifier, trait
@@ -305,7 +306,7 @@ class _Run:
                 places = np.array(protected.get(one.slot, ()), np.int64).reshape(-1, 2)
                 slots[one.slot] = places[:, 0], places[:, 1]
                 self.by[one.initializer] = self.name
-        thin = reconstruct.Thinning(self.nm.n, self.nm.m, self.sparsifier, self.repair, slots)
+        thin = Thinning(self.nm.n, self.nm.m, self.sparsifier, self.repair, slots)
         samples, options = self.recovery.samples, self.options
         reconstruct.begin(
             self.worker,

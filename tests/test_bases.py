@@ -20,9 +20,10 @@ from onnxprune.analysis import Analysis
 from onnxprune.audit import verify
 from onnxprune.bases import Bases
 from onnxprune.errors import ImpossibleError
+from onnxprune.layerwise import Repair
 from onnxprune.recipe import Options
-from onnxprune.reconstruct import Repair
 from onnxprune.recovery import Recovery
+from onnxprune.rows import ROWS
 from onnxprune.types import Plan
 from onnxprune.worker import Worker
 
@@ -80,7 +81,7 @@ def cut(
     assert recovery.bases is not None
     recovery.bases.means = recovery.bases.removable() if means else frozenset()
     start = started(of, plan, pruned, recovery.bases)
-    recovery._begin(recovery.samples.feeds, (), reconstruct.ROWS)
+    recovery._begin(recovery.samples.feeds, (), ROWS)
     how = recovery.reconstructor if fit else None
     found: Repair = reconstruct.repair(worker, start.model, start.sites, how, start=start.arrays)
     model = start.model.clone()

@@ -32,10 +32,10 @@ from onnxprune import (
     evidence,
     feeds,
     flow,
+    layerwise,
     plugin,
     prune,
     reading,
-    reconstruct,
     running,
     storage,
     verify,
@@ -334,7 +334,7 @@ class Here:
 def test_where_memory_is_short_values_are_fitted_to_fewer_rows_or_left_alone(
     least: int, repaired: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reconstruct, "LEAST", least)
+    monkeypatch.setattr(layerwise, "LEAST", least)
     analysis, plan = Analysis(wide(tmp_path, np.float32)), Plan({0: np.arange(1023) % 2 == 0})
     given = [{"x": np.random.default_rng(3).standard_normal((2048, 67)).astype(np.float32)}]
     recovery = Recovery(analysis, given, Options(ratio=0.5, calibration="given", memory="1MB"), Here())
@@ -390,14 +390,14 @@ def test_outputs_are_fitted_alike_some_at_a_time(bounds: tuple[float, float]) ->
     solver = plugin.build("reconstructors", "sequential")
     whole = solver.solve(problem)
     seen = []
-    for outputs, part in reconstruct._by_outputs(problem, 8 * 7 * 4):
+    for outputs, part in layerwise._by_outputs(problem, 8 * 7 * 4):
         solution = solver.solve(part)
         np.testing.assert_allclose(solution.weight, whole.weight[:, :, outputs], atol=1e-6)
         np.testing.assert_allclose(solution.shift, whole.shift[outputs], atol=1e-6)
         seen += range(11)[outputs]
     assert seen == [*range(11)]
     for most in (8 * 7 * 11, math.inf):
-        assert [outputs for outputs, _ in reconstruct._by_outputs(problem, most)] == [slice(None)]
+        assert [outputs for outputs, _ in layerwise._by_outputs(problem, most)] == [slice(None)]
 
 
 def test_size_is_known_before_it_is_written(tmp_path: Path) -> None:

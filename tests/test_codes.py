@@ -18,8 +18,9 @@ from onnxprune.analysis import Analysis
 from onnxprune.cli import main
 from onnxprune.codes import Grid, fed_back, on_grid
 from onnxprune.flow import Flow, Sessions
+from onnxprune.parts import Part, numbers
 from onnxprune.plugin import Problem, Solution
-from onnxprune.reconstruct import Rows, Sampling, _numbers, _Part
+from onnxprune.rows import Rows, Sampling
 from onnxprune.types import Plan
 
 ort.set_default_logger_severity(4)
@@ -182,8 +183,8 @@ def test_an_operator_of_integers_is_its_product_rounded(per_channel: bool, tmp_p
         read, made = (values[0] for values in flow.values([operator.x, operator.node]))
         shape = operator.layout.shape(read.shape, flow.array(operator.weight).shape)
         rows = Rows([shape], site.axes, [16], [None], Sampling())
-        x = rows.read(_numbers(flow, operator, [read]), operator.layout)
+        x = rows.read(numbers(flow, operator, [read]), operator.layout)
         k = 7 if operator.node.startswith("y") else 6
         step, zero = (float(flow.array((operator.node, k + n))) for n in (0, 1))
-        found = np.clip(_Part(flow, operator, x).output(), *site.bounds)
+        found = np.clip(Part(flow, operator, x).output(), *site.bounds)
         assert np.abs(found - (rows.of([made], site.axes) - zero) * step).max() < 0.51 * step

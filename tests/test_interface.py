@@ -21,8 +21,8 @@ from onnxprune.cli import main
 from onnxprune.feeds import random_feed
 from onnxprune.interface import KEY, narrow, note, noted
 from onnxprune.recipe import Options
-from onnxprune.reconstruct import Sampling
 from onnxprune.recovery import Recovery
+from onnxprune.rows import Sampling
 from onnxprune.worker import Worker
 
 FUSED = (

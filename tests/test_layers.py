@@ -31,7 +31,7 @@ LAYERS = (
     ("masked", "bounds", "fold", "rms"),
     ("verify",),
     ("analysis", "prove", "recipe", "calibrate", "sites", "widths", "flow", "nm", "precision", "running"),
-    ("evidence", "bases", "reconstruct", "timing"),
+    ("evidence", "bases", "rows", "parts", "layerwise", "reconstruct", "timing"),
     ("allocate", "pace"),
     ("recovery",),
     ("choose",),

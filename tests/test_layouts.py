@@ -18,9 +18,9 @@ from onnxprune.analysis import Analysis
 from onnxprune.calibrate import collect
 from onnxprune.evidence import evidence
 from onnxprune.flow import Flow, Sessions
+from onnxprune.parts import Part
 from onnxprune.reading import serialized
 from onnxprune.recipe import Options
-from onnxprune.reconstruct import _Part
 from onnxprune.recovery import Recovery
 from onnxprune.sites import Site
 from onnxprune.types import Group, Plan
@@ -419,7 +419,7 @@ def inside(net: Net, folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray, n
             source = operator.source
             x = values[source] if isinstance(source, str) else source.of(values, flow.array)
             state = x if not isinstance(source, str) and not source.reset else state
-            total = total + _Part(flow, operator, operator.layout.rows(x, np.arange(n * t))).output()
+            total = total + Part(flow, operator, operator.layout.rows(x, np.arange(n * t))).output()
         found[site.value] = total.reshape(n, t, d, -1, hidden)
     return found, state, y
 

@@ -21,10 +21,11 @@ from onnxprune.analysis import Analysis
 from onnxprune.flow import Flow, Sessions
 from onnxprune.infer import initializers
 from onnxprune.lsq import PULL, Regression, fit, goal
+from onnxprune.parts import Part
 from onnxprune.reading import deserialized, serialized
 from onnxprune.recipe import Options
-from onnxprune.reconstruct import Rows, Sampling, _Part
 from onnxprune.recovery import Recovery, Repaired
+from onnxprune.rows import Rows, Sampling
 from onnxprune.sites import Site, find_sites
 from onnxprune.types import Group, Plan
 from onnxprune.worker import Worker
@@ -92,7 +93,7 @@ def check_sites(model: ir.Model, sites: list[Site], fed: list[dict[str, np.ndarr
         shapes = [first.layout.shape(x.shape, flow.array(first.weight).shape) for x in apart[0]]
         rows = Rows(shapes, site.axes, counts, [None] * len(fed), Sampling())
         parts = [
-            _Part(flow, operator, rows.read(x, operator.layout))
+            Part(flow, operator, rows.read(x, operator.layout))
             for operator, x in zip(site.operators, apart, strict=False)
         ]
         total = sum(part.output() for part in parts) + sum(rows.of(x, site.axes) for x in apart[len(names) :])
