@@ -23,12 +23,12 @@ from onnxprune.infer import attributes as attributes_of
 from onnxprune.infer import bodies, initializers, names, walk
 from onnxprune.model import add_initializer
 from onnxprune.nm import NM, broken
+from onnxprune.operators import stored as stored_in
 from onnxprune.prove import Prover
 from onnxprune.realize import realize
 from onnxprune.rewrite import apply
 from onnxprune.rms import by_root_mean_square
 from onnxprune.runtime import ort
-from onnxprune.sites import stored as stored_in
 from onnxprune.types import Axis, Mask, Plan, Progress, Shape, quietly
 from onnxprune.worker import Worker
 

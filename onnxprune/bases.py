@@ -20,9 +20,10 @@ import onnx_ir as ir
 from onnxprune.analysis import Analysis
 from onnxprune.calibrate import Columns, Gather, Moments, MomentsOf, RowsOf
 from onnxprune.dims import keep_of
+from onnxprune.operators import Operator, Slot
 from onnxprune.outcome import evaluate
 from onnxprune.rms import by_root_mean_square
-from onnxprune.sites import Operator, Site, Slot, find_sites
+from onnxprune.sites import Site, find_sites
 from onnxprune.types import Array, Axis, Group, Mask, OpNode, Positions
 from onnxprune.widths import MOVES, Norm, Width, find_width
 

@@ -30,9 +30,10 @@ from onnxprune.calibrate import (
 )
 from onnxprune.errors import ImpossibleError, InputError, InternalError
 from onnxprune.layouts import Gates
+from onnxprune.operators import Operator, Slot, State
 from onnxprune.plugin import Levels
 from onnxprune.running import MEMORY, Runner
-from onnxprune.sites import Operator, Slot, State, find_sites
+from onnxprune.sites import find_sites
 from onnxprune.types import Array, Axis, Group, Mask, OpNode, Plan, Progress, quietly
 from onnxprune.worker import Worker
 

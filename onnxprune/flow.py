@@ -19,8 +19,8 @@ import onnx_ir as ir
 
 from onnxprune import bfloat, interface
 from onnxprune.infer import bodies, walk
+from onnxprune.operators import Slot, stored
 from onnxprune.runtime import ort
-from onnxprune.sites import Slot, stored
 from onnxprune.types import Array, Shape
 from onnxprune.weights import Part
 

@@ -22,11 +22,12 @@ from onnxprune.feeds import samples_in
 from onnxprune.flow import Flow, Room, Sessions
 from onnxprune.lsq import Regression, missed
 from onnxprune.model import Model
+from onnxprune.operators import Slot, State
 from onnxprune.parts import Key, Part, numbers, takes, total
 from onnxprune.plugin import Problem, Reconstructor, Runs, Solution, Sparsifier, trait
 from onnxprune.rows import Rows, Sampling
 from onnxprune.running import Packed, give_back, limits, memory_of, trim, unpacked
-from onnxprune.sites import Site, Slot, State, Visit, visits
+from onnxprune.sites import Site, Visit, visits
 from onnxprune.storage import read_model
 from onnxprune.types import Array, Mask, Positions, Shape
 from onnxprune.weights import Mapped, shelved

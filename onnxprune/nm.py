@@ -20,9 +20,9 @@ from onnxprune.cost import mac_terms
 from onnxprune.errors import InputError
 from onnxprune.infer import attributes, initializers, walk
 from onnxprune.model import Model, prepare, view
+from onnxprune.operators import Slot
 from onnxprune.plugin import Runs, Sparsifier
 from onnxprune.probes import cost_facts
-from onnxprune.sites import Slot
 from onnxprune.types import Array, Mask, OpNode, Shape
 from onnxprune.verify import meant, zero_of
 from onnxprune.weights import Shelf, shelved

@@ -8,7 +8,8 @@ import numpy as np
 
 from onnxprune.flow import Flow
 from onnxprune.infer import attributes
-from onnxprune.sites import Operator, Site, Slot, scaled
+from onnxprune.operators import Operator, Slot
+from onnxprune.sites import Site, scaled
 from onnxprune.types import Array, Mask, Positions
 from onnxprune.verify import spread
 

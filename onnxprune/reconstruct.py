@@ -20,10 +20,11 @@ import onnx_ir as ir
 from onnxprune import layerwise
 from onnxprune.layerwise import Feeds, Repair
 from onnxprune.model import Model, add_initializer, free_name
+from onnxprune.operators import Slot, stored
 from onnxprune.plugin import Reconstructor
 from onnxprune.rows import Sampling
 from onnxprune.running import BESIDE, MEMORY, Packed, memory_of, packed
-from onnxprune.sites import Site, Slot, stored
+from onnxprune.sites import Site
 from onnxprune.storage import dump
 from onnxprune.types import Array
 from onnxprune.weights import Mapped, Shelf

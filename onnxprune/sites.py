@@ -9,127 +9,40 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from onnxprune.chains import Chain, bounds_of, follow, range_of, step_of
 from onnxprune.infer import attributes, bodies, walk
-from onnxprune.layouts import Contraction, Convolution, Gates, Layout, TransposedConvolution, before, einsum, matmul
+from onnxprune.layouts import Contraction, Convolution, Gates
+from onnxprune.operators import (
+    CODES,
+    GATES,
+    INSIDE,
+    SCALED,
+    Given,
+    Operator,
+    Slot,
+    State,
+    Step,
+    apart,
+    codes,
+    kind_of,
+    layout_of,
+    may_weigh,
+    operator_of,
+    outputs_of,
+    shape_of,
+    size_at,
+    stored,
+    text_of,
+    weight_of,
+)
 from onnxprune.types import Array, Axis, Mask, Positions, Shape
-
-Slot = tuple[str, int]  # first output of a node, number of its input
-FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-CODES = tuple(ir.DataType[name] for name in ("INT8", "UINT8", "INT16", "UINT16", "INT32"))  # that NumPy knows
-MICROSOFT = "com.microsoft"
-LINEAR = {  # (domain, operator): inputs that may be its weight; of those that are `INSIDE` the product is no value
-    **{("", name): (1,) for name in ("Conv", "ConvTranspose", "Gemm")},
-    **{("", name): (1, 0) for name in ("MatMul", "Einsum")},
-    **{(MICROSOFT, name): (1,) for name in ("FusedConv", "FusedGemm", "Attention")},
-    (MICROSOFT, "FusedMatMul"): (1, 0),
-}
-INSIDE = frozenset(("FusedConv", "FusedGemm", "Attention"))
-GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
-SCALED = {  # products of integers that are scaled to others: inputs that are the bias and the scale of the output
-    ("", "QLinearConv"): (8, 6),
-    ("", "QLinearMatMul"): (-1, 6),
-    (MICROSOFT, "QGemm"): (6, 7),
-}
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a site's chain does to each channel: `add` or `mul` one number, or `norm` with running statistics.
-
-    What is stored for it stays where it is `fixed`.
-    """
-
-    kind: str
-    slots: tuple[Slot, ...]
-    epsilon: float = 0.0
-    fixed: bool = False
-
-
-@dataclass(frozen=True)
-class Operator:
-    """A linear operator whose weight is stored.
-
-    `left` has (axis, positions) of the dense operator's input that are left, where some are not; `lost` says that
-    columns went, and not only whole groups. `x` is the node's input `reads`, `source` what the dense one has there;
-    without an `x` what the dense one has is read in either case. Where `coded`, the weight is stored as integers that
-    a DequantizeLinear reads. All operators of one `tie` have the same weight, and nothing else reads it; an operator
-    without one has its own. Where `scaled`, `x` are integers as well, of which the node's next two inputs say what
-    they stand for.
-    """
-
-    node: str
-    layout: Layout
-    x: str
-    weight: Slot
-    bias: Slot | None
-    steps: tuple[Step, ...]
-    left: tuple[tuple[int, Positions], ...] = ()
-    lost: bool = False
-    source: str | State = ""
-    reads: int = 0
-    coded: bool = False
-    tie: str = ""
-    scaled: bool = False
-
-    @property
-    def plain(self) -> Contraction | None:
-        """The layout where the operator multiplies the last axis by one matrix."""
-        return self.layout if isinstance(self.layout, Contraction) and self.layout.plain else None
-
-    @property
-    def convolves(self) -> bool:
-        """Whether it is a Conv."""
-        return type(self.layout) is Convolution
-
-    def homes(self) -> list[Slot]:
-        """Where a constant can be added: its bias, or what is stored for the first step that adds one."""
-        free = [step for step in self.steps if step.kind != "mul" and not step.fixed]
-        added = [step.slots[1 if step.kind == "norm" else 0] for step in free]
-        return [self.bias] if self.bias is not None else added[:1]
-
-
-@dataclass(frozen=True)
-class State:
-    """What each step of a recurrent operator gets from the one before: (n, t, directions, hidden), no value of a graph.
-
-    It follows from the operator's output `y`, its first state and the lengths of its sequences. What a reset gate makes
-    of it follows from the operators of that gate, which read `x` and this.
-    """
-
-    y: str
-    initial: str
-    lengths: str
-    backward: tuple[bool, ...]
-    x: str = ""
-    reset: tuple[Operator, ...] = ()
-
-    @property
-    def reads(self) -> list[str]:
-        """Values of the graph that it follows from."""
-        return [name for name in (self.y, self.initial, self.lengths, self.x) if name]
-
-    def of(self, values: Mapping[str, Array], array: Callable[[Slot], Array]) -> Array:
-        """The state, from values of the graph and what is stored."""
-        state = before(values[self.y], values.get(self.initial), values.get(self.lengths), self.backward)
-        if not self.reset:
-            return state
-        n, t, directions, hidden = state.shape
-        gate = np.zeros((directions, n * t, hidden), np.float32)
-        for operator, x in zip(self.reset, (values[self.x], state), strict=True):
-            weight = operator.layout.matrix(array(operator.weight)).astype(np.float32)
-            gate += operator.layout.rows(x, np.arange(n * t)) @ weight
-            if operator.bias is not None:
-                gate += operator.layout.bias(array(operator.bias)).astype(np.float32).reshape(directions, 1, hidden)
-        with np.errstate(over="ignore"):
-            opened = 1 / (1 + np.exp(-gate))
-        return np.asarray(state * opened.swapaxes(0, 1).reshape(n, t, directions, hidden))
 
 
 @dataclass(frozen=True)
@@ -178,30 +91,6 @@ class Site:
 
 
 @dataclass(frozen=True)
-class _Given:
-    """What `find_sites` was given, and {(node, input): value} of the dense model."""
-
-    shapes: Mapping[str, Shape]
-    keep: Callable[[Axis], Mask]
-    stays: Collection[str]
-    untied: Collection[str]
-    joint: bool
-    readers: Mapping[Slot, str]
-    alone: Collection[str]  # initializers that one node of the dense model reads
-
-    def size(self, value: str) -> Shape:
-        """What is left of the shape of a dense value."""
-        return tuple(int(self.keep(Axis(value, k)).sum()) for k in range(len(self.shapes[value])))
-
-    def kept(self, value: str, axes: Sequence[int]) -> Mask | None:
-        """bool[channels] along these axes of a dense value; None where another axis lost something."""
-        masks = [self.keep(Axis(value, k)) for k in range(len(self.shapes[value]))]
-        if any(not mask.all() for k, mask in enumerate(masks) if k not in axes):
-            return None
-        return np.asarray(reduce(np.logical_and.outer, [masks[k] for k in axes]).reshape(-1))
-
-
-@dataclass(frozen=True)
 class Visit:
     """Sites by number that are fitted at once, since they share weights; most often a single one.
 
@@ -212,15 +101,7 @@ class Visit:
     behind: frozenset[int] = frozenset()
 
 
-@dataclass
-class _Chain:
-    value: ir.Value
-    steps: list[Step] = field(default_factory=list)
-    rest: list[ir.Value] = field(default_factory=list)
-    path: list[str] = field(default_factory=list)
-
-
-_Found = tuple[int, Operator, _Chain]
+_Found = tuple[int, Operator, Chain]
 
 
 def find_sites(
@@ -239,18 +120,18 @@ def find_sites(
     """
     every: list[_Found] = []
     alone = {str(value.name) for value in dense.graph.initializers.values() if len(value.uses()) == 1}
-    given = _Given(shapes, keep, stays, untied, joint, _readers(dense), alone)
+    given = Given(shapes, keep, stays, untied, joint, _readers(dense), alone)
     sites = []
     for index, node in enumerate(pruned.graph):
         sites += [(index, site) for site in (*_recurrent(node, given), *_scaled(node, given))]
-        operator = _operator(node, given)
+        operator = operator_of(node, given)
         if operator is None:
             continue
         if node.op_type in INSIDE:
             inner = _inside(node, operator, given) if not operator.tie else None
             sites += [(index, inner)] if inner is not None else []
             continue
-        every.append((index, operator, _follow(node, operator.layout.axes, shapes, stays)))
+        every.append((index, operator, follow(node, operator.layout.axes, shapes, stays)))
     every = _joined(pruned, every)
     found: dict[str, list[_Found]] = defaultdict(list)
     for index, operator, chain in every:
@@ -266,8 +147,8 @@ def find_sites(
             continue
         paths = {p for _, _, chain in parts for p in chain.path}
         rest = dict.fromkeys(str(v.name) for _, _, chain in parts for v in chain.rest if v.name not in paths)
-        operators = _apart([operator for _, operator, _ in parts])
-        site = Site(name, counterpart, axes, _positions(mask), operators, tuple(rest), _bounds(value))
+        operators = apart([operator for _, operator, _ in parts])
+        site = Site(name, counterpart, axes, _positions(mask), operators, tuple(rest), bounds_of(value))
         sites.append((places[name], site))
     return _complete([site for _, site in sorted(sites, key=lambda pair: pair[0])], every)
 
@@ -293,7 +174,7 @@ def _joined(model: ir.Model, every: Sequence[_Found]) -> list[_Found]:
         ties[part[1].tie].append(part)
     names = _readers(model) if any(ties) else {}
 
-    def gains(chain: _Chain) -> list[tuple[object, ...]]:
+    def gains(chain: Chain) -> list[tuple[object, ...]]:
         return [(s.kind, s.epsilon, *(names[slot] for slot in s.slots)) for s in chain.steps if s.kind != "add"]
 
     apart, bare = set(), set()
@@ -306,7 +187,7 @@ def _joined(model: ir.Model, every: Sequence[_Found]) -> list[_Found]:
             apart.add(tie)
         elif tie and any(gains(chain) != gains(first[2]) for _, _, chain in parts):
             bare.add(tie)
-    ends = {id(chain): _Chain(model.graph.node(k).outputs[0]) for k, o, chain in every if o.tie in bare}
+    ends = {id(chain): Chain(model.graph.node(k).outputs[0]) for k, o, chain in every if o.tie in bare}
     return [(k, o, ends.get(id(chain), chain)) for k, o, chain in every if o.tie not in apart]
 
 
@@ -387,7 +268,7 @@ def _positions(mask: Mask) -> Positions | None:
     return None if mask.all() else np.flatnonzero(mask)
 
 
-def _inside(node: ir.Node, operator: Operator, given: _Given) -> Site | None:
+def _inside(node: ir.Node, operator: Operator, given: Given) -> Site | None:
     """The product in an operator that does more: before an activation, or before attention."""
     output = operator.node
     if node.op_type == "Attention":
@@ -409,7 +290,7 @@ def _inside(node: ir.Node, operator: Operator, given: _Given) -> Site | None:
     return Site(f"{output} inside", "", axes, _positions(mask), (operator,), tuple(rest), bounds, order=order)
 
 
-def _recurrent(node: ir.Node, given: _Given) -> Iterator[Site]:
+def _recurrent(node: ir.Node, given: Given) -> Iterator[Site]:
     """What the activations of a recurrent operator get: W x + R h + bias, of all gates that read the same x and h.
 
     h is what the dense model has in the place of the units that are left, so that a fit of one step is the fit of all
@@ -419,7 +300,7 @@ def _recurrent(node: ir.Node, given: _Given) -> Iterator[Site]:
     if node.domain not in ("", "ai.onnx") or not count or len(given.shapes.get(name, ())) != 4:
         return
     x = node.inputs[0]
-    weights = [_weight(node, k, given.untied) for k in (1, 2)]
+    weights = [weight_of(node, k, given.untied) for k in (1, 2)]
     biased = len(node.inputs) > 3 and node.inputs[3] is not None
     kept = [stored(node.inputs[3])] if biased else []
     attrs: Mapping[str, Any] = attributes(node)
@@ -430,9 +311,9 @@ def _recurrent(node: ir.Node, given: _Given) -> Iterator[Site]:
     if any(value is None or str(value.name) in given.stays for value in (*(row[0] for row in weights), *kept)):
         return
     mask, columns = given.keep(Axis(name, 3)), given.keep(Axis(str(x.name), 2))
-    direction = str(_text(attrs.get("direction", "forward")))
+    direction = str(text_of(attrs.get("direction", "forward")))
     backward = {"forward": (False,), "reverse": (True,)}.get(direction, (False, True))
-    activations = [_text(each) for each in attrs.get("activations", ())]
+    activations = [text_of(each) for each in attrs.get("activations", ())]
     source = given.readers.get((name, 0), str(x.name))
     initial, lengths = (given.readers.get((name, k), "") for k in (5, 4))
     bias = (name, 3) if biased else None
@@ -465,9 +346,9 @@ def _recurrent(node: ir.Node, given: _Given) -> Iterator[Site]:
         yield site((2,), operators((2,), replace(state, x=source, reset=reset)), "candidate")
 
 
-def _scaled(node: ir.Node, given: _Given) -> Iterator[Site]:
+def _scaled(node: ir.Node, given: Given) -> Iterator[Site]:
     """The product of integers before it is rounded to those of the output, as the numbers that they stand for."""
-    name, (last, scale) = str(node.outputs[0].name), SCALED.get(_kind(node), (-1, 0))
+    name, (last, scale) = str(node.outputs[0].name), SCALED.get(kind_of(node), (-1, 0))
     known = {k for k, value in enumerate(node.inputs) if stored(value) is not None}
     if not scale or not {1, 2, 4, 5} <= known:
         return
@@ -476,41 +357,32 @@ def _scaled(node: ir.Node, given: _Given) -> Iterator[Site]:
         return
     if weight.dtype not in CODES or len(weight.uses()) > 1 or str(weight.name) in given.stays:
         return
-    layout = _layout(node, 3, given.size(str(x.name)), _shape(weight)) if len(_shape(weight)) > 1 else None
+    layout = layout_of(node, 3, given.size(str(x.name)), shape_of(weight)) if len(shape_of(weight)) > 1 else None
     mask = given.kept(name, layout.axes) if layout is not None else None
-    if layout is None or mask is None or any(_size(node, k) != 1 for k in (1, 2)):
+    if layout is None or mask is None or any(size_at(node, k) != 1 for k in (1, 2)):
         return
     bias: Slot | None = None
     steps: tuple[Step, ...] = ()
     if len(node.inputs) > last >= 0 and node.inputs[last] is not None:
-        step = _step("add", [(node.inputs[last], (name, last))], given.stays)
-        if last not in known or _size(node, last) != _outputs(layout, weight):
+        step = step_of("add", [(node.inputs[last], (name, last))], given.stays)
+        if last not in known or size_at(node, last) != outputs_of(layout, weight):
             return
         bias, steps = (None, (step,)) if step.fixed else (step.slots[0], ())
     masks = [given.keep(Axis(str(x.name), axis)) for axis in range(len(given.shapes[str(x.name)]))]
     left = tuple((axis, np.flatnonzero(mask)) for axis, mask in enumerate(masks) if not mask.all())
     lost, source = any(not masks[axis].all() for axis in layout.summed), given.readers.get((name, 0), str(x.name))
     operator = Operator(name, layout, str(x.name), (name, 3), bias, steps, left, lost, source, coded=True, scaled=True)
-    bounds = _range(*node.inputs[scale : scale + 2]) if len(node.inputs) > scale else (-np.inf, np.inf)
+    bounds = range_of(*node.inputs[scale : scale + 2]) if len(node.inputs) > scale else (-np.inf, np.inf)
     order = Axis(name, layout.axes[-1])
     yield Site(f"{name} inside", "", layout.axes, _positions(mask), (operator,), (), bounds, order=order)
 
 
 def scaled(node: ir.Node) -> tuple[int, int] | None:
     """(the axis of a weight of integers along which its scales lie, the input that is the bias) of such a product."""
-    if _kind(node) not in SCALED:
+    if kind_of(node) not in SCALED:
         return None
     turned = node.op_type == "QLinearConv" or bool(attributes(node).get("transB", 0))
-    return 0 if turned else -1, SCALED[_kind(node)][0]
-
-
-def _size(node: ir.Node, k: int) -> int:
-    value = node.inputs[k]
-    return value.const_value.size if value is not None and value.const_value is not None else 0
-
-
-def _text(given: object) -> str:
-    return given.decode() if isinstance(given, bytes) else str(given)
+    return 0 if turned else -1, SCALED[kind_of(node)][0]
 
 
 def fitting(graph: ir.Graph, shapes: Mapping[str, Shape]) -> int:
@@ -522,25 +394,17 @@ def fitting(graph: ir.Graph, shapes: Mapping[str, Shape]) -> int:
 
 def _fits(node: ir.Node, shapes: Mapping[str, Shape]) -> Iterator[tuple[int, int, int]]:
     """(groups, columns, outputs) of the matrices that a node multiplies by."""
-    weights = [_shape(value) if (value := codes(each) or stored(each)) is not None else () for each in node.inputs[:3]]
+    weights = [
+        shape_of(value) if (value := codes(each) or stored(each)) is not None else () for each in node.inputs[:3]
+    ]
     if node.op_type in GATES and len(weights) > 2 and len(weights[1]) == len(weights[2]) == 3:
         yield weights[1][0], weights[1][2] + weights[2][2], weights[1][1]
-    for k in _may_weigh(node) if len(weights) > 1 else ():
+    for k in may_weigh(node) if len(weights) > 1 else ():
         x = node.inputs[1 - k]
         if x is not None and len(weights[k]) > 1 and str(x.name) in shapes:
-            layout = _layout(node, k, shapes[str(x.name)], weights[k])
+            layout = layout_of(node, k, shapes[str(x.name)], weights[k])
             if layout is not None:
                 yield layout.sizes(weights[k])
-
-
-def _apart(operators: Sequence[Operator]) -> tuple[Operator, ...]:
-    """Operators of one site: what is added behind the sum of several is a step of the first alone."""
-    seen: set[Step] = set()
-    found = []
-    for operator in operators:
-        found.append(replace(operator, steps=tuple(step for step in operator.steps if step not in seen)))
-        seen.update(operator.steps)
-    return tuple(found)
 
 
 def _readers(dense: ir.Model) -> dict[Slot, str]:
@@ -560,281 +424,3 @@ def _counterpart(value: ir.Value, readers: Mapping[Slot, str], shapes: Mapping[s
     if name is None or value.is_graph_output() or shapes.get(name) != shapes[str(value.name)]:
         return str(value.name)
     return name
-
-
-def _may_weigh(node: ir.Node) -> tuple[int, ...]:
-    """Numbers of the inputs that a node may multiply another input by, the usual one first."""
-    return LINEAR.get(_kind(node), ())
-
-
-def _kind(node: ir.Node) -> tuple[str, str]:
-    return "" if node.domain == "ai.onnx" else node.domain, node.op_type
-
-
-def _operator(node: ir.Node, given: _Given) -> Operator | None:
-    """The node as an operator that may be fitted, or None."""
-    found = [made for k in _may_weigh(node) if (made := _multiplied(node, k, given))]
-    if not found:
-        return None
-    k, layout, weight, slot, own = found[0]
-    output, x = str(node.outputs[0].name), str(node.inputs[1 - k].name)  # type: ignore[union-attr]
-    bias: Slot | None = None
-    steps: tuple[Step, ...] = ()
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
-        value, home, alone = _kept(node.inputs[2], (output, 2))
-        if value is None or value.const_value is None:
-            return None
-        shape = tuple(value.const_value.shape.numpy())
-        whole = value.const_value.size == _outputs(layout, weight) == (shape[-1] if shape else 1)
-        if not whole and value.const_value.size != 1:
-            return None
-        if whole and alone and str(value.name) not in given.stays:
-            bias = home
-        else:
-            steps = (Step("add", (home,), fixed=True),)
-    masks = [given.keep(Axis(x, axis)) for axis in range(len(given.shapes[x]))]
-    left = tuple((axis, np.flatnonzero(mask)) for axis, mask in enumerate(masks) if not mask.all())
-    lost = any(not masks[axis].all() for axis in layout.summed)
-    source = given.readers.get((output, 1 - k), x)
-    coded, tie = weight.dtype not in FLOATS, "" if own else str(weight.name)
-    return Operator(output, layout, x, slot, bias, steps, left, lost, source, 1 - k, coded, tie)
-
-
-def _multiplied(node: ir.Node, k: int, given: _Given) -> tuple[int, Layout, ir.Value, Slot, bool] | None:
-    """If a node multiplies another input by input k: k, layout, what is stored for it, where, and if for it alone."""
-    x, read = (node.inputs[1 - k], node.inputs[k]) if len(node.inputs) > 1 else (None, None)
-    if x is None or read is None or x.const_value is not None or str(x.name) not in given.shapes:
-        return None
-    weight, slot, order, own = _weight(node, k, given.untied)
-    if (
-        weight is None
-        or not (own or given.joint)
-        or str(weight.name) in given.stays
-        or str(node.outputs[0].name) not in given.shapes
-    ):
-        return None
-    shape = _shape(weight)
-    order = order or tuple(range(len(shape)))
-    layout = _layout(node, k, given.size(str(x.name)), tuple(shape[axis] for axis in order)) if len(shape) > 1 else None
-    if isinstance(layout, Contraction):
-        layout = replace(layout, weight="".join(layout.weight[order.index(axis)] for axis in range(len(shape))))
-    elif order != tuple(range(len(shape))):
-        return None
-    return None if layout is None else (k, layout, weight, slot, own)
-
-
-def _layout(node: ir.Node, k: int, x: Shape, weight: Shape) -> Layout | None:
-    """How a node multiplies by a weight that it reads as input k, if there is nothing else in it."""
-    attrs: Mapping[str, Any] = attributes(node)
-    found: Contraction | None = None
-    if node.op_type in ("Gemm", "FusedGemm", "QGemm") and attrs.get("alpha", 1.0) == attrs.get("beta", 1.0) == 1.0:
-        found = Contraction("kn" if attrs.get("transA", 0) else "nk", "mk" if attrs.get("transB", 0) else "km", "nm")
-    elif node.op_type == "Attention" and len(x) == 3 and len(weight) == 2:
-        found = matmul(x, weight)
-    elif node.op_type in ("MatMul", "QLinearMatMul") and len(x) > 1:
-        found = matmul(x, weight, left=k == 0)
-    elif node.op_type == "FusedMatMul" and len(x) > 1 and attrs.get("alpha", 1.0) == 1.0:
-        turned = [bool(attrs.get("transA", 0)), bool(attrs.get("transB", 0))]
-        if not attrs.get("transBatchA", 0) and not attrs.get("transBatchB", 0):
-            found = matmul(x, weight, left=k == 0, turned=(turned[1 - k], turned[k]))
-    elif node.op_type == "Einsum":
-        found = einsum(_text(attrs.get("equation", "")), k, x, weight)
-    elif node.op_type in ("Conv", "FusedConv", "QLinearConv", "ConvTranspose"):
-        return _convolution(attrs, weight, node.op_type == "ConvTranspose")
-    return found if found is not None and found.valid else None
-
-
-def _convolution(attrs: Mapping[str, Any], weight: Shape, transposed: bool) -> Convolution:
-    """The layout of a Conv or ConvTranspose."""
-    kernel, still = weight[2:], (1,) * (len(weight) - 2)
-    given: dict[str, Any] = {
-        "kernel": kernel,
-        "strides": tuple(attrs.get("strides", still)),
-        "dilations": tuple(attrs.get("dilations", still)),
-        "pads": tuple(attrs.get("pads", (0, 0) * len(kernel))),
-        "groups": int(attrs.get("group", 1)),
-        "auto_pad": _text(attrs.get("auto_pad", "NOTSET")),
-    }
-    if not transposed:
-        return Convolution(**given)
-    more = tuple(attrs.get("output_padding", (0,) * len(kernel)))
-    return TransposedConvolution(**given, output_padding=more, output_shape=tuple(attrs.get("output_shape", ())))
-
-
-def _weight(node: ir.Node, k: int, untied: Collection[str]) -> tuple[ir.Value | None, Slot, tuple[int, ...], bool]:
-    """(the initializer behind input k; where it is read; the order of its axes there; whether it may change for one).
-
-    No order is the one that it is stored in.
-    """
-    slot, value, own = (str(node.outputs[0].name), k), node.inputs[k], True
-    order: tuple[int, ...] = ()
-    while value is not None and not value.is_graph_output() and not value.is_graph_input():
-        alone = own and len(value.uses()) == 1
-        if (code := codes(value)) is not None:
-            return code, (str(value.name), 0), order, alone and len(code.uses()) == 1
-        if value.const_value is not None and value.is_initializer():
-            found = value if value.dtype in FLOATS else None
-            return found, slot, order, alone or (own and value.name in untied)
-        turn = value.producer()
-        if turn is not None and turn.op_type == "Cast" and attributes(turn).get("to") in FLOATS:
-            slot, own, value = (str(value.name), 0), alone, turn.inputs[0]
-            continue
-        if turn is None or turn.op_type != "Transpose" or turn.inputs[0] is None:
-            break
-        rank = len(turn.inputs[0].shape or ())
-        perm = [int(axis) for axis in attributes(turn).get("perm", range(rank)[::-1])]  # type: ignore[attr-defined]
-        order = tuple(perm[axis] for axis in order or range(rank))
-        slot, own, value = (str(value.name), 0), alone, turn.inputs[0]
-    return None, slot, order, False
-
-
-def codes(value: ir.Value | None) -> ir.Value | None:
-    """The initializer of integers that a value is, through DequantizeLinear."""
-    node = None if value is None else value.producer()
-    if node is None or node.op_type != "DequantizeLinear" or any(v and v.const_value is None for v in node.inputs):
-        return None
-    found = node.inputs[0]
-    return found if found is not None and found.is_initializer() and found.dtype in CODES else None
-
-
-def stored(value: ir.Value | None) -> ir.Value | None:
-    """The initializer that a value is, through Identity; None for what is computed or given."""
-    while value is not None and (node := value.producer()) is not None and node.op_type == "Identity":
-        value = node.inputs[0]
-    if value is None or value.const_value is None or value.producer() is not None or value.is_graph_input():
-        return None
-    return value
-
-
-def _shape(weight: ir.Value) -> Shape:
-    return tuple(weight.const_value.shape.numpy()) if weight.const_value is not None else ()
-
-
-def _outputs(layout: Layout, weight: ir.Value) -> int:
-    groups, _, outputs = layout.sizes(_shape(weight))
-    return groups * outputs
-
-
-def _follow(node: ir.Node, axes: tuple[int, ...], shapes: Mapping[str, Shape], stays: Collection[str]) -> _Chain:
-    """What happens to an operator's output until something else than a gain, a shift or a sum reads it."""
-    chain = _Chain(node.outputs[0], path=[str(node.outputs[0].name)])
-    start = shapes[str(node.outputs[0].name)]
-    while len(chain.value.uses()) == 1 and not chain.value.is_graph_output():
-        use = next(iter(chain.value.uses()))
-        reader, k = use.node, use.idx
-        if reader.graph is not node.graph or bodies(reader) or reader.domain not in ("", "ai.onnx"):
-            break
-        out = reader.outputs[0]
-        if shapes.get(str(out.name)) != start:
-            break
-        slot = str(out.name)
-        other = reader.inputs[1 - k] if reader.op_type in ("Add", "Mul") and len(reader.inputs) == 2 else None
-        if reader.op_type == "Identity":
-            pass
-        elif reader.op_type == "Add" and other is not None and _per_channel(other, axes, start):
-            chain.steps.append(_step("add", [(other, (slot, 1 - k))], stays))
-        elif (
-            reader.op_type == "Add"
-            and other is not None
-            and shapes.get(str(other.name)) == start
-            and other is not chain.value
-        ):
-            chain.rest.append(other)
-        elif chain.rest:
-            break
-        elif reader.op_type == "Mul" and other is not None and _per_channel(other, axes, start):
-            chain.steps.append(_step("mul", [(other, (slot, 1 - k))], stays))
-        elif reader.op_type == "BatchNormalization" and k == 0 and axes == (1,) and len(reader.outputs) == 1:
-            epsilon = float(attributes(reader).get("epsilon", 1e-5))  # type: ignore[arg-type]
-            read = [(value, (slot, i)) for i, value in enumerate(reader.inputs[1:5], start=1)]
-            if any(_kept(value, place)[0] is None for value, place in read):
-                break
-            chain.steps.append(_step("norm", read, stays, epsilon))
-        else:
-            break
-        chain.value = out
-        chain.path.append(slot)
-    return chain
-
-
-def _step(
-    kind: str, read: Sequence[tuple[ir.Value | None, Slot]], stays: Collection[str], epsilon: float = 0.0
-) -> Step:
-    """A step with what is stored for it; the number that is added stays where it has others to serve as well."""
-    found = [_kept(value, slot) for value, slot in read]
-    value, _, alone = found[1 if kind == "norm" else 0]
-    fixed = not alone or (value is not None and str(value.name) in stays)
-    return Step(kind, tuple(slot for _, slot, _ in found), epsilon, fixed)
-
-
-def _kept(value: ir.Value | None, slot: Slot) -> tuple[ir.Value | None, Slot, bool]:
-    """(the initializer behind one input of a node, where it is read, whether it may change for this node alone).
-
-    It may lie behind Cast and DequantizeLinear. What a node reads itself it may have a copy of.
-    """
-    alone = True
-    while value is not None and stored(value) is None:
-        while (node := value.producer()) is not None and node.op_type == "Identity" and node.inputs[0] is not None:
-            value = node.inputs[0]
-        alone = alone and len(value.uses()) == 1
-        if (code := codes(value)) is not None:
-            return code, (str(value.name), 0), alone
-        if node is None or node.op_type != "Cast" or attributes(node).get("to") not in FLOATS:
-            return None, slot, False
-        slot, value = (str(value.name), 0), node.inputs[0]
-    found = stored(value)
-    return (found if found is not None and found.dtype in (*FLOATS, *CODES) else None), slot, alone
-
-
-def _per_channel(value: ir.Value, axes: tuple[int, ...], shape: Shape) -> bool:
-    """Whether a stored value has one number for each channel."""
-    source, _, _ = _kept(value, ("", 0))
-    if source is None or source.const_value is None:
-        return False
-    own = tuple(int(d) for d in source.const_value.shape.numpy())
-    if len(own) > len(shape):
-        return False
-    padded = (1,) * (len(shape) - len(own)) + own
-    if any(size > 1 for k, size in enumerate(padded) if k not in axes):
-        return False
-    return any(padded[k] > 1 for k in axes) or all(shape[k] == 1 for k in axes)
-
-
-def _bounds(value: ir.Value) -> tuple[float, float]:
-    """What readers see of a value: everything, or what ReLU, Clip and quantisation let through."""
-    if value.is_graph_output() or not value.uses():
-        return -np.inf, np.inf
-    found = {_passes(use.node) for use in value.uses()}
-    return found.pop() if len(found) == 1 else (-np.inf, np.inf)
-
-
-def _passes(node: ir.Node) -> tuple[float, float]:
-    if node.op_type == "Relu":
-        behind = _bounds(node.outputs[0])
-        return max(behind[0], 0.0), max(behind[1], 0.0)
-    if node.op_type == "QuantizeLinear":
-        return _range(*node.inputs[1:3]) if "output_dtype" not in node.attributes else (-np.inf, np.inf)
-    if node.op_type != "Clip":
-        return -np.inf, np.inf
-    limits: list[float] = []
-    for k, (key, other) in enumerate((("min", -np.inf), ("max", np.inf)), start=1):
-        value = node.inputs[k] if k < len(node.inputs) else None
-        if value is not None and value.const_value is None:
-            return -np.inf, np.inf
-        tensor: Array | None = (
-            value.const_value.numpy() if value is not None and value.const_value is not None else None
-        )
-        limits.append(float(tensor.reshape(-1)[0]) if tensor is not None else float(attributes(node).get(key, other)))  # type: ignore[arg-type]
-    return limits[0], limits[1]
-
-
-def _range(scale: ir.Value | None, zero: ir.Value | None = None) -> tuple[float, float]:
-    """What integers of one scale can tell apart."""
-    known = [v.const_value.numpy() for v in (scale, zero) if v is not None and v.const_value is not None]
-    if scale is None or len(known) < 1 + (zero is not None) or known[0].size != 1:
-        return -np.inf, np.inf
-    point = known[1].reshape(-1) if len(known) > 1 else np.zeros(1, np.uint8)
-    if point.dtype.name not in ("int8", "uint8", "int16", "uint16"):
-        return -np.inf, np.inf
-    limits, size, middle = np.iinfo(point.dtype), float(known[0].reshape(-1)[0]), int(point[0])
-    return (limits.min - middle) * size, (limits.max - middle) * size

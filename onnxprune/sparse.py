@@ -26,12 +26,13 @@ from onnxprune.infer import initializers
 from onnxprune.layerwise import Thinning
 from onnxprune.model import Model
 from onnxprune.nm import NM, Layer
+from onnxprune.operators import Slot
 from onnxprune.plugin import Permuter, Protector, Reconstructor, Seat, Sparsifier, trait
 from onnxprune.prove import Prover
 from onnxprune.recipe import Methods, Options
 from onnxprune.recovery import Recovery
 from onnxprune.rewrite import permute
-from onnxprune.sites import Site, Slot, find_sites
+from onnxprune.sites import Site, find_sites
 from onnxprune.types import Array, Axis, Group, Mask, Plan, Positions
 from onnxprune.weights import LEAST, Shelf
 from onnxprune.worker import Worker

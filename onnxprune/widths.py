@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
-from onnxprune.sites import Operator, Slot
+from onnxprune.operators import Operator, Slot
 from onnxprune.types import Group, OpNode, Shape, View
 
 MOVES = frozenset(
