@@ -31,7 +31,7 @@ from onnxprune.calibrate import (
 from onnxprune.errors import ImpossibleError, InputError, InternalError
 from onnxprune.layouts import Gates
 from onnxprune.operators import Operator, Slot, State
-from onnxprune.plugin import Levels
+from onnxprune.plugin import COPIES, Levels
 from onnxprune.running import MEMORY, Runner
 from onnxprune.sites import find_sites
 from onnxprune.types import Array, Axis, Group, Mask, OpNode, Plan, Progress, quietly
@@ -46,7 +46,6 @@ PLAIN_READERS = frozenset(
 
 LEAST = 1 << 28  # bytes that scoring one group may take in any case
 SHARE = 3  # of the memory, one part for statistics that are gathered at once
-COPIES = 6  # of second moments while something is made of them
 ROWS = 20_000  # of an operator's input, from which its second moments are known well enough
 
 
@@ -129,8 +128,8 @@ class _Statistics:
         if slot not in self.moments:
             sizes = {name: 8 * self.operators.columns(one) ** 2 for name, one in self.reading.items()}
             if (need := COPIES * sizes[slot]) > self.most:
-                text = f"second moments of what it reads take {need / 1e9:.1f} GB; raise --memory"
-                raise ImpossibleError(f"{text}, or take --criterion fluct or obs-struct", object=slot[0])
+                text = f"second moments of what it reads take {need / 1e9:.1f} GB, more than half of --memory"
+                raise ImpossibleError(f"{text}; fluct and obs-struct can do without", object=slot[0])
             wanted = self._next(slot, {name: size for name, size in sizes.items() if COPIES * size <= self.most})
             requests = {name: MomentsOf(self.operators.source(self.reading[name]), rows=ROWS) for name in wanted}
             found = self.gather(list(requests.values()))
@@ -143,10 +142,10 @@ class _Statistics:
     def sample(self, slot: Slot, rows: int) -> Array:
         """So many rows of what a weight is multiplied by; those of the next ones come with them."""
         if (slot, rows) not in self.samples:
-            sizes = {name: 4 * rows * self.operators.columns(one) for name, one in self.reading.items()}
-            requests = {
-                name: RowsOf(self.operators.source(self.reading[name]), rows) for name in self._next(slot, sizes)
-            }
+            columns = {name: self.operators.columns(one) for name, one in self.reading.items()}
+            wide = {name: n for name, n in columns.items() if name == slot or COPIES * 8 * n**2 > self.most}
+            names = self._next(slot, {name: 4 * rows * n for name, n in wide.items()})
+            requests = {name: RowsOf(self.operators.source(self.reading[name]), rows) for name in names}
             found = self.gather(list(requests.values()))
             self.samples = {(name, rows): found[request][0] for name, request in requests.items()}
         return self.samples[slot, rows]

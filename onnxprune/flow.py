@@ -39,29 +39,44 @@ class Room:
 
     def __init__(self, size: int = 1 << 30) -> None:
         self.size, self.taken = size, 0
-        self._slab: Any = b""
-        self._end = 0
+        self._open: dict[bool, tuple[Any, int]] = {}  # the file that is being filled, and how far it is
 
-    def keep(self, array: Array) -> Array:
-        """The array, or one like it on disk. It takes memory until nobody has it any more."""
+    def keep(self, array: Array, stays: bool = False) -> Array:
+        """The array, or one like it on disk. It takes memory until nobody has it any more.
+
+        A file goes when all of its arrays have gone: those that stay for long lie in files of their own.
+        """
         if not array.nbytes or array.dtype.hasobject:
             return array
         if self.taken + array.nbytes <= self.size:
             self.taken += array.nbytes
             weakref.finalize(array, self._leave, array.nbytes).atexit = False
             return array
-        if self._end + array.nbytes > len(self._slab):
-            size = max(array.nbytes, SLAB)
-            with tempfile.TemporaryFile() as file:
-                file.truncate(size)
-                self._slab, self._end = mmap.mmap(file.fileno(), size), 0
-        kept = np.frombuffer(self._slab, array.dtype, array.size, self._end).reshape(array.shape)
-        self._end += array.nbytes + -array.nbytes % ALIGN
+        if 4 * array.nbytes > SLAB:
+            kept = _view(_unnamed(array.nbytes), 0, array)
+        else:
+            slab, end = self._open.get(stays, (b"", 0))
+            if end + array.nbytes > len(slab):
+                slab, end = _unnamed(SLAB), 0
+            kept = _view(slab, end, array)
+            self._open[stays] = slab, end + array.nbytes + -array.nbytes % ALIGN
         kept[...] = array
         return kept
 
     def _leave(self, size: int) -> None:
         self.taken -= size
+
+
+def _unnamed(size: int) -> mmap.mmap:
+    """A file without a name, mapped."""
+    with tempfile.TemporaryFile() as file:
+        file.truncate(size)
+        return mmap.mmap(file.fileno(), size)
+
+
+def _view(data: mmap.mmap, start: int, like: Array) -> Array:
+    """What will lie there, in the shape and type of an array."""
+    return np.frombuffer(data, like.dtype, like.size, start).reshape(like.shape)
 
 
 class Sessions:
@@ -151,7 +166,7 @@ class Flow:
     def change(self, slot: Slot, array: Array) -> Array:
         """Let one input of one node, not yet run, read this from now on; the array as it is kept."""
         self._changed.pop(slot, None)
-        self._changed[slot] = self.room.keep(array)
+        self._changed[slot] = self.room.keep(array, stays=True)
         return self._changed[slot]
 
     def changed(self, changes: Mapping[Slot, Array]) -> None:

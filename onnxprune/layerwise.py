@@ -25,7 +25,7 @@ from onnxprune.model import Model
 from onnxprune.operators import Slot, State
 from onnxprune.parts import Key, Part, numbers, takes, total
 from onnxprune.plugin import Problem, Reconstructor, Runs, Solution, Sparsifier, trait
-from onnxprune.rows import Rows, Sampling
+from onnxprune.rows import Rows, Sampling, totals_of
 from onnxprune.running import Packed, give_back, limits, memory_of, trim, unpacked
 from onnxprune.sites import Site, Visit, visits
 from onnxprune.storage import read_model
@@ -130,7 +130,7 @@ class _Dense:
         self.sessions = Sessions(threads)
         self.counts = [samples_in(feed, self.model.graph) for feed in fitted]
         self._outputs: list[dict[str, Array]] = []
-        self.rows: dict[tuple[str, tuple[int, ...], int], Array] = {}
+        self.rows: dict[tuple[str, tuple[int, ...]], tuple[Sampling, Array]] = {}
         self.states: dict[State, list[Array]] = {}
         self.flow: Flow | None = None
 
@@ -161,13 +161,13 @@ class _Dense:
 
     def take(self, site: Site, rows: Rows, keep: bool, pinned: Collection[str]) -> Array:
         """float32[rows, channels of the dense value]."""
-        key = (site.dense or site.value, site.axes, len(rows.held_out))
-        if key not in self.rows:
+        key = site.dense or site.value, site.axes
+        sampling, found = self.rows.get(key, (None, np.zeros(0)))
+        if sampling != rows.sampling:
             found = self._target(site, rows, keep, pinned)
-            if not keep:
-                return found
-            self.rows[key] = self.room.keep(found)
-        return self.rows[key]
+            if keep:
+                self.rows[key] = rows.sampling, (found := self.room.keep(found, stays=True))
+        return found
 
     def _target(self, site: Site, rows: Rows, keep: bool, pinned: Collection[str]) -> Array:
         """The dense value; inside an operator what the site's operators make of what they read in the dense model."""
@@ -241,7 +241,7 @@ def load(sent: str | Packed, sites: Sequence[Site], start: Mapping[Slot, Array],
     return len(_task.visits)
 
 
-def finish(judge: bool, folder: str) -> Repair:
+def finish(judge: bool, folder: str = "") -> Repair:
     """What all visits changed, large arrays in this folder, or how far off the model is."""
     global _task
     assert _task is not None and _dense is not None
@@ -349,15 +349,14 @@ def _places(k: int, local: bool) -> list[_Place]:
         first = site.operators[0]
         shapes = [first.layout.shape(array.shape, flow.shape(first.weight)) for array in arrays[0]]
         sampling = dense.sampling.within(math.prod(shapes[0][k] for k in site.axes)).shared(len(sites))
-        there = sum(math.prod(shape) // math.prod(shape[k] for k in site.axes) for shape in shapes)
-        count = min(sampling.rows, there)
-        fitting = bisect_right(range(1, count + 1), most, key=partial(takes, site, flow))
+        count = sum(sampling.shares(totals_of(shapes, site.axes)))
+        fitting = bisect_right(range(1, count + 1), most, key=partial(takes, site, flow, BOTH))
         if fitting < min(count, FEW):
-            task.large[site.value] = takes(site, flow, FEW) * len(sites)
+            task.large |= {one.value: takes(one, flow, BOTH, FEW) * len(sites) for one in sites}
             return []
         if fitting < count:
             task.short.add(site.value)
-        sampling = replace(sampling, rows=fitting)
+            sampling = replace(sampling, rows=fitting, firm=True)
         rows = Rows(shapes, site.axes, dense.counts, _masks(dense, site, shapes, pinned), sampling)
         found.append((site, arrays, rows))
     places = []
@@ -429,9 +428,9 @@ class _Batch:
 
     def grid(self, outputs: slice) -> Grid:
         """The values that the weights can have, for these outputs."""
-        every = zip(*(part.grid() for part in self.first.values()), strict=True)
+        every = zip(*(part.grid(outputs) for part in self.first.values()), strict=True)
         more = [(0, 0), (0, len(self.constants)), (0, 0)]
-        return Grid(*(np.pad(_together(arrays, 1), more)[:, :, outputs] for arrays in every))
+        return Grid(*(np.pad(_together(arrays, 1), more) for arrays in every))
 
     def add(self, solution: Solution, outputs: slice) -> None:
         """Change the weights wherever they are read."""
@@ -478,18 +477,19 @@ def _solve(batch: _Batch, reconstructor: Reconstructor, ridges: Mapping[str, flo
     shift = np.zeros(problem.wanted.shape[1])
     own = np.zeros((len(batch.constants), len(shift)))
 
-    def solved(part: tuple[slice, Problem]) -> Solution | None:
-        outputs, problem = part
+    def solved(some: tuple[slice, Problem]) -> Solution | None:
+        outputs, piece = some
         try:
-            solution = reconstructor.solve(problem)
-            if solution is not None and any(part.operator.coded for part in parts):
-                solution = on_grid(problem, solution, batch.grid(outputs))
+            solution = reconstructor.solve(piece)
+            if solution is not None and coded:
+                solution = on_grid(piece, solution, batch.grid(outputs))
         except np.linalg.LinAlgError:  # what is beyond numbers stays as it is
             return None
         return solution
 
+    coded = any(part.operator.coded for part in parts)
     pieces = [*_by_outputs(problem, _dense.limits.get("most", math.inf) / BOTH)]
-    for (outputs, _), solution in zip(pieces, _side_by_side(solved, pieces), strict=True):
+    for (outputs, _), solution in zip(pieces, _side_by_side(solved, pieces, 1 if coded else BOTH), strict=True):
         if solution is None:
             continue
         task.ridges[value] = solution.ridge
@@ -506,14 +506,14 @@ def _solve(batch: _Batch, reconstructor: Reconstructor, ridges: Mapping[str, flo
         start += len(place.current)
 
 
-def _side_by_side(function: Callable[[T], S], items: Sequence[T]) -> Iterator[S]:
-    """What becomes of each, in order; a few are worked on at once."""
-    if len(items) == 1:
-        yield function(items[0])
+def _side_by_side(function: Callable[[T], S], items: Sequence[T], most: int) -> Iterator[S]:
+    """What becomes of each, in order; so many are worked on at once."""
+    if min(len(items), most) == 1:
+        yield from map(function, items)
         return
-    with ThreadPoolExecutor(BOTH) as pool:
-        for k in range(0, len(items), BOTH):
-            yield from pool.map(function, items[k : k + BOTH])
+    with ThreadPoolExecutor(most) as pool:
+        for k in range(0, len(items), most):
+            yield from pool.map(function, items[k : k + most])
 
 
 def _read(

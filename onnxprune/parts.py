@@ -87,13 +87,14 @@ class Part:
         product = self.x @ self.effective().astype(np.float32)
         return np.asarray(product.swapaxes(0, 1).reshape(product.shape[1], -1) + self.constant.astype(np.float32))
 
-    def grid(self) -> tuple[Array, Array, Array]:
+    def grid(self, outputs: slice = slice(None)) -> tuple[Array, Array, Array]:
         """step, low and high of the values that `effective` can have: float64[groups, columns, outputs] each."""
         if self.levels is None:
-            return np.zeros_like(self.matrix), np.zeros_like(self.matrix), np.zeros_like(self.matrix)
-        step, point = map(self.layout.matrix, self.levels)
-        limits = np.iinfo(self.stored.dtype)
-        return step * self.gain.reshape(self.groups, 1, -1), limits.min - point, limits.max - point
+            nothing = np.zeros_like(self.matrix[:, :, outputs])
+            return nothing, nothing, nothing
+        step, point = (self.layout.matrix(array)[:, :, outputs] for array in self.levels)
+        limits, gain = np.iinfo(self.stored.dtype), self.gain.reshape(self.groups, 1, -1)[:, :, outputs]
+        return step * gain, limits.min - point, limits.max - point
 
     def runs(self, m: int) -> Positions:
         """int64[runs, m]: columns of which the channels follow one another, at one place of the patch."""
@@ -145,16 +146,16 @@ def numbers(flow: Flow, operator: Operator, arrays: Sequence[Array]) -> Sequence
     return [(array.astype(np.float32) - point) * scale for array in arrays]
 
 
-def takes(site: Site, flow: Flow, rows: int) -> int:
-    """Bytes that fitting a site takes, roughly: weights, products and rows, each a few times over."""
+def takes(site: Site, flow: Flow, threads: int, rows: int) -> int:
+    """Bytes that fitting a site takes, roughly: weights, products for each thread, and rows, all a few times over."""
     weights = columns = wide = width = 0
     for operator in site.operators:
         groups, reads, outputs = operator.layout.sizes(flow.shape(operator.weight))
         width = groups * outputs
-        weights += groups * reads * outputs
+        weights += groups * reads * outputs * (3 if operator.coded else 1)
         columns += reads
         wide += groups * reads
-    return 8 * (3 * weights + 3 * min(columns, rows) ** 2) + 32 * rows * (wide + width)
+    return 8 * (3 * weights + 3 * threads * min(columns, rows) ** 2) + 32 * rows * (wide + width)
 
 
 def _key(operator: Operator) -> Key:

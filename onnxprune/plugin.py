@@ -226,6 +226,9 @@ class Router:
         return np.asarray((found / np.maximum(found.sum(axis=1, keepdims=True), 1e-30))[:, self.places])
 
 
+COPIES = 6  # of second moments while something is made of them
+
+
 class Evidence:
     """What criteria may look at: weights and a seed always, the rest where there is calibration data."""
 
@@ -242,6 +245,10 @@ class Evidence:
         """`memory` is in bytes: what scoring one group may take."""
         self.weights, self.seed, self.memory = weights, seed, memory
         self._readers, self._junctions, self._router, self._loss = readers, junctions, router, loss
+
+    def affords(self, columns: int) -> bool:
+        """Whether second moments of so many columns are to be had, and a few matrices as large."""
+        return COPIES * 8 * columns**2 <= self.memory
 
     @property
     def calibrated(self) -> bool:

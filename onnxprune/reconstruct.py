@@ -77,6 +77,9 @@ def repair(
     for k in range(count):
         worker.call(layerwise.visit, k, reconstructor, dict(ridges or {}))
         progress(k + 1, count)
+    if judge:
+        judged: Repair = worker.call(layerwise.finish, judge)
+        return judged
     shelf = Shelf()
     found: Repair = worker.call(layerwise.finish, judge, shelf.path)
     shelf.take(change for change in found.changes.values() if isinstance(change, Mapped))

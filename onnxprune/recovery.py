@@ -253,9 +253,11 @@ class Recovery:
             return []
         site, (rows, columns) = min(damped.items(), key=lambda item: item[1][0] / max(item[1][1], 1))
         if rows < ENOUGH * columns:
-            what, more = ("--memory", "more") if site in found.short else ("calibration", "more samples")
+            what, more = (
+                ("--memory", "more of it makes") if site in found.short else ("calibration", "more samples make")
+            )
             text = f"{what} leaves {rows} rows for the {columns} input columns of '{site}'"
-            return [f"{text}, so weights were changed less; {more} make a better repair"]
+            return [f"{text}, so weights were changed less; {more} a better repair"]
         count = sum(samples_in(feed, self.analysis.dense.graph) for feed in self.given)
         if not 0 < count < MANY:
             return []
@@ -274,7 +276,7 @@ def _large(found: Repair) -> list[str]:
         return []
     site, most = max(found.large.items(), key=lambda item: item[1])
     many = "1 value was" if len(found.large) == 1 else f"{len(found.large)} values were"
-    return [f"{many} not repaired, since that takes up to {most / 1e9:.1f} GB ('{site}'); raise --memory"]
+    return [f"{many} not repaired: that takes up to {most / 1e9:.1f} GB ('{site}'), more than half of --memory"]
 
 
 WORK = {"default": 1e13, "thorough": 1e14}  # MACs that trials may take together

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 
@@ -17,11 +18,23 @@ NUMBERS = 1 << 27  # of one site that are fitted to at most, which takes rows of
 
 @dataclass(frozen=True)
 class Sampling:
-    """How many rows of each site are used, drawn with `seed`; `padding` names the input that is zero for padding."""
+    """How many rows of each site are used, drawn with `seed`; `padding` names the input that is zero for padding.
+
+    Each feed has its share of them, rounded up unless `firm`.
+    """
 
     rows: int = ROWS
     seed: int = 0
     padding: str | None = None
+    firm: bool = False
+
+    def shares(self, totals: Sequence[int]) -> list[int]:
+        """How many of each feed's rows are used, where none is padding."""
+        whole = max(sum(totals), 1)
+        if self.firm:
+            ends = [self.rows * end // whole for end in accumulate(totals, initial=0)]
+            return [min(end - start, total) for start, end, total in zip(ends, ends[1:], totals, strict=False)]
+        return [min(-(-self.rows * total // whole), total) for total in totals]
 
     def within(self, channels: int) -> Sampling:
         """As many rows of so many channels as there is room for."""
@@ -35,7 +48,8 @@ class Sampling:
 class Rows:
     """Which rows of a value are used: the same for every value that has as many, dense or pruned.
 
-    `chosen` has the numbers of the rows for each feed; `held_out` bool[rows] marks a fifth of the samples.
+    `chosen` has the numbers of the rows for each feed; `held_out` bool[rows] marks a fifth of the samples. What was
+    given for the same `sampling` of one value is the same.
     """
 
     def __init__(
@@ -46,14 +60,16 @@ class Rows:
         masks: Sequence[Array | None],
         sampling: Sampling,
     ) -> None:
-        totals = [math.prod(shape) // math.prod(shape[k] for k in axes) for shape in shapes]
+        self.sampling = sampling
+        totals = totals_of(shapes, axes)
         whole = max(sum(totals), 1)
         rng = np.random.default_rng([sampling.seed, whole])
         self.chosen: list[Positions] = []
         held, first = [], 0
-        for shape, total, count, mask in zip(shapes, totals, counts, masks, strict=True):
+        shares = sampling.shares(totals)
+        for shape, total, count, mask, share in zip(shapes, totals, counts, masks, shares, strict=True):
             real = _real(shape, axes, mask, total)
-            wanted = min(len(real), -(-sampling.rows * total // whole))
+            wanted = min(len(real), share)
             picked = real if wanted == len(real) else np.sort(rng.choice(real, wanted, replace=False))
             self.chosen.append(picked)
             held.append(first + picked * count // max(total, 1))
@@ -75,6 +91,11 @@ class Rows:
         """float32[groups, rows, columns] of what an operator reads."""
         pairs = zip(arrays, self.chosen, strict=True)
         return np.concatenate([layout.rows(array, rows) for array, rows in pairs], axis=1)
+
+
+def totals_of(shapes: Sequence[Shape], axes: tuple[int, ...]) -> list[int]:
+    """Rows of a value for each feed; its channels lie along these axes."""
+    return [math.prod(shape) // math.prod(shape[k] for k in axes) for shape in shapes]
 
 
 def _real(shape: Shape, axes: tuple[int, ...], mask: Array | None, total: int) -> Positions:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,7 +34,7 @@ class ObsStruct:
 
     def importance(self, group: Group, evidence: Evidence) -> Array | None:
         """float64[units], higher stays: rises in the order in which the units are best removed."""
-        readers = [state for state in self._states(evidence.readers(group), evidence.memory) if state.scale > 0]
+        readers = [state for state in self._states(list(evidence.readers(group)), evidence) if state.scale > 0]
         if not readers:
             return None
         count = len(group.units)
@@ -51,12 +51,13 @@ class ObsStruct:
             left = np.delete(left, goes)
         return found
 
-    def _states(self, readers: Sequence[Reader], memory: float) -> list[_State] | list[_Rows]:
+    def _states(self, readers: list[Reader], evidence: Evidence) -> list[_State] | list[_Rows]:
         """All readers by second moments, or all by as many rows as fit into memory."""
-        shapes = [reader.shape for reader in readers]
+        shapes, memory = [reader.shape for reader in readers], evidence.memory
         last = COPIES * 8 * max((columns**2 for columns, _ in shapes), default=0)
-        if sum(8 * (columns**2 + columns * outputs) for columns, outputs in shapes) + last <= memory:
-            return [_State(reader, self.damp) for reader in readers]
+        needed = sum(8 * (columns**2 + columns * outputs) for columns, outputs in shapes) + last
+        if needed <= memory and all(evidence.affords(columns) for columns, _ in shapes):
+            return [_State(readers.pop(0), self.damp) for _ in shapes]  # each remembers its moments as long as it is
         largest = 8 * max(columns * outputs for columns, outputs in shapes)
         each = sum(4 * (columns + outputs) + 16 * self.rows for columns, outputs in shapes)
         rows = max(LEAST, min(self.rows, int((memory - COPIES * largest) // each)))
@@ -67,6 +68,7 @@ class ObsStruct:
 
 COPIES = 4  # of what is largest while something is made of it
 LEAST = 64  # rows
+STEP = 512  # columns
 CHUNK = 1 << 22  # elements of a weight that are looked at at a time
 
 
@@ -143,11 +145,13 @@ class _Rows:
         self.weight: Callable[[], Array] = (lambda: weight) if held else lambda: reader.weight.astype(np.float32)
         self.columns = reader.columns
         self.x = np.ascontiguousarray((x - x.mean(axis=0) if reader.intercept else x).T)
-        self.gram = (self.x.T @ self.x).astype(np.float64)
+        self.gram = _product(self.x)
         made = self.x.T @ weight
         energy = float(np.sum(made**2, dtype=np.float64))
         self.scale = self.gram.shape[0] / energy if energy > 0 else 0.0
-        self.damping = damp * float(np.trace(self.gram)) / len(self.x)
+        trace = float(np.trace(self.gram))
+        self.damping = damp * trace / len(self.x)
+        self.least = self.damping / (self.damping + trace or 1.0)  # of the eigenvalues of I - y y^T
         self.gone = np.zeros_like(made)
 
     def costs(self, units: Array) -> Array:
@@ -163,15 +167,25 @@ class _Rows:
             left = (weight[some] + x @ moved).reshape(-1, each, weight.shape[1])
             y = solve_triangular(factor, x.T, lower=True).T.reshape(-1, each, len(factor))
             if each == 1:
-                found = np.square(left).sum(axis=(1, 2)) / np.maximum(1 - np.square(y).sum(axis=(1, 2)), 1e-300)
+                found = np.square(left).sum(axis=(1, 2)) / np.maximum(1 - np.square(y).sum(axis=(1, 2)), self.least)
             else:
-                found = (left * np.linalg.solve(np.eye(each) - y @ y.swapaxes(1, 2), left)).sum(axis=(1, 2))
+                blocks = np.eye(each) - y @ y.swapaxes(1, 2)
+                found = np.abs((left * np.linalg.solve(blocks, left)).sum(axis=(1, 2)))  # below zero it is beyond large
             errors[start : start + step] = found
-        return np.asarray(np.maximum(errors, 0) * self.damping / len(factor) * self.scale)
+        return np.asarray(errors * self.damping / len(factor) * self.scale)
 
     def remove(self, units: Array) -> None:
         """Take units out; what is left takes over their work."""
         goes = self.columns[units].reshape(-1)
         x = self.x[goes]
-        self.gram -= x.T @ x
+        self.gram -= _product(x)
         self.gone += x.T @ self.weight()[goes]
+
+
+def _product(x: Array) -> Array:
+    """float64[rows, rows] of float32[columns, rows], some columns at a time; in float32 a large one hides others."""
+    total = np.zeros((x.shape[1], x.shape[1]))
+    for start in range(0, len(x), STEP):
+        some = x[start : start + STEP].astype(np.float64)
+        total += some.T @ some
+    return total

@@ -51,6 +51,7 @@ from onnxprune.model import normalise, prepare
 from onnxprune.prove import Prover
 from onnxprune.recipe import Options
 from onnxprune.recovery import Recovery
+from onnxprune.rows import Rows, Sampling, totals_of
 from onnxprune.running import Runner, in_pieces, memory_of, packed
 from onnxprune.sparsify import sparsify
 from onnxprune.types import Member, Plan
@@ -235,8 +236,9 @@ def test_many_arrays_share_a_file() -> None:
     kept = [room.keep(array) for array in arrays]
     assert all(map(np.array_equal, arrays, kept))
     assert len({id(memory_behind(array)) for array in kept}) == 1
-    large = room.keep(np.ones(flow.SLAB + 1, np.uint8))
-    assert memory_behind(large) is not memory_behind(kept[0])
+    large, stays, more = room.keep(np.ones(flow.SLAB)), room.keep(arrays[0], stays=True), room.keep(arrays[0])
+    assert len({id(memory_behind(array)) for array in (large, stays, more)}) == 3
+    assert memory_behind(more) is memory_behind(kept[0])
 
 
 def memory_behind(array: np.ndarray) -> Any:
@@ -355,8 +357,17 @@ def test_where_memory_is_short_second_moments_are_not_made(tmp_path: Path, monke
         errors.append(prune(path, tmp_path / f"{least}.onnx", **given).report.quality["relative-error"])
         assert [type(request) for requests in asked for request in requests] == [kind]
     assert errors[1] < 1.2 * errors[0]
-    with pytest.raises(ImpossibleError, match=r"second moments of what it reads take 0.1 GB; raise --memory"):
+    with pytest.raises(ImpossibleError, match=r"take 0.1 GB, more than half of --memory; fluct"):
         prune(path, tmp_path / "o.onnx", criterion="goa", **given)
+
+
+@pytest.mark.parametrize(("feeds", "rows"), [(2000, 1), (1000, 3), (3, 1000), (1, 5000)])
+def test_firm_rows_are_so_many_at_most(feeds: int, rows: int) -> None:
+    shapes, masks = [(rows, 8)] * feeds, [None] * feeds
+    for firm, most in ((True, 256), (False, 256 + feeds)):
+        found = Rows(shapes, (1,), [1] * feeds, masks, Sampling(256, firm=firm))
+        assert min(256, feeds * rows) <= len(found.held_out) <= most
+        assert len(found.held_out) == sum(Sampling(256, firm=firm).shares(totals_of(shapes, (1,))))
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32])

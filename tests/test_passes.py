@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -365,6 +366,11 @@ def test_bad_names_and_options_are_named(kind: str, text: str, culprit: str) -> 
     assert error.value.object == culprit
 
 
+def fits(memory: float) -> plugin.Evidence:
+    """Evidence about nothing, in so many bytes."""
+    return plugin.Evidence(plugin.Weights(lambda name: np.zeros(0)), memory=memory)
+
+
 @pytest.mark.parametrize("intercept", [True, False])
 @pytest.mark.parametrize("each", [1, 3])
 def test_obs_struct_by_rows_is_that_by_second_moments(each: int, intercept: bool) -> None:
@@ -375,7 +381,7 @@ def test_obs_struct_by_rows_is_that_by_second_moments(each: int, intercept: bool
         for outputs in (7, 30)
     ]
     wanted = [obs_struct._State(one, 1e-3) for one in readers]
-    found = obs_struct.ObsStruct(rows=50)._states(readers, 100_000)
+    found = obs_struct.ObsStruct(rows=50)._states(readers[:], fits(100_000))
     assert [type(one) for one in found] == [obs_struct._Rows] * 2
     assert [len(one.gram) for one in found] == [50, 50]
     left = np.arange(60 // each)
@@ -391,7 +397,35 @@ def test_obs_struct_by_rows_is_that_by_second_moments(each: int, intercept: bool
 def test_obs_struct_takes_as_many_rows_as_fit() -> None:
     rng = np.random.default_rng(0)
     one = reader(rng.standard_normal((900, 500)), rng.standard_normal((10, 500)))
-    assert [type(state) for state in obs_struct.ObsStruct()._states([one], 2e7)] == [obs_struct._State]
+    assert [type(state) for state in obs_struct.ObsStruct()._states([one], fits(2e7))] == [obs_struct._State]
     for memory, rows in ((9e6, 479), (4e6, 208), (0, 64)):
-        (found,) = obs_struct.ObsStruct()._states([one], memory)
+        (found,) = obs_struct.ObsStruct()._states([one], fits(memory))
         assert len(found.gram) == rows
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+def test_obs_struct_by_rows_bears_a_channel_that_drowns_the_others(intercept: bool) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((64, 2048))
+    x[0, 0] = 20_000
+    one = reader(x, rng.standard_normal((4, 2048)) / 45, 64, intercept)
+    (state,) = obs_struct.ObsStruct()._states([one], fits(0))
+    left = np.arange(32)
+    while len(left):
+        costs = state.costs(left)
+        assert np.isfinite(costs).all()
+        assert left[0] != 0 or len(left) == 1 or costs.argmax() == 0
+        state.remove(left[(goes := np.argsort(costs)[: max(1, len(left) // 8)])])
+        left = np.delete(left, goes)
+
+
+def test_obs_struct_asks_for_no_second_moments_that_are_not_to_be_had() -> None:
+    def refused() -> tuple[np.ndarray, np.ndarray]:
+        raise AssertionError
+
+    rng = np.random.default_rng(0)
+    one = reader(rng.standard_normal((90, 100)), rng.standard_normal((10, 100)))
+    one = dataclasses.replace(one, second=refused)
+    for memory in range(0, plugin.COPIES * 8 * 100**2, 50_000):
+        assert not fits(memory).affords(100)
+        assert isinstance(obs_struct.ObsStruct()._states([one], fits(memory))[0], obs_struct._Rows)
