@@ -124,10 +124,10 @@ class _Dense:
         outputs = {str(value.name) for value in self.model.graph.outputs if value.type is not None}  # not maps
         self.counted = outputs - aside or outputs
         self.fitted, self.memory = len(fitted), memory
-        self.room = Room(memory // 4)  # of all flows, and of the rows that are kept
+        self.room = Room(memory // 6)  # of all flows, and of the rows that are kept
         self.large = memory_of(self.model) > memory
         self.limits: Mapping[str, Any] = limits(memory // 8) if self.large else {}
-        self.sessions = Sessions(threads)
+        self.sessions = Sessions(threads, 2) if self.large else Sessions(threads)  # each piece runs once there
         self.counts = [samples_in(feed, self.model.graph) for feed in fitted]
         self._outputs: list[dict[str, Array]] = []
         self.rows: dict[tuple[str, tuple[int, ...]], tuple[Sampling, Array]] = {}
