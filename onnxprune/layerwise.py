@@ -123,9 +123,10 @@ class _Dense:
         self.model, self.feeds, self.sampling = _received(sent), [*fitted, *judged], sampling
         outputs = {str(value.name) for value in self.model.graph.outputs if value.type is not None}  # not maps
         self.counted = outputs - aside or outputs
-        self.fitted, self.memory = len(fitted), memory
+        self.fitted = len(fitted)
         self.room = Room(memory // 6)  # of all flows, and of the rows that are kept
         self.large = memory_of(self.model) > memory
+        self.share = memory // 2 if self.large else memory  # for fitting what belongs together
         self.limits: Mapping[str, Any] = limits(memory // 8) if self.large else {}
         self.sessions = Sessions(threads, 2) if self.large else Sessions(threads)  # each piece runs once there
         self.counts = [samples_in(feed, self.model.graph) for feed in fitted]
@@ -289,7 +290,8 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
         return
     if consumers and not any(operator.lost for operator in every):
         return
-    places = _places(k, local)
+    whole = thin is not None or trait(reconstructor, "masked")
+    places = _places(k, local, whole)
     if not marked and not any(place.off for place in places):
         return
     for _ in range(AGAIN if visit.behind else 1):
@@ -299,7 +301,7 @@ def _fit(k: int, reconstructor: Reconstructor, ridges: Mapping[str, float]) -> N
         _put(changes)
         if not changes or not visit.behind:
             return
-        places = _places(k, local)
+        places = _places(k, local, whole)
         if not (left := _missed(places)) < last:
             _put(before)
             return
@@ -330,7 +332,7 @@ def _changes(places: Sequence[_Place], reconstructor: Reconstructor, ridges: Map
     return {slot: array for part in parts for slot, array in part.changes().items()}
 
 
-def _places(k: int, local: bool) -> list[_Place]:
+def _places(k: int, local: bool, whole: bool) -> list[_Place]:
     """The sites of a visit on their rows; none where one cannot be fitted."""
     assert _task is not None and _dense is not None
     task, dense, flow, visit = _task, _dense, _task.flow, _task.visits[k]
@@ -341,7 +343,7 @@ def _places(k: int, local: bool) -> list[_Place]:
         return []
     ahead = _ahead(task) if visit.behind and not local else flow
     found: list[tuple[Site, list[list[Array]], Rows]] = []
-    most = max(dense.memory // 2, LEAST) // len(sites)
+    most = max(dense.share, LEAST) // len(sites)
     for n, site in zip(visit.sites, sites, strict=True):
         arrays = _read(None if local else ahead if n in visit.behind else flow, dense, site, pinned, task.keep)
         if arrays is None:
@@ -350,9 +352,9 @@ def _places(k: int, local: bool) -> list[_Place]:
         shapes = [first.layout.shape(array.shape, flow.shape(first.weight)) for array in arrays[0]]
         sampling = dense.sampling.within(math.prod(shapes[0][k] for k in site.axes)).shared(len(sites))
         count = sum(sampling.shares(totals_of(shapes, site.axes)))
-        fitting = bisect_right(range(1, count + 1), most, key=partial(takes, site, flow, BOTH))
+        fitting = bisect_right(range(1, count + 1), most, key=partial(takes, site, flow, whole))
         if fitting < min(count, FEW):
-            task.large |= {one.value: takes(one, flow, BOTH, FEW) * len(sites) for one in sites}
+            task.large |= {one.value: takes(one, flow, whole, FEW) * len(sites) for one in sites}
             return []
         if fitting < count:
             task.short.add(site.value)

@@ -146,8 +146,11 @@ def numbers(flow: Flow, operator: Operator, arrays: Sequence[Array]) -> Sequence
     return [(array.astype(np.float32) - point) * scale for array in arrays]
 
 
-def takes(site: Site, flow: Flow, threads: int, rows: int) -> int:
-    """Bytes that fitting a site takes, roughly: weights, products for each thread, and rows, all a few times over."""
+def takes(site: Site, flow: Flow, whole: bool, rows: int) -> int:
+    """Bytes that fitting a site takes, roughly: weights, products and rows, all a few times over.
+
+    Products are of rows where there are fewer of them, unless second moments as a `whole` are needed, as codes do.
+    """
     weights = columns = wide = width = 0
     for operator in site.operators:
         groups, reads, outputs = operator.layout.sizes(flow.shape(operator.weight))
@@ -155,7 +158,9 @@ def takes(site: Site, flow: Flow, threads: int, rows: int) -> int:
         weights += groups * reads * outputs * (3 if operator.coded else 1)
         columns += reads
         wide += groups * reads
-    return 8 * (3 * weights + 3 * threads * min(columns, rows) ** 2) + 32 * rows * (wide + width)
+    whole |= any(operator.coded for operator in site.operators)
+    products = columns if whole else min(columns, rows)
+    return 8 * (3 * weights + 6 * products**2) + 32 * rows * (wide + width)
 
 
 def _key(operator: Operator) -> Key:

@@ -45,8 +45,8 @@ def begin(
     """Hand the dense model to the child, with the samples to fit to, and those to judge by.
 
     Outputs in `aside` do not count where there are others. What takes more than `memory` bytes is run a few
-    operators at a time, with values on disk. A site that takes more than half of it is fitted to fewer rows, or left
-    alone.
+    operators at a time, with values on disk. A site that takes more, or more than half of it where that is so, is
+    fitted to fewer rows, or left alone.
     """
     with _sent(dense) as what:
         worker.call(layerwise.begin, what, list(feeds), list(judged), frozenset(aside), sampling, threads, memory)

@@ -276,7 +276,7 @@ def _large(found: Repair) -> list[str]:
         return []
     site, most = max(found.large.items(), key=lambda item: item[1])
     many = "1 value was" if len(found.large) == 1 else f"{len(found.large)} values were"
-    return [f"{many} not repaired: that takes up to {most / 1e9:.1f} GB ('{site}'), more than half of --memory"]
+    return [f"{many} not repaired: that takes up to {most / 1e9:.1f} GB ('{site}'), more than --memory leaves"]
 
 
 WORK = {"default": 1e13, "thorough": 1e14}  # MACs that trials may take together

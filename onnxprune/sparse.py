@@ -465,6 +465,7 @@ def _warnings(row: reports.SparsityRow, options: Options) -> list[str]:
     if others:
         count = sum(layer.sparse and layer.criterion in others for layer in row.layers)
         found.append(
-            f"{count} layers were thinned out by {', '.join(sorted(others))}: their inputs cannot be fitted to"
+            f"{count} layers were thinned out by {', '.join(sorted(others))}: their inputs cannot be fitted to, "
+            "or not within --memory"
         )
     return found
