@@ -124,8 +124,8 @@ class _Dense:
         outputs = {str(value.name) for value in self.model.graph.outputs if value.type is not None}  # not maps
         self.counted = outputs - aside or outputs
         self.fitted = len(fitted)
-        self.room = Room(memory // 6)  # of all flows, and of the rows that are kept
         self.large = memory_of(self.model) > memory
+        self.room = Room(memory // (6 if self.large else 3))  # of all flows, and of the rows that are kept
         self.share = memory // 2 if self.large else memory  # for fitting what belongs together
         self.limits: Mapping[str, Any] = limits(memory // 8) if self.large else {}
         self.sessions = Sessions(threads, 2) if self.large else Sessions(threads)  # each piece runs once there
