@@ -132,6 +132,7 @@ class _Statistics:
                 raise ImpossibleError(f"{text}; fluct and obs-struct can do without", object=slot[0])
             wanted = self._next(slot, {name: size for name, size in sizes.items() if COPIES * size <= self.most})
             requests = {name: MomentsOf(self.operators.source(self.reading[name]), rows=ROWS) for name in wanted}
+            self.moments.clear()  # before others take as much
             found = self.gather(list(requests.values()))
             self.moments = {name: found[request] for name, request in requests.items()}
         moments = self.moments[slot]
@@ -146,6 +147,7 @@ class _Statistics:
             wide = {name: n for name, n in columns.items() if name == slot or COPIES * 8 * n**2 > self.most}
             names = self._next(slot, {name: 4 * rows * n for name, n in wide.items()})
             requests = {name: RowsOf(self.operators.source(self.reading[name]), rows) for name in names}
+            self.samples.clear()
             found = self.gather(list(requests.values()))
             self.samples = {(name, rows): found[request][0] for name, request in requests.items()}
         return self.samples[slot, rows]
