@@ -22,15 +22,10 @@ from onnxprune.infer import bodies, walk
 from onnxprune.operators import Slot, stored
 from onnxprune.runtime import ort
 from onnxprune.types import Array, Shape
-from onnxprune.weights import Part
+from onnxprune.weights import ALIGN, Part
 
 LOADED = 1024  # pieces that stay loaded
 FED = frozenset(("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"))  # types of initializers that are inputs of a piece
-
-
-ALIGN = 64  # bytes
-
-
 SLAB = 1 << 26  # bytes of an unnamed file, which many arrays share: a process may map some 65,000 of them
 
 
